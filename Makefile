@@ -1,0 +1,43 @@
+# make demo    draw a toy catalogue, train on it, answer queries, show the result (a few minutes on two cores)
+# make test    format, lint, types and tests
+# Both install into .venv first where it is missing or older than what it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+TOY := $(DEMO)/toy/products240_queries120_seed7_256px
+export NO_ALBUMENTATIONS_UPDATE = 1
+export WANDB_MODE = offline
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; type make PYTHON=/path/to/python3.11" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed
+	@rm -rf $(DEMO)/train $(DEMO)/average $(DEMO)/attention
+	$(BIN)/python -m beauty_bafe.data.toy --root $(DEMO)/toy --products 240 --queries 120 --seed 7
+	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
+	$(BIN)/python retrieve.py pooling=spoc report=false checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks output_dir=$(DEMO)/average
+	$(BIN)/python retrieve.py pooling=attention checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks output_dir=$(DEMO)/attention
+	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/average $(DEMO)/attention
+	@echo "submission  $(DEMO)/attention/submission.csv"
+	@echo "report      $(DEMO)/attention/report.html"
+
+test: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs toy

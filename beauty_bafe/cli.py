@@ -1,0 +1,91 @@
+"""What the two scripts share around Hydra: quick checks of the command line and readable errors."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
+    """Exit with the allowed keys where an override names an unknown one; Hydra alone says only that it is unknown."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+        groups = [o for o in overrides if (conf / o.key_or_group.split("@")[0]).is_dir()]
+        chosen = [str(o.input_line) for o in groups if not o.is_sweep_override()]
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            settings = OmegaConf.to_container(compose(config_name, chosen))
+    except HydraException:
+        return  # not a matter of keys: Hydra's own message names the options
+    for override in overrides:
+        key = override.key_or_group
+        if (
+            override in groups
+            or override.is_add()
+            or override.is_force_add()
+            or override.is_delete()
+            or key.startswith("hydra")
+        ):
+            continue
+        parent: Any = settings
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(parent, dict) or part not in parent:
+                allowed = [str(k) for k in parent if k != "_target_"] if isinstance(parent, dict) else []
+                where = ".".join(parts[:depth]) or "the top level"
+                near = difflib.get_close_matches(part, allowed, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                sys.exit(f"error: '{key}' is no setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}")
+            parent = parent[part]
+
+
+def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Call `function` inside a Hydra job: the job's own folder becomes output_dir, expected errors become one line."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import InstantiationException
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    with open_dict(cfg):
+        cfg.output_dir = hydra.runtime.output_dir
+    for chatty in ("faiss", "pytorch_lightning", "timm"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
+    try:
+        return function(cfg)
+    except (ValueError, OSError, RuntimeError, InstantiationException) as error:
+        # A sweep goes on with its other jobs and reports at the end; a developer wants the traceback.
+        if hydra.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+
+
+def require_retrieval_inputs(cfg: DictConfig) -> None:
+    """Raise ValueError saying what retrieve.py needs and which runs there are to take checkpoints from."""
+    missing = [key for key in ("gallery", "queries") if OmegaConf.is_missing(cfg, key)]
+    if cfg.checkpoints and not missing:
+        return
+    needs = [] if cfg.checkpoints else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote)"]
+    needs += [f"{key}=DIR_OR_CSV (a folder of pictures, or a csv with the columns id,path)" for key in missing]
+    text = "retrieve.py needs " + ", ".join(needs)
+    if not cfg.checkpoints:
+        runs = sorted(Path().glob("*/**/checkpoints/best.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+        listed = "".join(f"\n  {file}" for file in runs[:10])
+        text += (
+            f"; checkpoints below this folder, newest first:{listed}"
+            if runs
+            else "; no run is to be seen below this folder: python train.py makes one"
+        )
+    raise ValueError(text)

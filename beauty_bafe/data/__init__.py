@@ -1,0 +1,1 @@
+"""Pictures in: catalogues, foreground masks, augmentation, loaders."""

@@ -1,0 +1,238 @@
+"""Foreground augmentation: a catalogue photo and its mask become a new picture and its mask, at no labelling cost.
+
+Source: BAFE (Wang et al., ACM MM 2019), section on foreground augmentation. Both augmentations are pure functions of
+(photo, mask, surroundings, rng): the same generator state gives the same picture on every worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import albumentations as A
+import cv2
+import numpy as np
+
+from .backgrounds import procedural_background, random_color
+
+
+class Sample(NamedTuple):
+    """`photo`: uint8 (S, S, 3). `mask`: uint8 (S, S), 0 to 255, soft at edges."""
+
+    photo: np.ndarray
+    mask: np.ndarray
+
+
+class Surroundings(NamedTuple):
+    """What a product can be pasted onto and among; both draw from the generator they are given.
+
+    `background(rng, size, zoom)` gives uint8 (size, size, 3), `product(rng)` another product of the catalogue.
+    """
+
+    background: Callable[..., np.ndarray]
+    product: Callable[[np.random.Generator], Sample]
+
+
+class Augmentation(Protocol):
+    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample: ...
+
+
+class PaperAugmentation:
+    """The published recipe, with the ranges of the authors' code.
+
+    Angle one of -90, -45, 0, 45, 90 degrees, shift, scale, white fill; then a third each on a photograph (half of them
+    blurred), on one colour, on white; colour jitter on the result. The mask is warped with the photo, which on clean
+    pictures equals the authors' thresholding after the warp and spares its faults on near-white products.
+    """
+
+    def __init__(
+        self,
+        angles: list[int],
+        shift: float,
+        scale: tuple[float, float],
+        blur_share: float,
+        jitter: tuple[float, float, float, float],
+    ) -> None:
+        self.blur_share = blur_share
+        self.warp = A.Compose(
+            [
+                A.OneOf(
+                    [_affine(rotate=(angle, angle), scale=tuple(scale), translate_percent=(-shift, shift)) for angle in angles],
+                    p=1.0,
+                )
+            ]
+        )
+        brightness, contrast, saturation, hue = jitter
+        self.color = A.Compose(
+            [
+                A.ColorJitter(
+                    brightness=(1 - brightness, 1 + brightness),
+                    contrast=(1 - contrast, 1 + contrast),
+                    saturation=(1 - saturation, 1 + saturation),
+                    hue=(-hue, hue),
+                    p=1.0,
+                )
+            ]
+        )
+
+    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
+        size = photo.shape[0]
+        product = _run(self.warp, rng, photo, mask)
+        kind = rng.integers(3)
+        if kind == 0:
+            canvas = surroundings.background(rng, size, (0.0, 0.0))
+            if rng.random() < self.blur_share:
+                canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(1, 4))
+        else:
+            canvas = np.full_like(photo, 255 if kind == 2 else rng.integers(0, 256, 3))
+        picture = _paste(canvas, product)
+        return Sample(_run(self.color, rng, picture).photo, product.mask)
+
+
+class StreetAugmentation:
+    """What a phone sees: any angle, perspective, scale, light, shadow, clutter, occlusion, blur, noise, JPEG.
+
+    Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo.
+    """
+
+    def __init__(
+        self,
+        scale: tuple[float, float],
+        shift: float,
+        perspective: float,
+        photo_share: float,
+        clutter: float,
+        occlusion: float,
+        shadow: float,
+        light: float,
+        blur: float,
+        noise: float,
+        jpeg: float,
+        bars: float,
+    ) -> None:
+        self.photo_share, self.clutter, self.occlusion = photo_share, clutter, occlusion
+        self.shadow, self.light, self.bars = shadow, light, bars
+        self.warp = A.Compose(
+            [
+                # fit_output keeps the whole product in view; without it the warp slices its sides off.
+                A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
+                _affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
+            ]
+        )
+        self.small_warp = A.Compose(
+            [_affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
+        )
+        self.product_color = A.Compose([A.RandomBrightnessContrast(0.2, 0.2, p=0.6), A.RandomGamma((75, 130), p=0.3)])
+        self.camera = A.Compose(
+            [
+                A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.75, 1.25), saturation=(0.7, 1.3), hue=(-0.04, 0.04), p=0.8),
+                A.OneOf(
+                    [A.GaussianBlur(sigma_limit=(0.4, 2.0)), A.MotionBlur(blur_limit=(3, 9)), A.Defocus(radius=(1, 3))], p=blur
+                ),
+                A.GaussNoise(std_range=(0.01, 0.06), p=noise),
+                A.ImageCompression(quality_range=(30, 92), p=jpeg),
+            ]
+        )
+
+    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
+        size = photo.shape[0]
+        canvas = self._background(surroundings, rng, size)
+        for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
+            canvas = self._paste_shaded(canvas, _run(self.small_warp, rng, *surroundings.product(rng)), rng)
+
+        # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
+        cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
+        warped = _run(self.warp, rng, photo, cut)
+        product = Sample(_run(self.product_color, rng, warped.photo).photo, warped.mask)
+        canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
+
+        if rng.random() < self.occlusion:
+            canvas, mask = self._occlude(canvas, mask, surroundings, rng)
+        if rng.random() < self.light:
+            canvas = _tilt_light(canvas, rng)
+        canvas = _run(self.camera, rng, canvas).photo
+        if rng.random() < self.bars:
+            canvas, mask = _letterbox_bars(canvas, mask, rng)
+        return Sample(canvas, mask)
+
+    def _background(self, surroundings: Surroundings, rng: np.random.Generator, size: int) -> np.ndarray:
+        kind = rng.random()
+        if kind < self.photo_share:
+            canvas = surroundings.background(rng, size)
+        elif kind < self.photo_share + 0.75 * (1 - self.photo_share):
+            canvas = procedural_background(rng, size)
+        else:
+            canvas = np.full((size, size, 3), random_color(rng), np.uint8)
+        if rng.random() < 0.5:
+            canvas = np.ascontiguousarray(np.rot90(canvas, int(rng.integers(4))))
+        if rng.random() < 0.25:
+            canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.5, 3))
+        return canvas
+
+    def _paste_shaded(self, canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> np.ndarray:
+        """Paste, at times with a soft shadow thrown to one side."""
+        if rng.random() < self.shadow:
+            size = canvas.shape[0]
+            dx, dy = rng.integers(-size // 16, size // 16 + 1, 2).tolist()
+            shifted = cv2.warpAffine(product.mask, np.array([[1, 0, dx], [0, 1, dy]], np.float32), (size, size))
+            soft = cv2.GaussianBlur(shifted, (0, 0), rng.uniform(0.01, 0.05) * size)
+            keep = 1 - soft[..., None].astype(np.float32) * (rng.uniform(0.2, 0.7) / 255)
+            canvas = (canvas * keep).astype(np.uint8)
+        return _paste(canvas, product)
+
+    def _occlude(
+        self, canvas: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cover a part of the product (left out where it would hide over 40 % of it) with another product or a plain shape."""
+        size = canvas.shape[0]
+        if rng.random() < 0.5:
+            cover = _run(self.small_warp, rng, *surroundings.product(rng))
+        else:
+            shape = np.zeros((size, size), np.uint8)
+            centre = rng.integers(0, size, 2).tolist()
+            axes = (int(size * rng.uniform(0.05, 0.3)), int(size * rng.uniform(0.03, 0.1)))
+            cv2.ellipse(shape, centre, axes, float(rng.integers(180)), 0, 360, 255, -1, cv2.LINE_AA)
+            cover = Sample(np.full_like(canvas, random_color(rng)), shape)
+        visible = (mask.astype(np.uint16) * (255 - cover.mask) // 255).astype(np.uint8)
+        if visible.sum(dtype=np.int64) < 0.6 * mask.sum(dtype=np.int64):
+            return canvas, mask
+        return _paste(canvas, cover), visible
+
+
+def _affine(**ranges: object) -> A.Affine:
+    return A.Affine(**ranges, fill=255, fill_mask=0, mask_interpolation=cv2.INTER_LINEAR, p=1.0)
+
+
+def _run(transform: A.Compose, rng: np.random.Generator, photo: np.ndarray, mask: np.ndarray | None = None) -> Sample:
+    """Apply an albumentations pipeline seeded from `rng`: left alone, its workers all draw the same numbers (2.0.8)."""
+    transform.set_random_seed(int(rng.integers(2**31)))
+    if mask is None:
+        return Sample(transform(image=photo)["image"], np.empty(0, np.uint8))
+    result = transform(image=photo, mask=mask)
+    return Sample(result["image"], result["mask"])
+
+
+def _paste(canvas: np.ndarray, product: Sample) -> np.ndarray:
+    weight = product.mask[..., None].astype(np.uint16)
+    return ((product.photo * weight + canvas * (255 - weight) + 127) // 255).astype(np.uint8)
+
+
+def _tilt_light(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brighter towards one corner, darker towards the opposite one."""
+    gains = rng.uniform(0.55, 1.3, (2, 2)).astype(np.float32)
+    field = cv2.resize(gains, canvas.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return np.clip(canvas * field[..., None], 0, 255).astype(np.uint8)
+
+
+def _letterbox_bars(canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """White bars on two sides, as an oblong photo gets them when it is fitted into the square input."""
+    size = canvas.shape[0]
+    inner = int(size * rng.uniform(0.55, 0.9))
+    start, axis = (size - inner) // 2, int(rng.integers(2))
+    outside = np.ones(size, bool)
+    outside[start : start + inner] = False
+    canvas, mask = canvas.copy(), mask.copy()
+    window = (slice(None), outside) if axis else (outside, slice(None))
+    canvas[window] = 255
+    mask[window] = 0
+    return canvas, mask

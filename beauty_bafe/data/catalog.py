@@ -1,0 +1,146 @@
+"""A catalogue: product ids and where their pictures lie."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .pictures import SUFFIXES
+
+ID_COLUMNS = ("id", "image id", "image_id", "product")
+PATH_COLUMNS = ("path", "file", "filename")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two files share one."""
+
+    ids: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.paths):
+            raise ValueError(f"{len(self.ids)} ids but {len(self.paths)} paths")
+        seen: dict[str, Path] = {}
+        for name, path in zip(self.ids, self.paths, strict=True):
+            if name in seen:
+                raise ValueError(
+                    f"two pictures have the id '{name}': {seen[name]} and {path}; rename one "
+                    "(an id is the file's name without its last suffix)"
+                )
+            seen[name] = path
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, indices: Iterable[int]) -> Catalog:
+        chosen = list(indices)
+        return Catalog(tuple(self.ids[i] for i in chosen), tuple(self.paths[i] for i in chosen))
+
+
+def open_catalog(source: str | Path) -> Catalog:
+    """A folder (searched through) or a csv of ids and paths. Raises ValueError or OSError saying what is there instead."""
+    path = Path(source)
+    if path.is_dir():
+        return from_folder(path)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return from_csv(path)
+    found = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
+    raise ValueError(f"'{source}' {found}; name a folder of pictures or a csv with the columns id,path")
+
+
+def from_folder(root: str | Path) -> Catalog:
+    """Every picture under `root`, sorted by path; the id is the file's stem (`a.b.jpg` is `a.b`)."""
+    paths = _pictures_below(Path(root))
+    if not paths:
+        raise ValueError(f"no pictures under '{root}'; files ending in {', '.join(sorted(SUFFIXES))} are looked for")
+    return Catalog(tuple(path.stem for path in paths), tuple(paths))
+
+
+def from_csv(file: str | Path) -> Catalog:
+    """Rows of id and path under a header such as `id,path`; relative paths start at the csv's own folder."""
+    file = Path(file)
+    header, rows = _read_rows(file)
+    id_column, path_column = _column(file, header, ID_COLUMNS), _column(file, header, PATH_COLUMNS)
+    ids = tuple(row[id_column].strip() for row in rows)
+    return Catalog(ids, tuple(file.parent / row[path_column].strip() for row in rows))
+
+
+def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
+    """The challenge's layout: a csv of (image id, title), pictures in one flat folder (2019/20) or in groups (2018).
+
+    An id without a file stays in the catalogue, so that reading it reports it as missing.
+    """
+    header, rows = _read_rows(Path(titles))
+    names = [header[0].strip()] if header and header[0].strip().lower() not in ID_COLUMNS else []
+    names += [row[0].strip() for row in rows]
+    where = {path.stem: path for path in _pictures_below(Path(root))}
+    # Perfect-500K names some rows with the suffix, some without.
+    ids = [name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in SUFFIXES else name for name in names]
+    if not any(name in where for name in ids):
+        raise ValueError(f"none of the {len(ids)} ids of '{titles}' is a picture under '{root}'; the first is '{ids[:1]}'")
+    return Catalog(tuple(ids), tuple(where.get(name, Path(root) / f"{name}.jpg") for name in ids))
+
+
+class Skipped:
+    """Pictures left out, each with its reason; `unreadable` counts those that no program could use."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+        self.unreadable = 0
+
+    def add(self, catalog: Catalog, index: int, reason: str, unreadable: bool = True) -> None:
+        self.rows.append((catalog.ids[index], str(catalog.paths[index]), reason))
+        self.unreadable += unreadable
+
+    def write(self, file: Path) -> None:
+        """Write `id,path,reason`; an earlier run's file is removed where nothing was skipped."""
+        if not self.rows:
+            file.unlink(missing_ok=True)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("id", "path", "reason"), *self.rows])
+
+    def check(self, total: int, max_share: float, what: str, setting: str) -> None:
+        """Raise ValueError when more than `max_share` (0..1) of `total` pictures could not be read."""
+        if self.unreadable > max_share * total:
+            _, path, reason = self.rows[0]
+            raise ValueError(
+                f"{self.unreadable} of {total} {what} cannot be read, more than {setting}={max_share} allows; "
+                f"the first: {path}: {reason}; see skipped.csv, mend the files or raise {setting}"
+            )
+
+
+def _pictures_below(root: Path) -> list[Path]:
+    def stop(error: OSError) -> None:
+        raise type(error)(error.errno, f"cannot read the folder '{error.filename}': {error.strerror}; check its permissions")
+
+    if not root.is_dir():
+        raise ValueError(f"'{root}' is no folder; name a folder of pictures")
+    found: list[Path] = []
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        found += [
+            Path(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+    if len(rows) < 2:
+        raise ValueError(f"'{file}' holds no rows below its header")
+    return rows[0], rows[1:]
+
+
+def _column(file: Path, header: Sequence[str], names: Sequence[str]) -> int:
+    cells = [cell.strip().lower() for cell in header]
+    for name in names:
+        if name in cells:
+            return cells.index(name)
+    raise ValueError(f"'{file}' has the columns {','.join(header)}; one of them must be called {' or '.join(names)}")

@@ -1,0 +1,230 @@
+"""Training pictures: catalogue photos with their masks, original and augmented, served by Lightning loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from .augmentation import Augmentation, Sample, Surroundings
+from .backgrounds import Backgrounds
+from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
+from .foreground import find_foreground
+from .pictures import UnreadablePicture, letterbox, read_picture
+
+VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from an epoch training never reaches
+
+
+class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
+    """Item (epoch, index): the letterboxed photo and its augmented version with their masks.
+
+    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255. Drawn from a generator
+    seeded by (seed, epoch, index) alone, so the number of workers and the order of reading change nothing.
+    """
+
+    def __init__(self, catalog: Catalog, augmentation: Augmentation, backgrounds: Backgrounds, size: int, seed: int) -> None:
+        self.catalog, self.augmentation, self.backgrounds = catalog, augmentation, backgrounds
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def sample(self, index: int) -> Sample:
+        """Photo `index` and its mask, letterboxed; raises as `load_photo`."""
+        return load_photo(self.catalog.paths[index], self.size)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        original = self.sample(index)
+        surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(int(rng.integers(len(self)))))
+        augmented = self.augmentation(*original, surroundings, rng)
+        pictures = np.stack([original.photo, augmented.photo]).transpose(0, 3, 1, 2)
+        masks = np.stack([original.mask, augmented.mask])[:, None]
+        return {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
+
+
+def load_photo(path: Path, size: int) -> Sample:
+    """A catalogue photo and its foreground mask on a `size` canvas. Raises UnreadablePicture or ValueError (untrusted mask)."""
+    picture = read_picture(path, size)
+    foreground = find_foreground(picture)
+    if not foreground.trusted:
+        raise ValueError(foreground.reason)
+    return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
+
+
+def join_samples(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """B items -> 2B pictures and masks, item by item."""
+    return {key: torch.cat([item[key] for item in items]) for key in items[0]}
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index); the order is drawn from (seed, epoch), and each of `replicas` processes takes its share.
+
+    `epoch_size` cuts a large catalogue into shorter epochs: epoch e is the e-th slice of a stream of shuffled passes,
+    so that validation and checkpoints come as often as wanted and no photo is seen twice before all were seen once.
+    """
+
+    def __init__(self, length: int, seed: int, epoch_size: int | None = None, replicas: int = 1, rank: int = 0) -> None:
+        self.length, self.seed = length, seed
+        self.epoch_size = epoch_size or length
+        self.replicas, self.rank = replicas, rank
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.epoch_size // self.replicas
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start = self.epoch * self.epoch_size
+        order: np.ndarray | None = None
+        last_pass = -1
+        for position in range(start + self.rank, start + len(self) * self.replicas, self.replicas):
+            turn, offset = divmod(position, self.length)
+            if turn != last_pass:
+                order, last_pass = np.random.default_rng((self.seed, turn)).permutation(self.length), turn
+            assert order is not None
+            yield self.epoch, int(order[offset])
+
+
+class _Scan(Dataset[tuple[str, bool]]):
+    """Item i: why file i cannot be used ("" where it can), and whether it is because nothing can read it."""
+
+    def __init__(self, catalog: Catalog, load: Callable[[Path], object]) -> None:
+        self.catalog, self.load = catalog, load
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def __getitem__(self, index: int) -> tuple[str, bool]:
+        try:
+            self.load(self.catalog.paths[index])
+        except UnreadablePicture as error:
+            return str(error), True
+        except ValueError as error:
+            return f"mask not trusted: {error}", False
+        return "", False
+
+
+class SaliencyDataModule(pl.LightningDataModule):
+    """Catalogue photos and backgrounds, looked through once; what cannot be used is listed in `skipped`.
+
+    `root` is a Catalog or what `open_catalog` takes; `backgrounds` likewise, or None for procedural scenes.
+    """
+
+    def __init__(
+        self,
+        root: Catalog | str | Path,
+        backgrounds: Catalog | str | Path | None,
+        augmentation: Augmentation,
+        size: int,
+        seed: int,
+        batch_size: int,
+        val_share: float,
+        val_max: int,
+        epoch_size: int | None,
+        num_workers: int | None,
+    ) -> None:
+        super().__init__()
+        self.catalog = root if isinstance(root, Catalog) else open_catalog(root)
+        self.photos = backgrounds if isinstance(backgrounds, Catalog | None) else open_catalog(backgrounds)
+        self.augmentation, self.size, self.seed = augmentation, size, seed
+        self.batch_size, self.val_share, self.val_max, self.epoch_size = batch_size, val_share, val_max, epoch_size
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.skipped = Skipped()
+        self.train_set: ForegroundDataset | None = None
+        self.val_set: ForegroundDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Look through every file once and split off the validation photos. Raises ValueError when too few are usable."""
+        if self.train_set is not None:
+            return
+        usable = self._scan(self.catalog, partial(load_photo, size=self.size), "catalogue photos")
+        photos = self.photos
+        if photos is not None:
+            photos = photos.subset(self._scan(photos, read_picture, "backgrounds"))
+        if len(usable) < 2:
+            raise ValueError(f"{len(usable)} usable catalogue photos; training needs at least 2, one of them to validate on")
+        shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
+        held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
+        backgrounds = Backgrounds(photos)
+        self.val_set, self.train_set = (
+            ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, self.size, self.seed)
+            for part in (shuffled[:held_back], shuffled[held_back:])
+        )
+
+    def describe(self) -> str:
+        """One line on what training will see."""
+        assert self.train_set is not None
+        assert self.val_set is not None
+        photos = self.train_set.backgrounds.photos
+        return (
+            f"{len(self.train_set)} photos to train on, {len(self.val_set)} to validate on, {len(self.skipped.rows)} left out; "
+            f"backgrounds: {f'{len(photos)} photographs' if photos else 'procedural'}"
+        )
+
+    def _scan(self, catalog: Catalog, load: Callable[[Path], object], what: str) -> list[int]:
+        from rich.progress import track
+
+        scan = DataLoader(
+            _Scan(catalog, load), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
+        )
+        results = [result for batch in track(scan, f"looking through {len(catalog)} {what}") for result in batch]
+        for index, (reason, unreadable) in enumerate(results):
+            if reason:
+                self.skipped.add(catalog, index, reason, unreadable)
+        return [index for index, (reason, _) in enumerate(results) if not reason]
+
+    def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        assert self.train_set is not None
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = EpochSampler(len(self.train_set), self.seed, self.epoch_size, replicas, rank)
+        # Lightning makes the first iterator before it announces the epoch, and workers draw ahead from it.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        batch_size = min(self.batch_size, len(sampler))
+        # BatchSampler cuts any sampler's keys into lists; its annotation knows integers alone.
+        batches = BatchSampler(sampler, batch_size, drop_last=True)  # type: ignore[arg-type]
+        return self._loader(self.train_set, batches)
+
+    def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        assert self.val_set is not None
+        keys = [(VALIDATION_EPOCH, index) for index in range(len(self.val_set))]
+        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        return self._loader(self.val_set, batches)
+
+    def _loader(self, dataset: ForegroundDataset, batches: object) -> DataLoader[dict[str, torch.Tensor]]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
+            num_workers=self.num_workers,
+            collate_fn=join_samples,
+            worker_init_fn=quiet_worker,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def perfect500k_datamodule(root: str, titles: str, **options: Any) -> SaliencyDataModule:
+    """SaliencyDataModule on the challenge's layout; see `from_perfect500k`."""
+    return SaliencyDataModule(from_perfect500k(root, titles), **options)
+
+
+def default_workers() -> int:
+    """One per core this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def quiet_worker(_: int) -> None:
+    """One thread a worker: OpenCV's own threads would fight over the same cores."""
+    cv2.setNumThreads(0)

@@ -1,0 +1,88 @@
+"""Read any picture file as RGB, and fit pictures into a square canvas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+# A header can announce any size; above this the pixels alone would need over 1 GB.
+MAX_PIXELS = 400_000_000
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit below refuses with a reason instead of a warning
+
+
+class UnreadablePicture(ValueError):
+    """A file that is no picture, is cut short, or is too large; the message gives the reason."""
+
+
+class Picture(NamedTuple):
+    """`rgb`: uint8 (H, W, 3), transparency laid on white. `alpha`: uint8 (H, W), or None for opaque files."""
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+
+
+def read_picture(path: str | Path, longest: int | None = None) -> Picture:
+    """Decode a picture: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
+
+    `longest` lets the JPEG decoder skip detail nobody will see: the result may be smaller than the file, but its
+    longest side stays at least twice `longest` where the file has that much.
+
+    Raises UnreadablePicture with the reason; never returns a stand-in.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
+            if longest:
+                # draft() keeps both sides at or above the size asked for, so the shorter side must be scaled along.
+                scale = 2 * longest / max(image.size)
+                image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadablePicture:
+        raise
+    except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
+        if isinstance(error, MemoryError):
+            raise
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        raise UnreadablePicture(reason.replace(str(path), Path(path).name)) from error
+
+
+def _to_rgb(image: Image.Image) -> Picture:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        # 16-bit files arrive as "I;16" or, from some decoders, as 32-bit "I"; both span 0..65535.
+        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+            values = values / 257.0
+        grey = np.clip(values + 0.5, 0, 255).astype(np.uint8)
+        return Picture(np.repeat(grey[..., None], 3, axis=2), None)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = np.array(image.convert("RGBA"))
+        alpha = rgba[..., 3]
+        if alpha.min() < 255:
+            weight = alpha[..., None].astype(np.float32) / 255
+            rgb = (rgba[..., :3] * weight + 255 * (1 - weight) + 0.5).astype(np.uint8)
+            return Picture(rgb, alpha)
+    return Picture(np.array(image.convert("RGB")), None)
+
+
+def letterbox(picture: np.ndarray, size: int, fill: int = 255) -> np.ndarray:
+    """Scale the longest side to `size` and centre the rest on a `fill` canvas: uint8 (H, W[, 3]) -> (size, size[, 3])."""
+    height, width = picture.shape[:2]
+    scale = size / max(height, width)
+    new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+    if (new_width, new_height) != (width, height):
+        interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        picture = cv2.resize(picture, (new_width, new_height), interpolation=interpolation)
+    if new_width == new_height == size:
+        return picture
+    canvas = np.full((size, size, *picture.shape[2:]), fill, np.uint8)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    canvas[top : top + new_height, left : left + new_width] = picture
+    return canvas

@@ -1,0 +1,1 @@
+"""Numbers and pages made from results."""

@@ -1,0 +1,35 @@
+"""How well predicted saliency fits true masks, where someone has drawn them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.catalog import open_catalog
+from ..data.pictures import letterbox, read_picture
+from ..models.extractor import resize_mask
+from ..models.objectives import mask_metrics
+from ..retrieval.features import Features
+
+SIZE = 224  # masks are compared on a letterboxed canvas of this side
+
+
+def evaluate_masks(features: Features, folder: str | Path) -> dict[str, float]:
+    """Mean `mask_mae`, `mask_f_beta`, `mask_iou` over the pictures that have a mask in `folder` (same stem), and `mask_count`.
+
+    A pooling without saliency looks at everything: its mask is 1 all over. Raises ValueError where no picture has a mask.
+    """
+    assert features.masks is not None
+    paths = dict(zip((catalog := open_catalog(folder)).ids, catalog.paths, strict=True))
+    rows = [row for row, name in enumerate(features.ids) if name in paths]
+    if not rows:
+        raise ValueError(
+            f"masks='{folder}' has no mask for '{features.ids[0]}' or any other query; masks are named as queries are"
+        )
+    true = np.stack([letterbox(read_picture(paths[features.ids[row]]).rgb[..., 0], SIZE, fill=0) for row in rows])
+    label = torch.from_numpy(true)[:, None].float() / 255
+    predicted = resize_mask(torch.from_numpy(features.masks[rows])[:, None].float() / 255, SIZE)
+    result = {f"mask_{name}": value.mean().item() for name, value in mask_metrics(predicted, label).items()}
+    return result | {"mask_count": float(len(rows))}

@@ -1,0 +1,104 @@
+"""Rankings and truth -> numbers."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DIVISIONS = ("hits", "matches", "min")
+BOOTSTRAP = 2000
+
+
+def average_precision(answers: Sequence[str], matches: Collection[str], k: int, division: str = "min") -> float:
+    """AP@k: the sum of P(i) over the ranks i <= k that hold a match, divided by one of three numbers.
+
+    `division`: "hits", the matches found within k (what the challenge's teams printed, the most lenient: missing
+    matches cost nothing); "matches", all true matches R (k < R makes 1 unreachable); "min", min(R, k), today's usual
+    definition. P(i) is the share of matches among the first i answers. 0 where nothing is found.
+
+    >>> answers, matches = ["a", "x", "b", "y"], {"a", "b", "c"}  # P(1) = 1, P(3) = 2/3
+    >>> [round(average_precision(answers, matches, k=4, division=d), 4) for d in ("hits", "matches", "min")]
+    [0.8333, 0.5556, 0.5556]
+    >>> round(average_precision(answers, matches, k=1, division="min"), 4)
+    1.0
+    """
+    found, total = 0, 0.0
+    for rank, answer in enumerate(answers[:k], start=1):
+        if answer in matches:
+            found += 1
+            total += found / rank
+    divisor = {"hits": found, "matches": len(matches), "min": min(len(matches), k)}[division]
+    return total / divisor if found else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-query values and their means. `values`: metric name -> float (Q,), in the order of `query_ids`."""
+
+    query_ids: tuple[str, ...]
+    values: dict[str, np.ndarray]
+    unanswered: tuple[str, ...]
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """Every metric's mean, and under `NAME_interval` its 95 % interval: 2,000 bootstrap samples over queries, seed 0."""
+        rows = np.random.default_rng(0).integers(len(self.query_ids), size=(BOOTSTRAP, len(self.query_ids)))
+        result: dict[str, float | list[float]] = {"queries": len(self.query_ids), "unanswered": len(self.unanswered)}
+        for name, values in self.values.items():
+            result[name] = float(values.mean())
+            result[f"{name}_interval"] = np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
+        return result
+
+
+def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collection[str]], k: int) -> Evaluation:
+    """mAP@k in the three divisions of `average_precision`, recall@1 and recall@k (share of queries with a match that high).
+
+    Every query of `truth` counts; one without an answer (an unreadable picture) scores 0 and is listed. Answers to
+    queries that `truth` does not know are ignored. Raises ValueError where the two have no query in common.
+    """
+    if not any(query in answers for query in truth):
+        some = ", ".join(list(truth)[:2]), ", ".join(list(answers)[:2])
+        raise ValueError(f"truth and answers have no query in common: truth has {some[0]} …, the answers {some[1]} …")
+    queries = tuple(truth)
+    given = [answers.get(query, ()) for query in queries]
+    values = {
+        f"mAP@{k}_by_{division}": np.array(
+            [average_precision(row, truth[query], k, division) for query, row in zip(queries, given, strict=True)]
+        )
+        for division in DIVISIONS
+    }
+    for depth in dict.fromkeys((1, k)):
+        hits = [bool(set(row[:depth]) & set(truth[query])) for query, row in zip(queries, given, strict=True)]
+        values[f"recall@{depth}"] = np.array(hits, float)
+    return Evaluation(queries, values, tuple(query for query in queries if query not in answers))
+
+
+def read_truth(file: str | Path) -> dict[str, set[str]]:
+    """Query id -> ids of all its matches: `query,product` rows, or the challenge's ragged file (BOM, CRLF, 1 to 6 answers).
+
+    A query may take several rows; file suffixes of pictures (`.jpg`) are dropped. Raises ValueError for a row without
+    an answer or a file without rows.
+    """
+    truth: dict[str, set[str]] = {}
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"truth='{file}' does not exist; give a csv of query,product rows, or leave truth out")
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = [[_stem(cell) for cell in row if cell.strip()] for row in csv.reader(stream)]
+    for number, row in enumerate(rows[1:], start=2):  # both forms have a header
+        if len(row) == 1:
+            raise ValueError(f"{file}, line {number}: the query '{row[0]}' has no answer; rows are query,product[,product …]")
+        if row:
+            truth.setdefault(row[0], set()).update(row[1:])
+    if not truth:
+        raise ValueError(f"'{file}' holds no rows below its header; it needs query,product rows")
+    return truth
+
+
+def _stem(cell: str) -> str:
+    cell = cell.strip()
+    base, dot, suffix = cell.rpartition(".")
+    return base if dot and suffix.lower() in ("jpg", "jpeg", "png", "webp") else cell

@@ -1,0 +1,54 @@
+"""One table over the jobs of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+
+class SweepSummary(Callback):
+    """Keeps RUN/summary.csv up to date while a multirun goes on (a stopped sweep has its rows), prints it at the end."""
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        if config.hydra.mode.name == "MULTIRUN":
+            write_summary(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        folder = Path(config.hydra.sweep.dir)
+        rows = write_summary(folder)
+        table = Table(title=str(folder / "summary.csv"))
+        for column in rows[0] if rows else []:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        Console().print(table)
+
+
+def write_summary(folder: Path) -> list[dict[str, Any]]:
+    """A row a job: its number, what it overrides, and the flat numbers of its metrics.json ("failed" where it has none)."""
+    rows: list[dict[str, Any]] = []
+    jobs = [path for path in folder.iterdir() if path.name.isdigit() and (path / ".hydra").is_dir()]
+    for job in sorted(jobs, key=lambda path: int(path.name)):
+        row: dict[str, Any] = {"job": job.name}
+        for override in OmegaConf.load(job / ".hydra" / "overrides.yaml"):
+            key, _, value = str(override).partition("=")
+            if key != "output_dir":
+                row[key] = value
+        file = job / "metrics.json"
+        metrics = json.loads(file.read_text()) if file.is_file() else {"status": "failed"}
+        rows.append(row | {k: v for k, v in metrics.items() if isinstance(v, int | float | str)})
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [{column: row.get(column, "") for column in columns} for row in rows]
+    with (folder / "summary.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows

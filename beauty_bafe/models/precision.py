@@ -1,0 +1,17 @@
+"""bf16 where the processor multiplies it faster than float32, float32 elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fastest_precision(device: str | None = None) -> str:
+    """Lightning's name of the fastest safe precision of `device` ("cpu", "cuda", None for what is there)."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Without AVX512-BF16 or AMX, oneDNN emulates bf16 and is slower than in float32.
+        fast = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if fast else "32-true"

@@ -1,0 +1,1 @@
+"""Descriptors in, rankings out: extraction, ensemble, index, re-ranking, submission."""

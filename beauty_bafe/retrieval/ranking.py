@@ -1,0 +1,47 @@
+"""The answer to a set of queries, before it becomes a file or numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), never rising along a row.
+
+    Raises ValueError where shapes differ, a position is out of range or twice in a row, or scores rise.
+    """
+
+    query_ids: tuple[str, ...]
+    gallery_ids: tuple[str, ...]
+    positions: np.ndarray
+    scores: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.positions.shape != self.scores.shape or len(self.positions) != len(self.query_ids):
+            raise ValueError(
+                f"positions {self.positions.shape} and scores {self.scores.shape} do not fit {len(self.query_ids)} queries"
+            )
+        if self.positions.size and not 0 <= self.positions.min() <= self.positions.max() < len(self.gallery_ids):
+            raise ValueError(f"positions must lie in 0..{len(self.gallery_ids) - 1}")
+        ordered = np.sort(self.positions, axis=1)
+        if (ordered[:, 1:] == ordered[:, :-1]).any():
+            raise ValueError("a gallery picture stands twice in one query's answer")
+        if (np.diff(self.scores, axis=1) > 0).any():
+            raise ValueError("scores must not rise along a row")
+
+    def answers(self, query: int) -> list[str]:
+        """The gallery ids of one query, best first."""
+        return [self.gallery_ids[position] for position in self.positions[query].tolist()]
+
+    def as_answers(self) -> dict[str, list[str]]:
+        """Query id -> gallery ids, best first."""
+        return {query: self.answers(row) for row, query in enumerate(self.query_ids)}
+
+
+def check_k(k: int, gallery: int) -> None:
+    """Raise ValueError where k results cannot be had from `gallery` pictures."""
+    if not 1 <= k <= gallery:
+        raise ValueError(f"k={k}, but the gallery has {gallery} readable pictures; type k= a number from 1 to {gallery}")

@@ -1,0 +1,61 @@
+"""Train a background-agnostic extractor on catalogue photos: python train.py model=resnet50 data=folder data.root=GALLERY"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from beauty_bafe import cli
+
+CONF = Path(__file__).parent / "conf"
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as configured and return the last epoch's metrics; writes checkpoints/, config.yaml, metrics.json, curves.png."""
+    import pytorch_lightning as pl
+    from hydra.utils import instantiate
+
+    from beauty_bafe.models.callbacks import History
+    from beauty_bafe.models.module import check_resumable
+    from beauty_bafe.models.precision import fastest_precision
+
+    output = Path(cfg.output_dir)
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    pl.seed_everything(cfg.seed, verbose=False)
+
+    data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
+    data.setup()
+    data.skipped.write(output / "skipped.csv")
+    data.skipped.check(len(data.catalog), cfg.max_skipped, "pictures", "max_skipped")
+    print(data.describe(), flush=True)
+
+    module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
+    if cfg.ckpt_path is not None:
+        check_resumable(module, cfg.ckpt_path)
+    precision = fastest_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=instantiate(cfg.logger))
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+
+    best, last = (output / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    if not best.exists() and trainer.is_global_zero:  # trainer.max_epochs=0: the untrained network, to compare with
+        trainer.save_checkpoint(last)
+        shutil.copyfile(last, best)
+    history = next(callback for callback in callbacks if isinstance(callback, History))
+    return history.epochs[-1] if history.epochs else {}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    cli.run(train, cfg)
+
+
+if __name__ == "__main__":
+    cli.check_overrides(CONF, "train", sys.argv[1:])
+    main()
