@@ -37,12 +37,12 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     options = {key: cfg[key] for key in ("batch_size", "num_workers", "device", "precision")}
 
     skipped, features, catalogs = Skipped(), {}, {}
-    for what in ("gallery", "queries"):
+    for what, name in (("gallery", "gallery pictures"), ("queries", "queries")):
         catalogs[what], unreadable = open_catalog(cfg[what]), Skipped()
-        features[what] = extract(extractors, catalogs[what], pooling, unreadable, what, keep_masks=what == "queries", **options)
+        features[what] = extract(extractors, catalogs[what], pooling, unreadable, name, keep_masks=what == "queries", **options)
         skipped.rows += unreadable.rows
         skipped.write(output / "skipped.csv")
-        unreadable.check(len(catalogs[what]), cfg.max_skipped, f"pictures of {what}", "max_skipped")
+        unreadable.check(len(catalogs[what]), cfg.max_skipped, name, "max_skipped")
 
     gallery = ensemble.fit(features["gallery"]).transform(features["gallery"])
     queries = ensemble.transform(features["queries"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.models.module import check_resumable
     from beauty_bafe.models.precision import fastest_precision
 
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business
     output = Path(cfg.output_dir)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)

@@ -59,8 +59,7 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     hydra = HydraConfig.get()
     with open_dict(cfg):
         cfg.output_dir = hydra.runtime.output_dir
-    for chatty in ("faiss", "pytorch_lightning", "timm"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # reports every instruction set it tries
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
     try:
         return function(cfg)

@@ -90,6 +90,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False)
-    trainer.strategy.connect(SaliencyModule(TINY, lr=1e-3))
+    trainer.strategy.connect(SaliencyModule(TINY, lr=1e-3, warmup=0))
     trainer.save_checkpoint(file)
     return file

@@ -189,8 +189,10 @@ class SaliencyDataModule(pl.LightningDataModule):
         assert self.train_set is not None
         replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(len(self.train_set), self.seed, self.epoch_size, replicas, rank)
-        # Lightning makes the first iterator before it announces the epoch, and workers draw ahead from it.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        if self.trainer:
+            # Lightning makes the first iterator, from which workers draw ahead, before it announces this same number.
+            progress: Any = self.trainer.fit_loop.epoch_progress
+            sampler.set_epoch(progress.current.processed)
         batch_size = min(self.batch_size, len(sampler))
         # BatchSampler cuts any sampler's keys into lists; its annotation knows integers alone.
         batches = BatchSampler(sampler, batch_size, drop_last=True)  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ from .datamodule import SaliencyDataModule, default_workers
 from .toy_products import CANVAS, draw_product
 
 VERSION = 1  # raise it when a drawing changes: folders of an older version are drawn anew
-VARIANTS = 3  # colours of one product line, the near-duplicates
+# Products come in sixes: (line within the six, colour). Three colours of one line are the near-duplicates.
+SIX = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0)]
 CATALOGUE, STREET = 1, 2  # keep the two kinds of pictures' random numbers apart
 
 
@@ -33,7 +34,7 @@ def draw_catalogue_photo(seed: int, product: int, size: int) -> np.ndarray:
     canvas = np.tile(backdrop, (size, size, 1))
     if rng.random() < 0.3:  # a studio's light falls off towards the floor
         canvas -= (np.arange(size) * int(rng.integers(4, 14)) // size)[:, None, None]
-    layer = _place(_rgba(seed, product), size, rng.uniform(0.8, 0.98), 0.0, (0.5, 0.5), 0.0, rng)
+    layer = _place(_rgba(seed, product), size, rng.uniform(0.75, 0.92), 0.0, (0.5, 0.5), 0.0, rng)
     if rng.random() < 0.5:
         canvas = _shadow(canvas, layer[..., 3], (0, size // 50), size * 0.03, rng.uniform(0.1, 0.25))
     return _over(canvas, layer)
@@ -44,15 +45,15 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
     rng = np.random.default_rng((seed, STREET, query))
     product = int(rng.integers(products))
     canvas = procedural_background(rng, size).astype(np.int32)
-    if rng.random() < 0.4:  # at times a second, smaller object
+    for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.6 else 0):  # at times other, smaller products
         spot = (rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.95))
         other = _place(
-            _rgba(seed, int(rng.integers(products))), size, rng.uniform(0.2, 0.4), rng.uniform(-180, 180), spot, 0.05, rng
+            _rgba(seed, int(rng.integers(products))), size, rng.uniform(0.15, 0.3), rng.uniform(-180, 180), spot, 0.05, rng
         )
         canvas = _over(_shadow(canvas, other[..., 3], (2, 3), 3.0, 0.4), other)
     spot = (rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))
     angle = rng.uniform(-35, 35) if rng.random() < 0.7 else rng.uniform(-180, 180)
-    layer = _place(_rgba(seed, product), size, rng.uniform(0.5, 1.05), angle, spot, 0.12, rng)
+    layer = _place(_rgba(seed, product), size, rng.uniform(0.5, 0.95), angle, spot, 0.12, rng)
     offset = (int(rng.integers(-8, 9)), int(rng.integers(2, 12)))
     canvas = _over(_shadow(canvas, layer[..., 3], offset, size * 0.025, rng.uniform(0.2, 0.6)), layer)
     mask = layer[..., 3]
@@ -121,7 +122,15 @@ def _save(file: Path, picture: np.ndarray, quality: int) -> None:
 
 
 def _rgba(seed: int, product: int) -> np.ndarray:
-    return draw_product(seed, product // VARIANTS, product % VARIANTS)
+    """Product `product` of the catalogue, trimmed to the square that holds it: uint8 RGBA (S, S, 4)."""
+    line, variant = SIX[product % 6]
+    whole = draw_product(seed, product // 6 * 4 + line, variant)
+    x, y, width, height = cv2.boundingRect(whole[..., 3])
+    side = max(width, height)
+    trimmed = np.zeros((side, side, 4), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    trimmed[top : top + height, left : left + width] = whole[y : y + height, x : x + width]
+    return trimmed
 
 
 def _place(

@@ -20,16 +20,20 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         folder = Path(config.hydra.sweep.dir)
         rows = write_summary(folder)
-        table = Table(title=str(folder / "summary.csv"))
-        for column in rows[0] if rows else []:
-            table.add_column(column)
+        # What all jobs have in common is in the csv; the table shows what differs.
+        columns = [c for c in rows[0] if len(rows) == 1 or len({row[c] for row in rows}) > 1] if rows else []
+        table = Table()
+        for column in columns:
+            table.add_column(escape(column))
         for row in rows:
-            table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+            table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
         Console().print(table)
+        print(folder / "summary.csv")
 
 
 def write_summary(folder: Path) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ class _RichProgress(RichProgressBar):
 class _PlainProgress(ProgressBar):
     """One line every `seconds` and after every epoch, for logs."""
 
-    def __init__(self, seconds: float = 20.0) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds, self._next = seconds, 0.0
 
@@ -176,6 +176,6 @@ class _PlainProgress(ProgressBar):
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done {text} {_speed(trainer):.0f} img/s", flush=True)
 
 
-def progress() -> ProgressBar:
-    """A rich bar on a terminal, plain lines where output goes to a file; both with images per second."""
-    return _RichProgress() if sys.stdout.isatty() else _PlainProgress()
+def progress(seconds: float) -> ProgressBar:
+    """A rich bar on a terminal, a line every `seconds` where output goes to a file; both with images per second."""
+    return _RichProgress() if sys.stdout.isatty() else _PlainProgress(seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +18,14 @@ from .objectives import mask_metrics, saliency_loss
 class SaliencyModule(pl.LightningModule):
     """Trains the mask encoders by mean square error on foreground augmentation (BAFE).
 
-    `model`: the plain arguments of BackgroundAgnosticExtractor. `lr`: Adam's step size.
+    `model`: the plain arguments of BackgroundAgnosticExtractor. `lr`: Adam's step size, reached after `warmup` steps.
     """
 
-    def __init__(self, model: Mapping[str, Any], lr: float) -> None:
+    def __init__(self, model: Mapping[str, Any], lr: float, warmup: int) -> None:
         super().__init__()
         # Through JSON: what is no plain value fails here, not when somebody loads the checkpoint.
-        self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr})))
-        self.lr = lr
+        self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
+        self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -44,8 +43,12 @@ class SaliencyModule(pl.LightningModule):
             {f"val/{key}": value for key, value in metrics.items()}, prog_bar=True, batch_size=len(label) // 2, sync_dist=True
         )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+        # Adam's first steps move thousands of weights per output the same way; at full size they can push a mask so far
+        # below 0 (most cells are background) that the sigmoid's gradient is gone for good.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
@@ -93,9 +96,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def checkpoint_hash(checkpoint: str | Path) -> str:
-    """The first 16 digits of the file's SHA-256."""
-    with Path(checkpoint).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

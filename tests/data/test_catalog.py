@@ -56,7 +56,9 @@ def test_open_catalog_says_what_it_takes(tmp_path: Path, name: str, found: str) 
 def test_csv_paths_start_at_the_csv(tmp_path: Path, write_picture: Callable[..., Path]) -> None:
     picture = write_picture("pictures/1.jpg")
     file = tmp_path / "list.csv"
-    file.write_text("path,title,id\r\npictures/1.jpg,a cream,sku-1\r\n\r\npictures/2.jpg,a balm,sku-2\r\n", encoding="utf-8-sig")
+    file.write_text(
+        "path,title,id\r\npictures/1.jpg,a cream,sku-1\r\n\r\npictures/2.jpg,a balm,sku-2\r\n", encoding="utf-8-sig"
+    )
     catalog = open_catalog(file)
     assert catalog.ids == ("sku-1", "sku-2")
     assert catalog.paths[0] == picture

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from beauty_bafe.data.datamodule import VALIDATION_EPOCH, EpochSampler, SaliencyDataModule
+
+
+@pytest.fixture
+def module(toy: Path, configure) -> Callable[..., SaliencyDataModule]:
+    def build(*overrides: str) -> SaliencyDataModule:
+        cfg = configure(
+            "train", "data=folder", f"data.root={toy / 'gallery'}", "data.batch_size=4", "data.num_workers=0", *overrides
+        )
+        data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=64, seed=cfg.seed)
+        data.setup()
+        return data
+
+    return build
+
+
+def epoch(data: SaliencyDataModule, number: int) -> list[dict[str, torch.Tensor]]:
+    loader = data.train_dataloader()
+    loader.batch_sampler.sampler.set_epoch(number)  # type: ignore[union-attr]
+    return list(loader)
+
+
+@pytest.mark.parametrize("augmentation", ["paper", "street"])
+def test_same_samples_with_any_number_of_workers_and_new_ones_every_epoch(module, augmentation: str) -> None:
+    batches = {
+        workers: [epoch(module(f"data.num_workers={workers}", f"augmentation={augmentation}"), number) for number in (0, 1)]
+        for workers in (0, 2, 8)
+    }
+    for workers in (2, 8):
+        for number in (0, 1):
+            assert len(batches[0][number]) == len(batches[workers][number])
+            for one, other in zip(batches[0][number], batches[workers][number], strict=True):
+                assert torch.equal(one["pictures"], other["pictures"])
+                assert torch.equal(one["masks"], other["masks"])
+    data = module(f"augmentation={augmentation}")
+    assert data.train_set is not None
+    first, second = (data.train_set[(number, 5)]["pictures"] for number in (0, 1))
+    assert torch.equal(first[0], second[0]), "the original stays"
+    assert not torch.equal(first[1], second[1]), "the augmented one is new"
+    again = torch.cat([batch["pictures"][1::2].flatten(1).float().mean(1) for number in (0, 1) for batch in batches[2][number]])
+    assert len(again.unique()) == len(again), "no sample repeats within or across epochs"
+
+
+def test_batches_hold_originals_and_augmented_pictures(module) -> None:
+    batch = next(iter(module().train_dataloader()))
+    assert batch["pictures"].shape == (8, 3, 64, 64)
+    assert batch["masks"].shape == (8, 1, 64, 64)
+    assert batch["pictures"].dtype == batch["masks"].dtype == torch.uint8
+    originals, masks = batch["pictures"][::2], batch["masks"][::2].expand(-1, 3, -1, -1)
+    assert originals[masks == 0].float().mean() > 235, "around an original's product is its backdrop"
+
+
+def test_split_is_seeded_disjoint_and_complete(module) -> None:
+    data, same, other = module(), module(), module("seed=7")
+    assert data.train_set is not None
+    assert data.val_set is not None
+    train, val = set(data.train_set.catalog.ids), set(data.val_set.catalog.ids)
+    assert len(val) == 5  # a tenth of 48
+    assert train | val == set(data.catalog.ids)
+    assert not train & val
+    assert val == set(same.val_set.catalog.ids)
+    assert val != set(other.val_set.catalog.ids)
+
+
+def test_validation_pictures_never_change(module) -> None:
+    data = module()
+    first, second = (torch.cat([batch["pictures"] for batch in data.val_dataloader()]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[:2], data.val_set[(VALIDATION_EPOCH, 0)]["pictures"])
+
+
+def test_unusable_photos_are_counted_and_left_out(toy: Path, tmp_path: Path, configure) -> None:
+    for number, file in enumerate(sorted((toy / "gallery").iterdir())[:6]):
+        (tmp_path / f"good{number}.jpg").symlink_to(file)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "scene.jpg").symlink_to(sorted((toy / "queries").iterdir())[1])
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    torch_free = tmp_path / "noise.png"
+    from PIL import Image
+
+    Image.fromarray(noise).save(torch_free)
+    cfg = configure("train", "data=folder", f"data.root={tmp_path}", "data.num_workers=0")
+    data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=64, seed=0)
+    data.setup()
+    reasons = {row[0]: row[2] for row in data.skipped.rows}
+    assert "cannot identify" in reasons["broken"]
+    assert "mask not trusted" in reasons["noise"]
+    assert data.skipped.unreadable == 1
+    assert f"{len(reasons)} left out" in data.describe()
+
+
+def test_too_few_photos_are_refused(tmp_path: Path, toy: Path, configure) -> None:
+    (tmp_path / "one.jpg").symlink_to(sorted((toy / "gallery").iterdir())[0])
+    cfg = configure("train", "data=folder", f"data.root={tmp_path}", "data.num_workers=0")
+    data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=64, seed=0)
+    with pytest.raises(ValueError, match="1 usable catalogue photos; training needs at least 2"):
+        data.setup()
+
+
+def drawn(sampler: EpochSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert {number for number, _ in keys} == {epoch}
+    return [index for _, index in keys]
+
+
+def test_sampler_visits_everything_in_another_order_every_epoch() -> None:
+    sampler = EpochSampler(10, seed=1)
+    first, second = drawn(sampler, 0), drawn(sampler, 1)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert drawn(EpochSampler(10, seed=1), 0) == first
+
+
+def test_short_epochs_pass_over_the_whole_catalogue_before_repeating() -> None:
+    sampler = EpochSampler(10, seed=1, epoch_size=4)
+    seen = [index for number in range(5) for index in drawn(sampler, number)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_processes_share_an_epoch() -> None:
+    parts = [drawn(EpochSampler(10, seed=1, replicas=3, rank=rank), 2) for rank in range(3)]
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert len(set().union(*parts)) == 9

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beauty_bafe.cli import check_overrides, require_retrieval_inputs
+
+from .conftest import ROOT
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    script, *rest = words
+    return subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("script", ["train", "retrieve"])
+@pytest.mark.parametrize("question", ["--help", "--cfg job"])
+def test_questions_are_answered_without_loading_torch(script: str, question: str, tmp_path: Path) -> None:
+    """Quick because nothing heavy is imported; a clock would tell of the machine instead."""
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{script}.py', *'{question}'.split()]\n"
+        "try:\n"
+        f"    runpy.run_path(r'{ROOT / script}.py', run_name='__main__')\n"
+        "except SystemExit as exit:\n"
+        "    assert not exit.code, exit.code\n"
+        "heavy = {'torch', 'timm', 'faiss', 'wandb', 'albumentations', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "output_dir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "expected"),
+    [
+        ("train", "trainer.max_epoch=3", "trainer has .*max_epochs.* Did you mean 'max_epochs'"),
+        ("train", "sed=1", "the top level has .*seed.* Did you mean 'seed'"),
+        ("train", "model.size.x=1", "model.size has no keys below it"),
+        ("retrieve", "pooling.saliensy=true", "Did you mean 'saliency'"),
+        ("train", "data.titles=x", "'data.titles' is no setting: data has root"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_allowed_ones(script: str, override: str, expected: str) -> None:
+    with pytest.raises(SystemExit, match=expected):
+        check_overrides(ROOT / "conf", script, [override])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=perfect500k", "data.titles=x"],  # a key of the group's chosen file
+        ["+trainer.fast_dev_run=true", "seed=2"],
+        ["-m", "model=resnet50,resnet101", "seed=1,2"],
+        ["hydra.verbose=true", "--cfg", "job"],
+        ["~ckpt_path"],
+    ],
+)
+def test_known_keys_pass(words: list[str]) -> None:
+    check_overrides(ROOT / "conf", "train", words)
+
+
+def test_unknown_names_are_answered_with_the_options(tmp_path: Path) -> None:
+    done = run("retrieve.py", "pooling=attentoin", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "attention_gem" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_retrieve_without_checkpoints_lists_the_runs_it_sees(tmp_path: Path) -> None:
+    done = run("retrieve.py", "gallery=G", "queries=Q", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "retrieve.py needs checkpoints='[RUN/checkpoints/best.ckpt]'" in done.stderr
+    assert "no run is to be seen" in done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/mine/checkpoints/best.ckpt").touch()
+    done = run("retrieve.py", cwd=tmp_path)
+    assert "runs/mine/checkpoints/best.ckpt" in done.stderr
+    assert "gallery=DIR_OR_CSV" in done.stderr
+
+
+def test_inputs_that_are_all_there_pass(configure) -> None:
+    require_retrieval_inputs(configure("retrieve", "checkpoints=[a.ckpt]", "gallery=G", "queries=Q"))
+
+
+def test_an_expected_error_is_one_line(tmp_path: Path) -> None:
+    done = run("train.py", "data=folder", f"data.root={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "does not exist; name a folder of pictures or a csv" in done.stderr
+    assert "Traceback" not in done.stderr

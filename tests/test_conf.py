@@ -1,0 +1,148 @@
+"""Every file of every group composes and instantiates; every command of the README and of conf/ composes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
+
+from .conftest import ROOT
+
+CONF = ROOT / "conf"
+FILES = sorted(CONF.glob("*/*.yaml"))
+TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger", "experiment"}
+RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank"}
+# What stands for the user's own things in commands.
+FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
+
+
+def launch_line(file: Path) -> str:
+    """The first line, or the second where Hydra wants its package directive first."""
+    lines = file.read_text().splitlines()
+    return lines[1] if lines[0].startswith("# @package") else lines[0]
+
+
+def scripts_for(file: Path) -> list[str]:
+    group = file.parent.name
+    first = launch_line(file)
+    return (
+        ["train"]
+        if group in TRAIN_GROUPS
+        else ["retrieve"]
+        if group in RETRIEVE_GROUPS
+        else re.findall(r"python (\w+)\.py", first)
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: Path) -> None:
+    group = file.parent.name
+    (script,) = scripts_for(file)
+    fill = [f"output_dir={tmp_path}", *(["gallery=G", "queries=Q"] if script == "retrieve" else [])]
+    if group == "data":
+        fill += ["data.root=GALLERY"] + (["data.titles=T.csv"] if file.stem == "perfect500k" else [])
+    cfg = configure(script, f"{group}={file.stem}", *fill)
+    OmegaConf.to_yaml(cfg, resolve=True)
+    if group == "model":
+        model = OmegaConf.to_container(cfg.model, resolve=True)
+        extractor = BackgroundAgnosticExtractor(**model | {"pretrained": False, "weights": None})
+        assert len(extractor.backbone.channels) == 4
+        assert extractor.backbone.strides == sorted(extractor.backbone.strides)
+    elif group == "objective":
+        tiny = {"name": "test_efficientnet", "taps": ["blocks.0"], "last": "bn2", "size": 64, "pretrained": False}
+        instantiate(cfg.objective, model=tiny, _recursive_=False, _convert_="all")
+    elif group in ("callbacks", "rerank"):
+        for part in cfg[group].values():
+            instantiate(part)
+    elif group == "trainer" and file.stem != "default":
+        assert cfg.trainer._target_ == "pytorch_lightning.Trainer"  # gpu and ddp need their hardware
+    elif group == "data":
+        options = {key: value for key, value in cfg.data.items() if key != "_target_"}
+        target = OmegaConf.create({"_target_": "hydra.utils.get_method", "path": cfg.data._target_})
+        accepted = instantiate(target)
+        assert callable(accepted)
+        assert set(options) >= {"root", "backgrounds", "batch_size"}
+    elif group == "sweep":
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            assert compose(script, [f"sweep={file.stem}", *fill], return_hydra_config=True).hydra.sweeper.params
+    elif group not in ("experiment", "trainer"):
+        instantiate(cfg[group])
+    elif group == "trainer":
+        instantiate(cfg.trainer, precision="32-true", logger=False)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_file_starts_with_its_launch_command(file: Path) -> None:
+    assert re.match(r"# (make demo, or: )?python (train|retrieve)\.py ", launch_line(file))
+
+
+def commands() -> list[str]:
+    found = []
+    for source in [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md")), *FILES, *sorted(CONF.glob("*.yaml"))]:
+        text = source.read_text().replace("\\\n", " ")
+        found += re.findall(r"^(?:# )?(?:make demo, or: )?(python (?:train|retrieve)\.py.*?)(?:\s{2,}.*)?$", text, re.MULTILINE)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_composes(command: str, configure) -> None:
+    words = shlex.split(command, comments=True)
+    assert words[0] == "python"
+    script, overrides = Path(words[1]).stem, [word for word in words[2:] if word != "-m"]
+    if "-m" in words:  # a sweep: its first job
+        overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]
+    given = {word.split("=")[0] for word in overrides}
+    fill = [word for word in FILLED if word.split("=")[0] not in given]
+    fill = [word for word in fill if word.startswith("data.") == (script == "train")]
+    overrides = [word for word in overrides if not word.startswith("-")]
+    OmegaConf.to_yaml(configure(script, *overrides, *fill), resolve=True)
+
+
+def test_the_readme_has_commands_and_is_short() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    assert sum(command in readme for command in commands()) >= 8
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / target).exists(), f"the README points at {target}"
+
+
+def test_dockerfile_copies_what_exists_and_runs_as_an_ordinary_user() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), line
+    users = [line.split()[1] for line in lines if line.startswith("USER")]
+    assert users, "no USER line"
+    assert users[-1] != "root"
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    assert (ROOT / Path(re.findall(r'"(/app/[^"]+)"', entry)[0]).name).is_file()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not {"beauty_bafe", "conf", "train.py", "retrieve.py", "constraints.txt"} & set(ignored)
+
+
+def test_docker_entrypoint_composes(tmp_path: Path, configure) -> None:
+    """With a stand-in for python that prints its arguments: what the image would run."""
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    entry = ["sh", str(ROOT / "docker-entrypoint.sh")]
+    done = subprocess.run(
+        [*entry, "/my queries", "/answers/a,b.csv", "k=3"], env=environment, capture_output=True, text=True, check=True
+    )
+    script, *overrides = done.stdout.splitlines()
+    assert (ROOT / script).is_file()
+    cfg = configure("retrieve", *overrides)
+    assert (cfg.queries, cfg.submission, cfg.k, cfg.report) == ("/my queries", "/answers/a,b.csv", 3, False)
+    short = subprocess.run([*entry, "/queries"], env=environment, capture_output=True, text=True, check=False)
+    assert short.returncode == 2
+    assert "usage: QUERIES OUTPUT.csv" in short.stderr

@@ -1,0 +1,247 @@
+"""From pictures on disk to submission and report, through the two scripts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from beauty_bafe.data.toy import draw_toy
+
+from .conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT))
+from retrieve import retrieve
+from train import train
+
+TINY_MODEL = [
+    f"model.{key}={value if not isinstance(value, list) else '[' + ','.join(value) + ']'}"
+    for key, value in (TINY | {"weights": "null"}).items()
+]
+
+
+def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
+    """The product's promise in small: toy catalogue, real ImageNet features, few steps."""
+    street = draw_toy(tmp_path, products=96, queries=100, seed=5, size=224, workers=1)
+    run = tmp_path / "run"
+    metrics = train(
+        configure(
+            "train",
+            "data=folder",
+            f"data.root={street / 'gallery'}",
+            "data.batch_size=6",
+            "data.num_workers=0",
+            "model.hidden=128",
+            "objective.lr=1e-3",
+            "objective.warmup=30",
+            "trainer.max_epochs=6",
+            f"output_dir={run}",
+        )
+    )
+    for file in (
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "metrics.json",
+        "curves.png",
+        "csv/metrics.csv",
+    ):
+        assert (run / file).stat().st_size > 0, file
+    history = json.loads((run / "metrics.json").read_text())["epochs"]
+    assert history[-1]["train/loss"] < 0.8 * history[0]["train/loss"]
+    assert metrics["val/iou"] == history[-1]["val/iou"]
+
+    results = {}
+    for pooling in ("spoc", "attention"):
+        results[pooling] = retrieve(
+            configure(
+                "retrieve",
+                f"pooling={pooling}",
+                f"checkpoints=[{run}/checkpoints/best.ckpt]",
+                f"gallery={street / 'gallery'}",
+                f"queries={street / 'queries'}",
+                f"truth={street / 'truth.csv'}",
+                f"masks={street / 'masks'}",
+                "num_workers=0",
+                "report_queries=5",
+                f"output_dir={tmp_path / pooling}",
+            )
+        )
+    average, attention = results["spoc"], results["attention"]
+    assert attention["mask_iou"] > average["mask_iou"] + 0.15
+    assert attention["mAP@7_by_min"] > average["mAP@7_by_min"] + 0.03
+    assert average["mAP@7_by_min"] > 0.1, "real features find something"
+
+    rows = list(csv.reader((tmp_path / "attention" / "submission.csv").open()))
+    assert len(rows) == 100
+    assert all(len(row) == 8 and len(set(row)) == 8 for row in rows)
+    html = (tmp_path / "attention" / "report.html").read_text()
+    assert html.count("<article") == 5
+    assert "http://" not in html
+    assert "https://" not in html
+    assert f"{attention['mAP@7_by_min']:.3f}" in html
+    assert not (tmp_path / "attention" / "skipped.csv").exists()
+
+
+def command(toy: Path, output: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "data=folder",
+        f"data.root={toy / 'gallery'}",
+        "data.batch_size=4",
+        "data.num_workers=1",
+        "trainer.max_epochs=3",
+        "callbacks.progress.seconds=0",
+        f"output_dir={output}",
+        *TINY_MODEL,
+        *overrides,
+    ]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def stop_in_second_epoch(words: list[str], with_signal: signal.Signals) -> str:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "epoch 2/3 batch 3/" in line:
+            process.send_signal(with_signal)
+    assert process.wait() != 0, output
+    assert "epoch 2/3 done" not in output, "it was to be stopped in mid-epoch"
+    return output
+
+
+def test_a_stopped_run_resumes_to_the_same_result(toy: Path, tmp_path: Path) -> None:
+    run(command(toy, tmp_path / "whole"))
+    for with_signal in (signal.SIGINT, signal.SIGKILL):
+        folder = tmp_path / with_signal.name
+        output = stop_in_second_epoch(command(toy, folder), with_signal)
+        last = folder / "checkpoints" / "last.ckpt"
+        assert (f"ckpt_path={last} goes on" in output) == (with_signal == signal.SIGINT)
+        run(command(toy, folder, f"ckpt_path={last}"))
+        for name in ("last.ckpt", "best.ckpt"):
+            states = [
+                torch.load(path / "checkpoints" / name, weights_only=True)["state_dict"]
+                for path in (tmp_path / "whole", folder)
+            ]
+            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), (with_signal.name, name)
+        epochs = [json.loads((path / "metrics.json").read_text())["epochs"] for path in (tmp_path / "whole", folder)]
+        assert [row["val/loss"] for row in epochs[0]] == [row["val/loss"] for row in epochs[1]]
+
+
+def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
+    done = run([*command(toy, tmp_path / "sweep", "trainer.max_epochs=1"), "seed=1,2", "-m"])
+    rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").open()))
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    assert rows[0]["val/loss"] != rows[1]["val/loss"]
+    assert "summary.csv" in done.stdout
+    assert (tmp_path / "sweep" / "1" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_two_processes_train_together(toy: Path, tmp_path: Path) -> None:
+    run(command(toy, tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1"))
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["epochs"]) == 1
+
+
+def test_no_epochs_leave_the_untrained_network(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
+    overrides = ["data=folder", f"data.root={toy / 'gallery'}", "data.num_workers=0", "trainer.max_epochs=0", *TINY_MODEL]
+    train(configure("train", *overrides, f"output_dir={tmp_path}"))
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.fixture
+def retrieval(
+    toy: Path, tiny_checkpoint: Path, tmp_path: Path, configure: Callable[..., DictConfig]
+) -> Callable[..., DictConfig]:
+    def build(*overrides: str) -> DictConfig:
+        given = {word.split("=")[0] for word in overrides}
+        defaults = {
+            "checkpoints": f"[{tiny_checkpoint}]",
+            "gallery": toy / "gallery",
+            "queries": toy / "queries",
+            "output_dir": tmp_path / "out",
+            "num_workers": 0,
+        }
+        return configure("retrieve", *(f"{key}={value}" for key, value in defaults.items() if key not in given), *overrides)
+
+    return build
+
+
+def test_broken_queries_are_listed_and_left_out(toy: Path, tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    pictures = sorted((toy / "queries").iterdir())[:18]
+    for picture in pictures:
+        (folder / picture.name).symlink_to(picture)
+    (folder / "cut.jpg").write_bytes(pictures[0].read_bytes()[:800])
+    (folder / "empty.png").touch()
+    retrieve(retrieval(f"queries={folder}", "report=false"))
+    assert [row[0] for row in csv.reader((tmp_path / "out" / "skipped.csv").open())] == ["id", "cut", "empty"]
+    answered = [row[0] for row in csv.reader((tmp_path / "out" / "submission.csv").open())]
+    assert answered == [picture.stem for picture in pictures]
+    with pytest.raises(ValueError, match=r"2 of 20 queries cannot be read, more than max_skipped=0.05"):
+        retrieve(retrieval(f"queries={folder}", "report=false", "max_skipped=0.05"))
+
+
+def test_report_without_truth_and_without_masks(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
+    assert retrieve(retrieval("report_queries=3", "pooling=spoc")) == {}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "No truth was given" in html
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_ensembles_and_reranking_run_together(
+    tmp_path: Path, tiny_checkpoint: Path, toy: Path, retrieval: Callable[..., DictConfig]
+) -> None:
+    pair = f"checkpoints=[{tiny_checkpoint},{tiny_checkpoint}]"
+    metrics = retrieve(
+        retrieval(pair, "ensemble=zscore", "rerank=query_expansion", f"truth={toy / 'truth.csv'}", "report=false")
+    )
+    assert 0 < metrics["recall@7"] <= 1
+    assert os.path.getsize(tmp_path / "out" / "submission.csv") > 100
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("k=49", "k=49, but the gallery has 48 readable pictures"),
+        ("index.device=gpu", "index.device=gpu, but faiss sees no GPU"),
+        ("checkpoints=[nothing.ckpt]", "checkpoint 'nothing.ckpt' does not exist"),
+        ("queries=nowhere", "'nowhere' does not exist; name a folder"),
+        ("truth=nowhere.csv", "truth='nowhere.csv' does not exist"),
+    ],
+)
+def test_mistakes_are_answered(retrieval: Callable[..., DictConfig], override: str, message: str) -> None:
+    if override.startswith("index") and torch.cuda.is_available():
+        return
+    with pytest.raises(Exception, match=message):
+        retrieve(retrieval(override, "report=false"))
+
+
+def test_the_shared_benchmark_is_readable(shared: Path) -> None:
+    """Every file of the benchmark in reach opens, its masks fit its queries, and truth names what is there."""
+    from beauty_bafe.data.catalog import open_catalog
+    from beauty_bafe.evaluation.metrics import read_truth
+
+    dev = shared / "benchmark" / "dev"
+    gallery, queries, masks = (set(open_catalog(dev / name).ids) for name in ("gallery", "queries", "masks"))
+    truth = read_truth(dev / "truth.csv")
+    assert queries == masks == set(truth)
+    assert set().union(*truth.values()) <= gallery
