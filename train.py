@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -48,10 +47,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=instantiate(cfg.logger))
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
 
-    best, last = (output / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
-    if not best.exists() and trainer.is_global_zero:  # trainer.max_epochs=0: the untrained network, to compare with
-        trainer.save_checkpoint(last)
-        shutil.copyfile(last, best)
     history = next(callback for callback in callbacks if isinstance(callback, History))
     return history.epochs[-1] if history.epochs else {}
 

@@ -22,9 +22,9 @@ from .metrics import DIVISIONS, Evaluation
 
 THUMB, QUERY = 132, 168  # pixels
 METRIC_NAMES = {
-    "hits": "AP divided by the matches found (most lenient; the challenge teams' figure)",
-    "matches": "AP divided by all true matches",
-    "min": "AP divided by min(R, k), today's usual definition",
+    "hits": "AP over matches found (the challenge teams')",
+    "matches": "AP over all true matches",
+    "min": "AP over min(matches, k), the usual one",
 }
 
 

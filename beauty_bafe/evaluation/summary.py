@@ -29,10 +29,11 @@ class SweepSummary(Callback):
         columns = [c for c in rows[0] if len(rows) == 1 or len({row[c] for row in rows}) > 1] if rows else []
         table = Table()
         for column in columns:
-            table.add_column(escape(column))
+            table.add_column(escape(column), overflow="fold")
         for row in rows:
             table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
-        Console().print(table)
+        console = Console()
+        (console if console.is_terminal else Console(width=200)).print(table)  # a log has no width to respect
         print(folder / "summary.csv")
 
 

@@ -1,9 +1,10 @@
-"""What a training run leaves behind and shows: resume point, metrics and curves, sample pictures, progress."""
+"""What a training run leaves behind and shows: checkpoints, metrics and curves, sample pictures, progress."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,35 +18,58 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar, RichP
 from .extractor import resize_mask
 
 
-class ResumePoint(Checkpoint):
-    """Keeps RUN/checkpoints/last.ckpt: before the first step and after every epoch, whole or not at all."""
+class Checkpoints(Checkpoint):
+    """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the lowest `monitor`.
 
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
+    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one.
+    """
+
+    def __init__(self, folder: str, monitor: str) -> None:
+        self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
+        self.monitor, self.lowest = monitor, float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lowest = state_dict["lowest"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == 0 and trainer.global_step == 0:
-            self.save(trainer)
+            self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer)
+        value = float(trainer.callback_metrics.get(self.monitor, self.lowest))
+        better = value < self.lowest or not self.best.exists()
+        self.lowest = min(value, self.lowest)
+        # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
+        self.save(trainer, [self.best, self.last] if better else [self.last])
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write beside, then move over: a kill leaves the old file. Raises OSError naming the file where the disk is full."""
-        part = self.file.with_suffix(".part")
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.best.exists():  # trainer.max_epochs=0: the untrained network, to compare with
+            self.save(trainer, [self.best, self.last])
+
+    def save(self, trainer: pl.Trainer, files: list[Path]) -> None:
+        """Write beside, then move over. Raises OSError naming the file where the disk is full."""
+        part = self.last.with_suffix(".part")
         try:
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
-                os.replace(part, self.file)
+                for file in files[:-1]:
+                    shutil.copyfile(part, file.with_suffix(".copy"))
+                    os.replace(file.with_suffix(".copy"), file)
+                os.replace(part, files[-1])
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-            part.unlink(missing_ok=True)
-            kept = f"the one of an earlier epoch is kept; type ckpt_path={self.file} to go on" if self.file.exists() else ""
-            raise OSError(f"could not write '{self.file}' ({error}); is the disk full? {kept}") from error
+            for leftover in (part, self.best.with_suffix(".copy")):
+                leftover.unlink(missing_ok=True)
+            kept = f"the one of an earlier epoch is kept; type ckpt_path={self.last} to go on" if self.last.exists() else ""
+            raise OSError(f"could not write '{files[-1]}' ({error}); is the disk full? {kept}") from error
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             print(
-                f"\nstopped in epoch {trainer.current_epoch}; the same command with ckpt_path={self.file} goes on", flush=True
+                f"\nstopped in epoch {trainer.current_epoch + 1}; the same command with ckpt_path={self.last} goes on",
+                flush=True,
             )
 
 
@@ -170,9 +194,7 @@ class _PlainProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            metrics = self.get_metrics(trainer, pl_module)
-            metrics.pop("v_num", None)
-            text = " ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
+            text = " ".join(f"{key} {float(value):.4f}" for key, value in trainer.callback_metrics.items())
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done {text} {_speed(trainer):.0f} img/s", flush=True)
 
 

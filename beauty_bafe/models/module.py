@@ -39,9 +39,8 @@ class SaliencyModule(pl.LightningModule):
         # Originals stand at even places; only the augmented pictures tell something.
         metrics = {key: value[1::2].mean() for key, value in mask_metrics(extraction.saliency(label.shape[-1]), label).items()}
         metrics["loss"] = saliency_loss(extraction.masks, label)
-        self.log_dict(
-            {f"val/{key}": value for key, value in metrics.items()}, prog_bar=True, batch_size=len(label) // 2, sync_dist=True
-        )
+        for key, value in metrics.items():
+            self.log(f"val/{key}", value, prog_bar=key == "iou", batch_size=len(label) // 2, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)

@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from beauty_bafe.models.callbacks import History, ResumePoint, SamplePictures
+from beauty_bafe.models.callbacks import Checkpoints, History, SamplePictures
 from beauty_bafe.models.module import SaliencyModule
 
 
@@ -39,7 +39,7 @@ def fit(
             History(str(folder)),
             SamplePictures(str(folder / "samples"), 2),
             *(extra or []),
-            ResumePoint(str(folder / "last.ckpt")),
+            Checkpoints(str(folder), "val/loss"),
         ],
         enable_checkpointing=True,
         default_root_dir=folder,
@@ -93,4 +93,25 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     with pytest.raises(OSError, match=r"could not write .*last.ckpt.*No space left.*is the disk full.*ckpt_path="):
         fit(tmp_path, tiny, epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt").read_bytes() == good
-    assert not list(tmp_path.glob("*.part"))
+    assert not [*tmp_path.glob("*.part"), *tmp_path.glob("*.copy")]
+
+
+def test_best_is_the_epoch_of_the_lowest_loss(tmp_path: Path) -> None:
+    class Trainer:
+        is_global_zero = True
+
+        def __init__(self, loss: float) -> None:
+            self.callback_metrics = {"val/loss": torch.tensor(loss)}
+
+        def save_checkpoint(self, path: Path) -> None:
+            Path(path).write_text(str(self.callback_metrics["val/loss"].item()))
+
+    callback = Checkpoints(str(tmp_path), "val/loss")
+    for loss in (0.5, 0.25, 0.75):
+        callback.on_train_epoch_end(Trainer(loss), None)  # type: ignore[arg-type]
+    assert (tmp_path / "best.ckpt").read_text() == "0.25"
+    assert (tmp_path / "last.ckpt").read_text() == "0.75"
+    resumed = Checkpoints(str(tmp_path), "val/loss")
+    resumed.load_state_dict(callback.state_dict())
+    resumed.on_train_epoch_end(Trainer(0.5), None)  # type: ignore[arg-type]
+    assert (tmp_path / "best.ckpt").read_text() == "0.25"
