@@ -33,7 +33,8 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     truth = read_truth(cfg.truth) if cfg.truth is not None else None
     index, ensemble, pooling = instantiate(cfg.index), instantiate(cfg.ensemble), instantiate(cfg.pooling)
-    extractors = [load_extractor(checkpoint) for checkpoint in cfg.checkpoints]
+    checkpoints = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else cfg.checkpoints
+    extractors = [load_extractor(checkpoint) for checkpoint in checkpoints]
     options = {key: cfg[key] for key in ("batch_size", "num_workers", "device", "precision")}
 
     skipped, features, catalogs = Skipped(), {}, {}

@@ -33,15 +33,15 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     pl.seed_everything(cfg.seed, verbose=False)
 
+    module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
+    if cfg.ckpt_path is not None:
+        check_resumable(module, cfg.ckpt_path)
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
     data.setup()
     data.skipped.write(output / "skipped.csv")
     data.skipped.check(len(data.catalog), cfg.max_skipped, "pictures", "max_skipped")
     print(data.describe(), flush=True)
 
-    module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
-    if cfg.ckpt_path is not None:
-        check_resumable(module, cfg.ckpt_path)
     precision = fastest_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=instantiate(cfg.logger))

@@ -43,7 +43,7 @@ class Catalog:
 
 def open_catalog(source: str | Path) -> Catalog:
     """A folder (searched through) or a csv of ids and paths. Raises ValueError or OSError saying what is there instead."""
-    path = Path(source)
+    path = Path(source).expanduser()  # a shell leaves key=~/folder as it is
     if path.is_dir():
         return from_folder(path)
     if path.is_file() and path.suffix.lower() == ".csv":

@@ -103,6 +103,8 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:12] or timm.list_models("resnet*")[:12]
         raise ValueError(f"timm knows no model '{name}'; similar names: {', '.join(near)}")
+    if pretrained:
+        _give_up_early_without_hub()
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
@@ -113,6 +115,17 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             "Offline, type model.weights=FILE with a state dict saved elsewhere, or model.pretrained=false "
             "for random weights (their descriptors mean nothing until trained)"
         ) from error
+
+
+def _give_up_early_without_hub() -> None:
+    """Where the hub does not answer one short question, let its client use its cache alone: it would retry for minutes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP client calls it
+        constants.HF_HUB_OFFLINE = True
 
 
 def load_weights(net: nn.Module, source: str) -> None:

@@ -13,5 +13,5 @@ def fastest_precision(device: str | None = None) -> str:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without AVX512-BF16 or AMX, oneDNN emulates bf16 and is slower than in float32.
-        fast = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if fast else "32-true"
