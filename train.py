@@ -39,7 +39,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
     data.setup()
     data.skipped.write(output / "skipped.csv")
-    data.skipped.check(len(data.catalog), cfg.max_skipped, "pictures", "max_skipped")
+    data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
     print(data.describe(), flush=True)
 
     precision = fastest_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision

@@ -53,7 +53,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
         "config.yaml",
         "metrics.json",
         "curves.png",
-        "csv/metrics.csv",
+        "csv/version_0/metrics.csv",
     ):
         assert (run / file).stat().st_size > 0, file
     history = json.loads((run / "metrics.json").read_text())["epochs"]

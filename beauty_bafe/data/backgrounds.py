@@ -11,18 +11,15 @@ import numpy as np
 from .catalog import Catalog
 from .pictures import read_picture
 
-CACHED_PHOTOS = 128  # decoded once per worker; at 540 px that is about 150 MB
+BACKGROUND_LONGEST = 640  # photographs are kept at one to two times this on the long side, so that crops have detail
+CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB
 
 
 class Backgrounds:
-    """Draws square pictures from the photographs of a catalogue, or procedural scenes where there is none.
+    """Draws square pictures from the photographs of a catalogue, or procedural scenes where there is none."""
 
-    Photographs are kept at `longest` pixels on the long side at least, so that crops still have detail.
-    """
-
-    def __init__(self, photos: Catalog | None, longest: int = 640) -> None:
+    def __init__(self, photos: Catalog | None) -> None:
         self.photos = photos
-        self.longest = longest
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
 
     def __call__(self, rng: np.random.Generator, size: int, zoom: tuple[float, float] = (0.4, 1.0)) -> np.ndarray:
@@ -43,8 +40,8 @@ class Backgrounds:
         if path in self._cache:
             self._cache.move_to_end(path)
             return self._cache[path]
-        photo = read_picture(path, self.longest).rgb
-        scale = 2 * self.longest / max(photo.shape[:2])
+        photo = read_picture(path, BACKGROUND_LONGEST).rgb
+        scale = 2 * BACKGROUND_LONGEST / max(photo.shape[:2])
         if scale < 1:
             photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         self._cache[path] = photo

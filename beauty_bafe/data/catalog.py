@@ -86,15 +86,15 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
 
 
 class Skipped:
-    """Pictures left out, each with its reason; `unreadable` counts those that no program could use."""
+    """Pictures left out as (id, path, reason); `unreadable` are those among them that nothing can read."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
-        self.unreadable = 0
+        self.unreadable: list[tuple[str, str, str]] = []
 
     def add(self, catalog: Catalog, index: int, reason: str, unreadable: bool = True) -> None:
         self.rows.append((catalog.ids[index], str(catalog.paths[index]), reason))
-        self.unreadable += unreadable
+        self.unreadable += self.rows[-1:] if unreadable else []
 
     def write(self, file: Path) -> None:
         """Write `id,path,reason`; an earlier run's file is removed where nothing was skipped."""
@@ -107,10 +107,10 @@ class Skipped:
 
     def check(self, total: int, max_share: float, what: str, setting: str) -> None:
         """Raise ValueError when more than `max_share` (0..1) of `total` pictures could not be read."""
-        if self.unreadable > max_share * total:
-            _, path, reason = self.rows[0]
+        if len(self.unreadable) > max_share * total:
+            _, path, reason = self.unreadable[0]
             raise ValueError(
-                f"{self.unreadable} of {total} {what} cannot be read, more than {setting}={max_share} allows; "
+                f"{len(self.unreadable)} of {total} {what} cannot be read, more than {setting}={max_share} allows; "
                 f"the first: {path}: {reason}; see skipped.csv, mend the files or raise {setting}"
             )
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from .augmentation import Augmentation, Sample, Surroundings
-from .backgrounds import Backgrounds
+from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_foreground
 from .pictures import UnreadablePicture, letterbox, read_picture
@@ -141,7 +141,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.augmentation, self.size, self.seed = augmentation, size, seed
         self.batch_size, self.val_share, self.val_max, self.epoch_size = batch_size, val_share, val_max, epoch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
-        self.skipped = Skipped()
+        self.skipped, self.looked_at = Skipped(), 0
         self.train_set: ForegroundDataset | None = None
         self.val_set: ForegroundDataset | None = None
 
@@ -152,7 +152,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         usable = self._scan(self.catalog, partial(load_photo, size=self.size), "catalogue photos")
         photos = self.photos
         if photos is not None:
-            photos = photos.subset(self._scan(photos, read_picture, "backgrounds"))
+            photos = photos.subset(self._scan(photos, partial(read_picture, longest=BACKGROUND_LONGEST), "backgrounds"))
         if len(usable) < 2:
             raise ValueError(f"{len(usable)} usable catalogue photos; training needs at least 2, one of them to validate on")
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
@@ -180,6 +180,7 @@ class SaliencyDataModule(pl.LightningDataModule):
             _Scan(catalog, load), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
         )
         results = [result for batch in track(scan, f"looking through {len(catalog)} {what}") for result in batch]
+        self.looked_at += len(results)
         for index, (reason, unreadable) in enumerate(results):
             if reason:
                 self.skipped.add(catalog, index, reason, unreadable)

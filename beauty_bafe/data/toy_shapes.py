@@ -38,9 +38,11 @@ def turned(canvas: np.ndarray, profile: Profile, color: Color, gloss: float = 0.
     heights, widths = np.array(profile, np.float64).T
     top, bottom = max(0, int(heights[0])), min(CANVAS, int(heights[-1]) + 1)
     half = np.interp(np.arange(top, bottom), heights, widths)[:, None]
-    across = (np.arange(CANVAS) - centre)[None, :] / np.maximum(half, 1e-6)
+    reach = int(widths.max()) + 1
+    left, right = max(0, int(centre) - reach), min(CANVAS, int(centre) + reach + 1)
+    across = (np.arange(left, right) - centre)[None, :] / np.maximum(half, 1e-6)
     inside = np.abs(across) <= 1
-    canvas[top:bottom][inside] = _shade(across, color, gloss)[inside]
+    canvas[top:bottom, left:right][inside] = _shade(across[inside], color, gloss)
 
 
 def _shade(across: np.ndarray, color: Color, gloss: float) -> np.ndarray:
@@ -131,11 +133,13 @@ def cap(canvas: np.ndarray, style: Style, top: float, bottom: float, half: float
 
 def disc(canvas: np.ndarray, centre: tuple[int, int], wide: float, tall: float, color: Color) -> None:
     """An ellipse lit from the upper left."""
-    y, x = np.ogrid[:CANVAS, :CANVAS]
+    top, left = (max(0, int(middle - half) - 1) for middle, half in zip(centre[::-1], (tall, wide), strict=True))
+    y, x = np.ogrid[top : min(CANVAS, int(centre[1] + tall) + 2), left : min(CANVAS, int(centre[0] + wide) + 2)]
     u, v = (x - centre[0]) / wide, (y - centre[1]) / tall
     inside = u * u + v * v <= 1
     light = 1.04 - 0.16 * u - 0.14 * v
     rim = u * u + v * v > 0.94
     rgb = np.array(color) * np.where(rim, light * 0.82, light)[..., None]
-    canvas[inside, :3] = np.clip(rgb, 0, 255).astype(np.uint8)[inside]
-    canvas[inside, 3] = 255
+    part = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
+    part[inside, :3] = np.clip(rgb, 0, 255).astype(np.uint8)[inside]
+    part[inside, 3] = 255

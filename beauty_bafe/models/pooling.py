@@ -6,13 +6,7 @@ float (B, C). Each row depends on its own picture alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .extractor import Extraction
 
 EPSILON = 1e-6  # keeps an empty mask and a dead channel finite
 
@@ -52,29 +46,3 @@ def gem(maps: Tensor, weight: Tensor | None = None, p: float = 3.0) -> Tensor:
     (4.583, 2.236)
     """
     return spoc(maps.clamp(min=EPSILON) ** p, weight).clamp(min=EPSILON**p) ** (1 / p)
-
-
-class Pooling:
-    """From an extraction to descriptors: which map, which function, weighted by the saliency mask or not (conf/pooling).
-
-    `map`: "last", or the number of a tap, 1 for the shallowest. The weight is that tap's own mask; "last" takes the
-    deepest tap's, resized to the map (paper).
-    """
-
-    def __init__(self, function: Callable[..., Tensor], saliency: bool, map: str | int = "last") -> None:
-        if map != "last" and not isinstance(map, int):
-            raise ValueError(f"pooling.map={map!r}: type last, or the number of a tap counted from 1")
-        self.function, self.saliency, self.map = function, saliency, map
-
-    def __call__(self, extraction: Extraction) -> Tensor:
-        """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
-        from .extractor import resize_mask
-
-        if self.map == "last":
-            maps, mask = extraction.last, extraction.masks[-1]
-        elif 1 <= int(self.map) <= len(extraction.taps):
-            maps, mask = extraction.taps[int(self.map) - 1], extraction.masks[int(self.map) - 1]
-        else:
-            raise ValueError(f"pooling.map={self.map}: this network has the taps 1 to {len(extraction.taps)}, and last")
-        weight = resize_mask(mask, maps.shape[-2:]) if self.saliency else None
-        return self.function(maps.float(), weight)

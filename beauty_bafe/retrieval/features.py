@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.catalog import Catalog, Skipped
 from ..data.datamodule import default_workers, quiet_worker
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.pooling import Pooling
 from ..models.precision import fastest_precision
 
 MASK_SIZE = 56  # stride 4 at 224 px: the finest grid a mask is predicted on

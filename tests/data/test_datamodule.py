@@ -95,7 +95,7 @@ def test_unusable_photos_are_counted_and_left_out(toy: Path, tmp_path: Path, con
     reasons = {row[0]: row[2] for row in data.skipped.rows}
     assert "cannot identify" in reasons["broken"]
     assert "mask not trusted" in reasons["noise"]
-    assert data.skipped.unreadable == 1
+    assert [row[0] for row in data.skipped.unreadable] == ["broken"]
     assert f"{len(reasons)} left out" in data.describe()
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import Extraction
-from beauty_bafe.models.pooling import Pooling, gem, mac, spoc
+from beauty_bafe.models.pooling import gem, mac, spoc
 
 
 def slow(name: str, maps: Tensor, weight: Tensor | None, p: float = 3.0) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from beauty_bafe.data.catalog import Skipped, from_folder
 from beauty_bafe.data.pictures import letterbox, read_picture
+from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.module import load_extractor
-from beauty_bafe.models.pooling import Pooling, spoc
+from beauty_bafe.models.pooling import spoc
 from beauty_bafe.retrieval.features import MASK_SIZE, Features, extract, pick_device
 
 ATTENTION = Pooling(spoc, saliency=True)

@@ -1,0 +1,33 @@
+"""From what the network says of a picture to its descriptor: which map, pooled how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .extractor import Extraction, resize_mask
+
+
+class Pooling:
+    """From an extraction to descriptors: which map, which function, weighted by the saliency mask or not (conf/pooling).
+
+    `map`: "last", or the number of a tap, 1 for the shallowest. The weight is that tap's own mask; "last" takes the
+    deepest tap's, resized to the map (paper).
+    """
+
+    def __init__(self, function: Callable[..., Tensor], saliency: bool, map: str | int = "last") -> None:
+        if map != "last" and not isinstance(map, int):
+            raise ValueError(f"pooling.map={map!r}: type last, or the number of a tap counted from 1")
+        self.function, self.saliency, self.map = function, saliency, map
+
+    def __call__(self, extraction: Extraction) -> Tensor:
+        """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
+        if self.map == "last":
+            maps, mask = extraction.last, extraction.masks[-1]
+        elif 1 <= int(self.map) <= len(extraction.taps):
+            maps, mask = extraction.taps[int(self.map) - 1], extraction.masks[int(self.map) - 1]
+        else:
+            raise ValueError(f"pooling.map={self.map}: this network has the taps 1 to {len(extraction.taps)}, and last")
+        weight = resize_mask(mask, maps.shape[-2:]) if self.saliency else None
+        return self.function(maps.float(), weight)
