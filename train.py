@@ -37,8 +37,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.ckpt_path is not None:
         check_resumable(module, cfg.ckpt_path)
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
-    data.setup()
-    data.skipped.write(output / "skipped.csv")
+    try:
+        data.setup()
+    finally:  # also where too little is left to train on
+        data.skipped.write(output / "skipped.csv")
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
     print(data.describe(), flush=True)
 

@@ -164,6 +164,16 @@ def test_no_epochs_leave_the_untrained_network(toy: Path, tmp_path: Path, config
     overrides = ["data=folder", f"data.root={toy / 'gallery'}", "data.num_workers=0", "trainer.max_epochs=0", *TINY_MODEL]
     train(configure("train", *overrides, f"output_dir={tmp_path}"))
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": []}
+
+
+def test_too_few_photos_leave_their_reasons(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "good.jpg").symlink_to(next((toy / "gallery").iterdir()))
+    (tmp_path / "photos" / "broken.jpg").touch()
+    with pytest.raises(ValueError, match=r"1 of 2 catalogue photos are usable, see skipped\.csv"):
+        train(configure("train", "data=folder", f"data.root={tmp_path / 'photos'}", f"output_dir={tmp_path}", *TINY_MODEL))
+    assert "broken" in (tmp_path / "skipped.csv").read_text()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 from .catalog import Catalog
 from .pictures import read_picture
 
-BACKGROUND_LONGEST = 640  # photographs are kept at one to two times this on the long side, so that crops have detail
+BACKGROUND_LONGEST = 640  # photographs are kept at twice this on the long side at most, so that crops have detail
 CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB
 
 
@@ -41,9 +41,6 @@ class Backgrounds:
             self._cache.move_to_end(path)
             return self._cache[path]
         photo = read_picture(path, BACKGROUND_LONGEST).rgb
-        scale = 2 * BACKGROUND_LONGEST / max(photo.shape[:2])
-        if scale < 1:
-            photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         self._cache[path] = photo
         if len(self._cache) > CACHED_PHOTOS:
             self._cache.popitem(last=False)

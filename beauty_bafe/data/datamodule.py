@@ -153,8 +153,13 @@ class SaliencyDataModule(pl.LightningDataModule):
         photos = self.photos
         if photos is not None:
             photos = photos.subset(self._scan(photos, partial(read_picture, longest=BACKGROUND_LONGEST), "backgrounds"))
+            if not len(photos):
+                raise ValueError("no background can be read, see skipped.csv; data.backgrounds=null draws scenes instead")
         if len(usable) < 2:
-            raise ValueError(f"{len(usable)} usable catalogue photos; training needs at least 2, one of them to validate on")
+            raise ValueError(
+                f"{len(usable)} of {len(self.catalog)} catalogue photos are usable, see skipped.csv; "
+                "training needs at least 2, one of them to validate on"
+            )
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
         held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
         backgrounds = Backgrounds(photos)

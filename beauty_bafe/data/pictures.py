@@ -30,8 +30,8 @@ class Picture(NamedTuple):
 def read_picture(path: str | Path, longest: int | None = None) -> Picture:
     """Decode a picture: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
 
-    `longest` lets the JPEG decoder skip detail nobody will see: the result may be smaller than the file, but its
-    longest side stays at least twice `longest` where the file has that much.
+    With `longest` a larger picture is shrunk to twice that many pixels on its longest side, so that memory stays
+    bounded; the JPEG decoder then skips detail nobody will see.
 
     Raises UnreadablePicture with the reason; never returns a stand-in.
     """
@@ -44,7 +44,8 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
                 scale = 2 * longest / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            picture = _to_rgb(ImageOps.exif_transpose(image))
+            return _shrink(picture, 2 * longest) if longest else picture
     except UnreadablePicture:
         raise
     except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
@@ -70,6 +71,16 @@ def _to_rgb(image: Image.Image) -> Picture:
             rgb = (rgba[..., :3] * weight + 255 * (1 - weight) + 0.5).astype(np.uint8)
             return Picture(rgb, alpha)
     return Picture(np.array(image.convert("RGB")), None)
+
+
+def _shrink(picture: Picture, side: int) -> Picture:
+    scale = side / max(picture.rgb.shape)
+    if scale >= 1:
+        return picture
+    size = tuple(max(1, round(extent * scale)) for extent in picture.rgb.shape[1::-1])
+    rgb, alpha = (None if part is None else cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in picture)
+    assert rgb is not None
+    return Picture(rgb, alpha)
 
 
 def letterbox(picture: np.ndarray, size: int, fill: int = 255) -> np.ndarray:

@@ -39,8 +39,8 @@ class Checkpoints(Checkpoint):
             self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, self.lowest))
-        better = value < self.lowest or not self.best.exists()
+        value = float(trainer.callback_metrics.get(self.monitor, float("-inf")))  # without validation the newest is best
+        better = value < self.lowest or value == float("-inf") or not self.best.exists()
         self.lowest = min(value, self.lowest)
         # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
         self.save(trainer, [self.best, self.last] if better else [self.last])
@@ -104,6 +104,10 @@ class History(Callback):
             {"epoch": trainer.current_epoch, **row, "images_per_second": self.images_per_second, "seconds": self._seconds}
         )
         if trainer.is_global_zero:
+            self.write()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.epochs and trainer.is_global_zero:
             self.write()
 
     def write(self) -> None:
