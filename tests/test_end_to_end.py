@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from beauty_bafe.data.toy import draw_toy
+from beauty_bafe.models.module import load_extractor
 
 from .conftest import ROOT, TINY
 
@@ -162,8 +163,10 @@ def test_two_processes_train_together(toy: Path, tmp_path: Path) -> None:
 
 def test_no_epochs_leave_the_untrained_network(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
     overrides = ["data=folder", f"data.root={toy / 'gallery'}", "data.num_workers=0", "trainer.max_epochs=0", *TINY_MODEL]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").write_text("of an older run")
     train(configure("train", *overrides, f"output_dir={tmp_path}"))
-    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    load_extractor(tmp_path / "checkpoints" / "best.ckpt")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": []}
 
 

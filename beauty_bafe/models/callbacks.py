@@ -46,7 +46,9 @@ class Checkpoints(Checkpoint):
         self.save(trainer, [self.best, self.last] if better else [self.last])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.best.exists():  # trainer.max_epochs=0: the untrained network, to compare with
+        # The untrained network, to compare with. Asked of the setting, not of the disk: an older run's best.ckpt would pass
+        # for it, and of several processes one could save alone and wait for ever.
+        if trainer.max_epochs == 0:
             self.save(trainer, [self.best, self.last])
 
     def save(self, trainer: pl.Trainer, files: list[Path]) -> None:
