@@ -24,37 +24,35 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.evaluation.masks import evaluate_masks
     from beauty_bafe.evaluation.metrics import evaluate, read_truth
     from beauty_bafe.evaluation.report import write_report
-    from beauty_bafe.models.module import load_extractor
-    from beauty_bafe.retrieval.features import extract
+    from beauty_bafe.retrieval.features import load_members, mean_masks
+    from beauty_bafe.retrieval.gallery import answer, open_gallery
     from beauty_bafe.retrieval.submission import write_submission
 
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     truth = read_truth(cfg.truth) if cfg.truth is not None else None
-    index, ensemble, pooling = instantiate(cfg.index), instantiate(cfg.ensemble), instantiate(cfg.pooling)
-    checkpoints = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else cfg.checkpoints
-    extractors = [load_extractor(checkpoint) for checkpoint in checkpoints]
-    options = {key: cfg[key] for key in ("batch_size", "num_workers", "device", "precision")}
+    index, ensemble, extraction = instantiate(cfg.index), instantiate(cfg.ensemble), instantiate(cfg.extraction)
+    steps = [instantiate(step) for step in cfg.rerank.values()]
+    members = load_members(cfg.checkpoints, [instantiate(pooling) for pooling in (cfg.pooling, *cfg.poolings.values())])
 
-    skipped, features, catalogs = Skipped(), {}, {}
-    for what, name in (("gallery", "gallery pictures"), ("queries", "queries")):
-        catalogs[what], unreadable = open_catalog(cfg[what]), Skipped()
-        features[what] = extract(extractors, catalogs[what], pooling, unreadable, name, keep_masks=what == "queries", **options)
-        skipped.rows += unreadable.rows
+    skipped = Skipped()
+    try:
+        gallery, indexes = open_gallery(cfg.gallery, cfg.index_dir, members, extraction, ensemble, index, skipped)
+        catalogs = {"gallery": gallery, "queries": open_catalog(cfg.queries)}
+        described = extraction(members, catalogs["queries"], cfg.queries, "queries", skipped, masks=True)
+    finally:
         skipped.write(output / "skipped.csv")
-        unreadable.check(len(catalogs[what]), cfg.max_skipped, name, "max_skipped")
 
-    gallery = ensemble.fit(features["gallery"]).transform(features["gallery"])
-    queries = ensemble.transform(features["queries"])
-    ranking = index.fit(gallery.vectors, gallery.ids).search(queries.vectors, queries.ids, cfg.k)
-    for step in cfg.rerank.values():
-        ranking = instantiate(step)(ranking, queries, gallery, index)
+    ranking = answer(ensemble.transform(described), indexes, steps, ensemble, cfg.k)
+    queries = mean_masks(described)
     write_submission(ranking, cfg.submission)
-    print(f"{len(ranking.query_ids)} queries answered from {len(gallery.ids)} pictures: {cfg.submission}")
+    print(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
 
     evaluation = None if truth is None else evaluate(ranking.as_answers(), truth, cfg.k)
     metrics = {} if evaluation is None else evaluation.summary()
+    if evaluation is not None:
+        evaluation.write_per_query(output / "per_query.csv")
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
     if metrics:
         (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

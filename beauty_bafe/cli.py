@@ -73,7 +73,8 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 def require_retrieval_inputs(cfg: DictConfig) -> None:
     """Raise ValueError saying what retrieve.py needs and which runs there are to take checkpoints from."""
-    missing = [key for key in ("gallery", "queries") if OmegaConf.is_missing(cfg, key)]
+    missing = ["gallery"] if cfg.gallery is None and cfg.index_dir is None else []
+    missing += ["queries"] if OmegaConf.is_missing(cfg, "queries") else []
     if cfg.checkpoints and not missing:
         return
     needs = [] if cfg.checkpoints else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote)"]

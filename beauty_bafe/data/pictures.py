@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 # A header can announce any size; above this the pixels alone would need over 1 GB.
@@ -30,8 +31,8 @@ class Picture(NamedTuple):
 def read_picture(path: str | Path, longest: int | None = None) -> Picture:
     """Decode a picture: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
 
-    With `longest` a larger picture is shrunk to twice that many pixels on its longest side, so that memory stays
-    bounded; the JPEG decoder then skips detail nobody will see.
+    With `longest` a picture of more than four times as many pixels on its longest side is shrunk to two to four times, so
+    that memory stays bounded; the JPEG decoder then skips detail nobody will see.
 
     Raises UnreadablePicture with the reason; never returns a stand-in.
     """
@@ -39,13 +40,13 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
+            whole = image.size
             if longest:
                 # draft() keeps both sides at or above the size asked for, so the shorter side must be scaled along.
                 scale = 2 * longest / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-            image.load()
-            picture = _to_rgb(ImageOps.exif_transpose(image))
-            return _shrink(picture, 2 * longest) if longest else picture
+            picture = _decode_jpeg(path, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
+            return _shrink(picture, longest) if longest else picture
     except UnreadablePicture:
         raise
     except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
@@ -53,6 +54,19 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
             raise
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise UnreadablePicture(reason.replace(str(path), Path(path).name)) from error
+
+
+def _decode_jpeg(path: str | Path, image: Image.Image, whole: tuple[int, int]) -> Picture | None:
+    """An upright, colour or grey JPEG that the draft left at its `whole` size: Pillow's pixels in half its time."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or image.size != whole:
+        return None
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    try:
+        pixels = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None  # Pillow says what is wrong, or can read it after all
+    return Picture(pixels.permute(1, 2, 0).contiguous().numpy(), None)
 
 
 def _to_rgb(image: Image.Image) -> Picture:
@@ -73,9 +87,9 @@ def _to_rgb(image: Image.Image) -> Picture:
     return Picture(np.array(image.convert("RGB")), None)
 
 
-def _shrink(picture: Picture, side: int) -> Picture:
-    scale = side / max(picture.rgb.shape)
-    if scale >= 1:
+def _shrink(picture: Picture, longest: int) -> Picture:
+    scale = 2 * longest / max(picture.rgb.shape)
+    if scale >= 0.5:
         return picture
     size = tuple(max(1, round(extent * scale)) for extent in picture.rgb.shape[1::-1])
     rgb, alpha = (None if part is None else cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in picture)

@@ -37,20 +37,46 @@ def average_precision(answers: Sequence[str], matches: Collection[str], k: int, 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-query values and their means. `values`: metric name -> float (Q,), in the order of `query_ids`."""
+    """Per-query values and their means. `values`: metric name -> float (Q,), in the order of `query_ids`.
+
+    `ranks`: float (Q,), the rank of each query's first match, counted from 1; infinite where none was answered.
+    """
 
     query_ids: tuple[str, ...]
     values: dict[str, np.ndarray]
+    ranks: np.ndarray
     unanswered: tuple[str, ...]
 
-    def summary(self) -> dict[str, float | list[float]]:
-        """Every metric's mean, and under `NAME_interval` its 95 % interval: 2,000 bootstrap samples over queries, seed 0."""
-        rows = np.random.default_rng(0).integers(len(self.query_ids), size=(BOOTSTRAP, len(self.query_ids)))
-        result: dict[str, float | list[float]] = {"queries": len(self.query_ids), "unanswered": len(self.unanswered)}
+    def summary(self) -> dict[str, float | list[float] | None]:
+        """Every metric's mean, and under `NAME_interval` its 95 % interval: 2,000 bootstrap samples over queries, seed 0.
+
+        `median_rank` is that of the first match, None where half of the queries or more have none among their answers.
+        """
+        rows = resample(len(self.query_ids))
+        median = float(np.median(self.ranks))
+        result: dict[str, float | list[float] | None] = {
+            "queries": len(self.query_ids),
+            "unanswered": len(self.unanswered),
+            "median_rank": median if np.isfinite(median) else None,
+        }
         for name, values in self.values.items():
             result[name] = float(values.mean())
             result[f"{name}_interval"] = np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
         return result
+
+    def write_per_query(self, file: str | Path) -> None:
+        """A csv with a row a query: its id, the rank of its first match (empty for none), every metric's value."""
+        with Path(file).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["query", "rank", *self.values])
+            for row, query in enumerate(self.query_ids):
+                rank = int(self.ranks[row]) if np.isfinite(self.ranks[row]) else ""
+                writer.writerow([query, rank, *(f"{values[row]:.6f}" for values in self.values.values())])
+
+
+def resample(queries: int) -> np.ndarray:
+    """Rows of 2,000 bootstrap samples over queries, int (2000, Q); seed 0, so that two systems meet the same samples."""
+    return np.random.default_rng(0).integers(queries, size=(BOOTSTRAP, queries))
 
 
 def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collection[str]], k: int) -> Evaluation:
@@ -73,7 +99,11 @@ def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collectio
     for depth in dict.fromkeys((1, k)):
         hits = [bool(set(row[:depth]) & set(truth[query])) for query, row in zip(queries, given, strict=True)]
         values[f"recall@{depth}"] = np.array(hits, float)
-    return Evaluation(queries, values, tuple(query for query in queries if query not in answers))
+    ranks = [
+        next((rank for rank, answer in enumerate(row[:k], start=1) if answer in truth[query]), np.inf)
+        for query, row in zip(queries, given, strict=True)
+    ]
+    return Evaluation(queries, values, np.array(ranks, float), tuple(query for query in queries if query not in answers))
 
 
 def read_truth(file: str | Path) -> dict[str, set[str]]:

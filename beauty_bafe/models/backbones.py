@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Backbone(nn.Module):
             if tap not in modules:
                 near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
                 raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
-            modules[tap].register_forward_hook(self._keep(tap))
+            modules[tap].register_forward_hook(partial(self._keep, tap))  # a partial is copied with the network
         maps = self._drop_unused(torch.zeros(1, 3, size, size))
         self.channels = [tap.shape[1] for tap in maps.taps]
         self.strides = [round(size / tap.shape[-1]) for tap in maps.taps]
@@ -63,11 +64,8 @@ class Backbone(nn.Module):
         self._outputs.clear()
         return FeatureMaps(taps, last)
 
-    def _keep(self, tap: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._outputs[tap] = output
-
-        return hook
+    def _keep(self, tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._outputs[tap] = output
 
     def _as_map(self, output: Tensor, pictures: Tensor) -> Tensor:
         """A transformer's tokens (B, N, C) become a map (B, C, H, W); its prefix tokens are dropped."""

@@ -21,6 +21,12 @@ class Pooling:
             raise ValueError(f"pooling.map={map!r}: type last, or the number of a tap counted from 1")
         self.function, self.saliency, self.map = function, saliency, map
 
+    def __str__(self) -> str:
+        """What tells its descriptors from another pooling's: `gem(p=3.0) of last under its mask`."""
+        inner = getattr(self.function, "func", self.function)
+        settings = ", ".join(f"{key}={value}" for key, value in sorted(getattr(self.function, "keywords", {}).items()))
+        return f"{inner.__name__}({settings}) of {self.map}{' under its mask' if self.saliency else ''}"
+
     def __call__(self, extraction: Extraction) -> Tensor:
         """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
         if self.map == "last":

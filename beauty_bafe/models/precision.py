@@ -1,4 +1,4 @@
-"""bf16 where the processor multiplies it faster than float32, float32 elsewhere."""
+"""Which device, and bf16 where it multiplies it faster than float32."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def fastest_precision(device: str | None = None) -> str:
         # Without AVX512-BF16 or AMX, oneDNN emulates bf16 and is slower than in float32.
         fast = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if fast else "32-true"
+
+
+def pick_device(device: str) -> str:
+    """`auto`, `cpu` or `cuda` -> a torch device. Raises ValueError where there is no GPU to use."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device}: type auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but PyTorch sees no GPU here; type device=cpu or device=auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

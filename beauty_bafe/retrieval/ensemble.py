@@ -1,50 +1,179 @@
-"""Several descriptors of one picture become one."""
+"""Several descriptors of one picture become one, or several rankings become one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from .features import Features
+from .features import Features, mean_masks
+from .manifest import replace_file
+from .ranking import Ranking
+
+BLOCK = 1 << 14  # rows worked on at once
+PCA_ROWS = 100_000  # gallery rows that a PCA is learned from at most, evenly spread
 
 
 class Concatenation:
-    """L2-normalise each checkpoint's descriptors, z-score them if asked, weigh, concatenate, L2-normalise the whole.
+    """L2-normalise each member's descriptors, z-score them if asked, weigh, concatenate, L2-normalise the whole.
 
     `zscore`: subtract the mean and divide by the deviation of every dimension, both of the gallery, for gallery and
-    queries alike (the paper takes the queries' own, so that one query gives NaN). `weights`: one a checkpoint, or None
-    for equal ones; a weight is a share of the final score, so vectors are scaled by its square root.
+    queries alike (the paper takes the queries' own, so that one query gives NaN). `weights`: one a member, or None
+    for equal ones; a weight is a share of the final score, so vectors are scaled by its square root. `pca`: keep this
+    many principal dimensions of the gallery, centred; `whiten` scales each to the same variance (Jegou & Chum, ECCV 2012).
+    Everything is learned from the gallery alone.
     """
 
-    def __init__(self, zscore: bool, weights: Sequence[float] | None) -> None:
-        self.zscore, self.weights = zscore, weights
-        self._statistics: list[tuple[np.ndarray, np.ndarray]] = []
+    depth = 0  # answers needed beyond those asked for
 
-    def fit(self, gallery: Sequence[Features]) -> Concatenation:
-        """Learn the gallery's statistics. Raises ValueError where the number of weights differs from that of checkpoints."""
-        if self.weights is not None and (len(self.weights) != len(gallery) or min(self.weights) < 0 or not sum(self.weights)):
-            raise ValueError(
-                f"ensemble.weights={list(self.weights)} for {len(gallery)} checkpoints; give one number of 0 or more for each"
+    def __init__(self, zscore: bool, weights: Sequence[float] | None, pca: int | None = None, whiten: bool = False) -> None:
+        self.zscore, self.weights, self.pca, self.whiten = zscore, weights, pca, whiten
+        self._learned: dict[str, np.ndarray] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved state must share with this one, plain values."""
+        weights = None if self.weights is None else [float(weight) for weight in self.weights]
+        return {"ensemble": "concatenation", "zscore": self.zscore, "weights": weights, "pca": self.pca, "whiten": self.whiten}
+
+    def fit(self, gallery: Sequence[Features]) -> Self:
+        """Learn the gallery's statistics. Raises ValueError where weights or `pca` do not fit the gallery."""
+        _check_weights(self.weights, len(gallery))
+        self._learned = {}
+        for number, features in enumerate(gallery):
+            if self.zscore:
+                vectors = features.vectors
+                self._learned[f"mean{number}"] = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+                deviation = np.sqrt(_variance(vectors, self._learned[f"mean{number}"]))
+                # A dimension that never varies carries nothing: divided by 1, its z-score is 0 everywhere in the gallery.
+                self._learned[f"deviation{number}"] = np.where(deviation > 1e-8, deviation, 1.0).astype(np.float32)
+        if self.pca is not None:
+            from sklearn.decomposition import PCA
+
+            width = sum(features.vectors.shape[1] for features in gallery)
+            rows = np.unique(np.linspace(0, len(gallery[0].ids) - 1, PCA_ROWS).astype(int))
+            if not 1 <= self.pca <= min(width, len(rows)):
+                raise ValueError(
+                    f"ensemble.pca={self.pca} of {width} dimensions and {len(rows)} gallery pictures; "
+                    f"type a number from 1 to {min(width, len(rows))}"
+                )
+            sample = self._joined([features.vectors[rows] for features in gallery])
+            model = PCA(self.pca, whiten=self.whiten, svd_solver="covariance_eigh" if width <= 4096 else "randomized").fit(
+                sample
             )
-        # A dimension that never varies carries nothing: divided by 1, its z-score is 0 everywhere in the gallery.
-        self._statistics = []
-        for features in gallery:
-            deviation = features.vectors.std(axis=0)
-            self._statistics.append((features.vectors.mean(axis=0), np.where(deviation > 1e-8, deviation, 1.0)))
+            scale = np.sqrt(np.maximum(model.explained_variance_, 1e-12)) if self.whiten else np.ones(self.pca)
+            self._learned["centre"] = model.mean_.astype(np.float32)
+            self._learned["axes"] = (model.components_ / scale[:, None]).astype(np.float32)
         return self
 
-    def transform(self, members: Sequence[Features]) -> Features:
-        """One Features per checkpoint, of the same pictures -> one, float32 (N, sum of D), rows of length 1."""
-        weights = self.weights or [1.0] * len(members)
+    def transform(self, members: Sequence[Features]) -> list[Features]:
+        """One Features per member, of the same pictures -> one in a list, float32 (N, D), rows of length 1."""
+        if any(features.ids != members[0].ids for features in members):
+            raise ValueError("the members' features are of different pictures; extract them from one catalogue")
+        blocks = []
+        for start in range(0, len(members[0].ids), BLOCK):
+            block = self._joined([features.vectors[start : start + BLOCK] for features in members])
+            if "axes" in self._learned:
+                block = _unit((block - self._learned["centre"]) @ self._learned["axes"].T)
+            blocks.append(block.astype(np.float32))
+        return [Features(np.concatenate(blocks), members[0].ids, mean_masks(members).masks)]
+
+    def _joined(self, members: Sequence[np.ndarray]) -> np.ndarray:
         parts = []
-        for features, weight, (mean, deviation) in zip(members, weights, self._statistics, strict=True):
-            if features.ids != members[0].ids:
-                raise ValueError("the checkpoints' features are of different pictures; extract them from one catalogue")
-            vectors = _unit((features.vectors - mean) / deviation) if self.zscore else _unit(features.vectors)
-            parts.append(vectors * np.float32(weight**0.5))
-        return Features(_unit(np.concatenate(parts, axis=1)).astype(np.float32), members[0].ids, members[0].masks)
+        for number, (vectors, weight) in enumerate(zip(members, self.weights or [1.0] * len(members), strict=True)):
+            if self.zscore:
+                vectors = (vectors - self._learned[f"mean{number}"]) / self._learned[f"deviation{number}"]
+            parts.append(_unit(vectors) * np.float32(weight**0.5))
+        return _unit(np.concatenate(parts, axis=1))
+
+    def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
+        """There is one ranking; its first k."""
+        return rankings[0].first(k)
+
+    def save(self, folder: Path) -> None:
+        """Write what was learned: a query a year later is treated as those of today."""
+        replace_file(folder / "ensemble.npz", lambda part: _save_npz(part, self._learned))
+
+    def load(self, folder: Path) -> Self:
+        with np.load(folder / "ensemble.npz") as file:
+            self._learned = {name: file[name] for name in file.files}
+        return self
+
+
+class Fusion:
+    """Every member searches for itself; the rankings are fused.
+
+    `method`: "score", the weighted mean of scores, each member's standardised over each query's own `depth` answers (a
+    picture that a member does not have among them counts as its last answer); or "rank", reciprocal rank fusion, the
+    weighted sum of 1 / (60 + rank) (Cormack et al., SIGIR 2009). `depth`: answers taken from each member.
+    """
+
+    def __init__(self, method: str, weights: Sequence[float] | None, depth: int) -> None:
+        if method not in ("score", "rank"):
+            raise ValueError(f"ensemble.method={method}: type score or rank")
+        self.method, self.weights, self.depth = method, weights, depth
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved state must share with this one, plain values."""
+        return {"ensemble": "fusion"}
+
+    def fit(self, gallery: Sequence[Features]) -> Self:
+        """Nothing is learned. Raises ValueError where the number of weights differs from that of members."""
+        _check_weights(self.weights, len(gallery))
+        return self
+
+    def transform(self, members: Sequence[Features]) -> list[Features]:
+        """Each member's descriptors as they are, rows of length 1."""
+        return [Features(_unit(features.vectors).astype(np.float32), features.ids, features.masks) for features in members]
+
+    def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
+        """The k best of all members' rankings of the same queries over the same gallery; ties in the gallery's order."""
+        weights = self.weights or [1.0] * len(rankings)
+        positions = np.zeros((len(rankings[0].query_ids), k), np.int64)
+        scores = np.zeros(positions.shape, np.float32)
+        for query in range(len(positions)):
+            votes = [_votes(ranking, query, self.method) for ranking in rankings]
+            candidates = np.array(sorted(set().union(*(vote for vote, _ in votes))))
+            table = np.array([[vote.get(candidate, absent) for candidate in candidates.tolist()] for vote, absent in votes])
+            total = np.average(table, axis=0, weights=weights)
+            order = np.argsort(-total, kind="stable")[:k]
+            positions[query], scores[query] = candidates[order], total[order]
+        return Ranking(rankings[0].query_ids, rankings[0].gallery_ids, positions, scores)
+
+    def save(self, folder: Path) -> None:
+        """Nothing was learned."""
+
+    def load(self, folder: Path) -> Self:
+        return self
+
+
+def _votes(ranking: Ranking, query: int, method: str) -> tuple[dict[int, float], float]:
+    """What one member says of its answers, and of every other picture."""
+    places, scores = ranking.positions[query].tolist(), ranking.scores[query].astype(float)
+    if method == "rank":
+        return {place: 1 / (60 + rank) for rank, place in enumerate(places, start=1)}, 0.0
+    spread = max(float(scores.std()), 1e-12)
+    values = ((scores - scores.mean()) / spread).tolist()
+    return dict(zip(places, values, strict=True)), values[-1]
+
+
+def _check_weights(weights: Sequence[float] | None, members: int) -> None:
+    if weights is not None and (len(weights) != members or min(weights) < 0 or not sum(weights)):
+        raise ValueError(f"ensemble.weights={list(weights)} for {members} members; give one number of 0 or more for each")
+
+
+def _variance(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    total = np.zeros(vectors.shape[1])
+    for start in range(0, len(vectors), BLOCK):
+        total += np.square(vectors[start : start + BLOCK] - mean, dtype=np.float64).sum(axis=0)
+    return total / len(vectors)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _save_npz(part: Path, arrays: dict[str, Any]) -> None:
+    with part.open("wb") as stream:  # np.savez would append .npz to the name
+        np.savez(stream, **dict(arrays))

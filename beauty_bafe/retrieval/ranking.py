@@ -32,6 +32,14 @@ class Ranking:
         if (np.diff(self.scores, axis=1) > 0).any():
             raise ValueError("scores must not rise along a row")
 
+    def first(self, k: int) -> Ranking:
+        """The k best of each query. Raises ValueError where there are fewer."""
+        if k > self.positions.shape[1]:
+            raise ValueError(
+                f"k={k}, but re-ranking or fusion kept {self.positions.shape[1]} answers; raise their depth to k or lower k"
+            )
+        return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k])
+
     def answers(self, query: int) -> list[str]:
         """The gallery ids of one query, best first."""
         return [self.gallery_ids[position] for position in self.positions[query].tolist()]

@@ -1,24 +1,169 @@
-"""A better ranking from a first one. Every step has the signature of `expand_queries`; conf/rerank names and orders them."""
+"""A better ranking from a first one. Every step takes and gives a `Found`; conf/rerank names and orders them.
+
+No step compares the whole gallery with itself at once: they look at each query's first `depth` answers, or search block
+by block. Likeness is the inner product of descriptors of length 1, whatever metric the index searches by.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import numpy as np
+from rich.progress import track
 
 from .features import Features
-from .index import FlatIndex
+from .index import Index
 from .ranking import Ranking
 
+BLOCK = 1024  # gallery rows searched for together
+SILENT = 5000  # rows or queries below which no progress is shown
 
-def expand_queries(ranking: Ranking, queries: Features, gallery: Features, index: FlatIndex, n: int, alpha: float) -> Ranking:
+
+@dataclass(frozen=True)
+class Found:
+    """What has been found so far, for which queries, and where to look further."""
+
+    ranking: Ranking
+    queries: Features
+    index: Index
+
+
+def expand_queries(found: Found, n: int, alpha: float) -> Found:
     """Alpha query expansion (Radenovic et al., TPAMI 2019): search again with each query plus its n best answers.
 
-    An answer weighs similarity^alpha (nothing where negative), the query itself 1. `n` beyond the ranking's length is
-    searched anew; beyond the gallery it is the whole gallery.
+    An answer weighs likeness^alpha (nothing where negative), the query itself 1. `n` beyond the gallery is all of it.
     """
-    k = ranking.positions.shape[1]
-    n = min(n, len(gallery.ids))
-    found = ranking if n <= k else index.search(queries.vectors, queries.ids, n)
-    weights = np.maximum(found.scores[:, :n], 0) ** alpha
-    expanded = queries.vectors + np.einsum("qn,qnd->qd", weights, gallery.vectors[found.positions[:, :n]])
-    expanded /= np.maximum(np.linalg.norm(expanded, axis=1, keepdims=True), 1e-12)
-    return index.search(expanded.astype(np.float32), queries.ids, k)
+    found = _with_depth(found, n)
+    answers = found.index.vectors[found.ranking.positions[:, :n]]
+    weights = np.maximum(np.einsum("qd,qnd->qn", found.queries.vectors, answers), 0) ** alpha
+    expanded = _unit(found.queries.vectors + np.einsum("qn,qnd->qd", weights, answers)).astype(np.float32)
+    return _search_again(found, expanded, found.index)
+
+
+def augment_gallery(found: Found, n: int, alpha: float) -> Found:
+    """Database-side augmentation (Arandjelovic & Zisserman, CVPR 2012; weights as in alpha expansion).
+
+    Every gallery descriptor becomes the sum of its n + 1 nearest ones, itself among them, weighted by likeness^alpha;
+    then all queries search anew. Costs one search with every gallery picture as a query.
+    """
+    index, rows = found.index, len(found.index.ids)
+    augmented = np.empty_like(index.vectors)
+    starts = range(0, rows, BLOCK)
+    for start in track(starts, f"augmenting {rows} gallery descriptors") if rows > SILENT else starts:
+        block = index.vectors[start : start + BLOCK]
+        near = index.search(block, index.ids[start : start + BLOCK], min(n + 1, rows)).positions
+        neighbours = index.vectors[near]
+        weights = np.maximum(np.einsum("qd,qnd->qn", block, neighbours), 0) ** alpha
+        augmented[start : start + BLOCK] = _unit(np.einsum("qn,qnd->qd", weights, neighbours))
+    return _search_again(found, found.queries.vectors, copy.copy(index).fit(augmented, index.ids))
+
+
+def rerank_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: float) -> Found:
+    """k-reciprocal encoding (Zhong et al., CVPR 2017) among each query and its first `depth` answers.
+
+    Score: minus ((1 - weight) x Jaccard distance of their k-reciprocal neighbourhoods + weight x cosine distance), with
+    neighbourhoods of `k1`, averaged over the `k2` nearest.
+    """
+
+    def score(query: np.ndarray, answers: np.ndarray) -> np.ndarray:
+        items = np.concatenate([query[None], answers])
+        distance = 1 - items @ items.T
+        np.fill_diagonal(distance, -1)  # everything is its own nearest, duplicates or not
+        order = np.argsort(distance, axis=1, kind="stable")
+        np.fill_diagonal(distance, 0)
+        near, half = (_mutual(order, min(k + 1, len(items))) for k in (k1, round(k1 / 2)))
+        # Neighbours whose own, smaller neighbourhood lies two thirds inside bring it along.
+        overlap = near.astype(np.float32) @ half.T.astype(np.float32)
+        joining = near & (overlap >= half.sum(axis=1) * (2 / 3))
+        wide = near | ((joining.astype(np.float32) @ half.astype(np.float32)) > 0)
+        encoding = np.where(wide, np.exp(-distance), 0)
+        encoding /= encoding.sum(axis=1, keepdims=True)
+        encoding = np.stack([encoding[row[:k2]].mean(axis=0) for row in order])
+        smaller = np.minimum(encoding[0], encoding[1:]).sum(axis=1)
+        larger = np.maximum(encoding[0], encoding[1:]).sum(axis=1)
+        return -((1 - weight) * (1 - smaller / larger) + weight * distance[0, 1:])
+
+    return _rescore(found, depth, score)
+
+
+def rerank_diffusion(found: Found, depth: int, k: int, seeds: int, alpha: float, gamma: float) -> Found:
+    """Diffusion (Iscen et al., CVPR 2017) truncated to each query's first `depth` answers (Yang et al., AAAI 2019).
+
+    Solves (I - alpha D^-1/2 A D^-1/2) f = y: A holds likeness^gamma of mutual `k` nearest answers, y the query's
+    likeness^gamma to its `seeds` best. Answers that nothing flows to keep their order behind the others.
+    """
+
+    def score(query: np.ndarray, answers: np.ndarray) -> np.ndarray:
+        likeness = np.maximum(answers @ answers.T, 0).astype(np.float64)
+        np.fill_diagonal(likeness, -1)
+        near = _mutual(np.argsort(-likeness, axis=1, kind="stable"), min(k, len(answers) - 1))
+        affinity = np.where(near, np.maximum(likeness, 0) ** gamma, 0)
+        root = np.sqrt(affinity.sum(axis=1))
+        scale = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+        to_query = np.maximum(answers @ query, 0).astype(np.float64) ** gamma
+        to_query[np.argsort(-to_query, kind="stable")[seeds:]] = 0
+        return np.linalg.solve(np.eye(len(answers)) - alpha * scale[:, None] * affinity * scale, to_query)
+
+    return _rescore(found, depth, score)
+
+
+def rerank_superglobal(found: Found, depth: int, k: int, beta: float) -> Found:
+    """SuperGlobal re-ranking (Shao et al., ICCV 2023): M = `depth`, K = `k`.
+
+    An answer is refined to the weighted mean of itself (1) and its k nearest among the answers (beta x likeness). The score
+    is the mean of two products of the refined answer: with the query, and with the largest value a dimension has among the
+    k + 1 refined answers nearest to the query.
+    """
+
+    def score(query: np.ndarray, answers: np.ndarray) -> np.ndarray:
+        likeness = answers @ answers.T
+        np.fill_diagonal(likeness, np.inf)
+        near = np.argsort(-likeness, axis=1, kind="stable")[:, : k + 1]
+        weights = beta * np.take_along_axis(likeness, near, axis=1)
+        weights[:, 0] = 1
+        refined = np.einsum("an,and->ad", weights, answers[near]) / weights.sum(axis=1, keepdims=True)
+        first = refined @ query
+        largest = refined[np.argsort(-first, kind="stable")[: k + 1]].max(axis=0)
+        return (first + refined @ largest) / 2
+
+    return _rescore(found, depth, score)
+
+
+def _rescore(found: Found, depth: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Found:
+    """Order each query's first `depth` answers by `score(query (D,), answers (depth, D))`; equal ones keep their order."""
+    found = _with_depth(found, depth)
+    positions = found.ranking.positions[:, :depth].copy()
+    scores = np.empty(positions.shape, np.float32)
+    queries = range(len(positions))
+    for row in track(queries, f"re-ranking {len(positions)} queries") if len(positions) > SILENT else queries:
+        values = score(found.queries.vectors[row], np.asarray(found.index.vectors[positions[row]])).astype(np.float32)
+        order = np.argsort(-values, kind="stable")
+        positions[row], scores[row] = positions[row][order], values[order]
+    ranking = Ranking(found.ranking.query_ids, found.ranking.gallery_ids, positions, scores)
+    return replace(found, ranking=ranking)
+
+
+def _with_depth(found: Found, depth: int) -> Found:
+    """Search again where the ranking holds fewer than `depth` answers and the gallery has more."""
+    have, want = found.ranking.positions.shape[1], min(depth, len(found.index.ids))
+    if have >= want:
+        return found
+    return replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, want))
+
+
+def _search_again(found: Found, queries: np.ndarray, index: Index) -> Found:
+    ranking = index.search(queries, found.queries.ids, found.ranking.positions.shape[1])
+    return Found(ranking, Features(queries, found.queries.ids, found.queries.masks), index)
+
+
+def _mutual(order: np.ndarray, k: int) -> np.ndarray:
+    """Neighbours by nearness, int (N, N) -> bool (N, N): each is among the other's first k."""
+    near = np.zeros(order.shape, bool)
+    np.put_along_axis(near, order[:, :k], True, axis=1)
+    return near & near.T
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
-import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.catalog import open_catalog
+from .manifest import replace_file
 from .ranking import Ranking
 
 
@@ -13,15 +18,13 @@ def write_submission(ranking: Ranking, file: str | Path) -> None:
     """Write one line a query, whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
+
+    def write(part: Path) -> None:
         with part.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerows([query, *ranking.answers(row)] for row, query in enumerate(ranking.query_ids))
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write '{file}': {error.strerror}; is the disk full?") from error
+
+    replace_file(file, write)
 
 
 def read_submission(file: str | Path) -> dict[str, list[str]]:
@@ -34,3 +37,61 @@ def read_submission(file: str | Path) -> dict[str, list[str]]:
                 raise ValueError(f"{file}, line {number} {fault}; each line is a query id, then gallery ids, best first")
             answers[row[0]] = row[1:]
     return answers
+
+
+def check_submission(
+    file: str | Path, k: int, gallery: Sequence[str] | None = None, queries: Sequence[str] | None = None
+) -> list[str]:
+    """What is wrong with a file, one sentence a fault; nothing where it can be handed in.
+
+    Every line holds a query and `k` different gallery ids; no query stands twice. With `gallery` all ids must be among
+    its ids; with `queries` all are answered, no others, in their order.
+    """
+    faults, seen = [], list[str]()
+    known, asked = (None if names is None else set(names) for names in (gallery, queries))
+    with Path(file).open(newline="", encoding="utf-8") as stream:
+        for number, row in enumerate(csv.reader(stream), start=1):
+            query, answers = (row[0], row[1:]) if row else ("", [])
+            if len(answers) != k:
+                faults.append(f"line {number} ('{query}') has {len(answers)} answers, not {k}")
+            if twice := sorted({answer for answer in answers if answers.count(answer) > 1}):
+                faults.append(f"line {number} ('{query}') holds {', '.join(twice)} more than once")
+            if known is not None and (strange := [answer for answer in answers if answer not in known]):
+                faults.append(f"line {number} ('{query}') answers with {', '.join(strange)}, not in the gallery")
+            if asked is not None and query not in asked:
+                faults.append(f"line {number}: '{query}' is none of the {len(asked)} queries; a header does not belong here")
+            seen.append(query)
+    if not seen:
+        faults.append("the file is empty")
+    faults += [f"the query '{query}' stands {count} times" for query, count in Counter(seen).items() if count > 1]
+    if queries is not None and asked is not None:
+        if missing := [query for query in queries if query not in set(seen)]:
+            faults.append(f"{len(missing)} queries are not answered, the first '{missing[0]}'")
+        if not missing and [query for query in seen if query in asked] != list(queries):
+            faults.append("the queries are not in their order")
+    return faults
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """python -m beauty_bafe.retrieval.submission check FILE"""
+    parser = argparse.ArgumentParser(description=main.__doc__, prog="python -m beauty_bafe.retrieval.submission")
+    check = parser.add_subparsers(required=True).add_parser("check", help="verify a submission file")
+    check.add_argument("file")
+    check.add_argument("--k", type=int, default=7, help="answers a query")
+    check.add_argument("--gallery", help="folder, or csv of id,path: its ids are the known ones")
+    check.add_argument("--queries", help="likewise: all of them must be answered, in their order")
+    given = parser.parse_args(arguments)
+    try:
+        ids = [None if source is None else open_catalog(source).ids for source in (given.gallery, given.queries)]
+        faults = check_submission(given.file, given.k, *ids)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if faults:
+        more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
+        sys.exit(f"{given.file}: {len(faults)} faults\n" + "\n".join(faults[:20]) + more)
+    unchecked = [f"--{name}" for name, known in zip(("gallery", "queries"), ids, strict=True) if known is None]
+    print(f"{given.file}: good" + (f" (ids unchecked without {' and '.join(unchecked)})" if unchecked else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Exact search in torch: a fast, rounded first pass finds the few rows that matter, and a bound proves that none is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.precision import fastest_precision, pick_device
+from .index import Index
+
+QUERIES = 1024  # searched together
+CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores held at once: on a CPU what stays in its caches
+GROUP = 32  # scores looked at through their maximum first
+PAIRS = 1 << 19  # float64 numbers of a re-scoring held at once
+UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
+
+
+class ExactIndex(Index):
+    """The result of comparing every query with every row, in less time than that takes.
+
+    The first pass computes all scores block by block from rounded copies (`first_pass`: bfloat16, float32, or auto for
+    bfloat16 where the device multiplies it fast). Rows whose rounded score, with the largest possible error added,
+    reaches the k-th best exact score so far are scored again in float64; no other row can belong to the answer. Scores
+    are those float64 values rounded to float32, equal ones in the gallery's order, whatever the device or batch.
+
+    Memory: 4 bytes a dimension and row for the vectors (mapped from disk where they lie there), 2 more for bfloat16.
+    """
+
+    def __init__(self, metric: str = "ip", device: str = "auto", first_pass: str = "auto") -> None:
+        super().__init__(metric)
+        self.device = pick_device(device)
+        if first_pass not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"index.first_pass={first_pass}: type auto, bfloat16 or float32")
+        half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
+        # L1 has no form as a matrix product; what is left of bfloat16 is its rounding.
+        self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
+
+    def describe(self) -> dict[str, Any]:
+        return {"index": "exact", "metric": self.metric}
+
+    def __str__(self) -> str:
+        return f"exact {self.metric} on {self.device}, first pass in {str(self.rounded).removeprefix('torch.')}"
+
+    def _build(self) -> None:
+        self._rows = torch.from_numpy(self.vectors)
+        self._coarse = torch.empty(self._rows.shape, dtype=self.rounded, device=self.device)
+        self._norms = torch.empty(len(self._rows), device=self.device)
+        self._errors = torch.empty(len(self._rows), device=self.device)
+        self._round(0)
+
+    def _round(self, start: int) -> None:
+        """Fill the rounded copies, the rows' lengths and how far rounding moved them, from row `start` on."""
+        for first in range(start, len(self._rows), 1 << 14):
+            part = slice(first, min(first + (1 << 14), len(self._rows)))
+            rows = self._rows[part].to(self.device)
+            self._coarse[part] = rows.to(self.rounded)
+            self._norms[part] = rows.norm(dim=1)
+            self._errors[part] = (rows - self._coarse[part].float()).norm(dim=1)
+
+    def _grown(self, before: int) -> None:
+        old = self._coarse, self._norms, self._errors
+        self._rows = torch.from_numpy(self.vectors)
+        self._coarse, self._norms, self._errors = (
+            torch.empty(len(self._rows), *part.shape[1:], dtype=part.dtype, device=self.device) for part in old
+        )
+        for new, part in zip((self._coarse, self._norms, self._errors), old, strict=True):
+            new[:before] = part
+        self._round(before)
+
+    def _shrunk(self, keep: np.ndarray) -> None:
+        kept = torch.from_numpy(keep).to(self.device)
+        self._rows = torch.from_numpy(self.vectors)
+        self._coarse, self._norms, self._errors = self._coarse[kept], self._norms[kept], self._errors[kept]
+
+    def _save(self, folder: Path) -> None:
+        """Nothing: the rounded copies are made again in less time than reading them takes."""
+
+    def _load(self, folder: Path) -> None:
+        self._build()
+
+    @torch.inference_mode()
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        with _plain_arithmetic():
+            for start in range(0, len(queries), QUERIES):
+                found.append(self._search_together(torch.from_numpy(queries[start : start + QUERIES]), k))
+        if not found:
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+        scores, positions = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+        return scores, positions
+
+    def _search_together(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Queries float32 (B, D) -> scores float32 (B, k) and positions int64 (B, k), on the queries' device."""
+        bound = _Bound(queries.to(self.device), self._coarse, self._norms, self._errors, self.metric)
+        best = queries.new_full((len(queries), k), -torch.inf)
+        positions = torch.full((len(queries), k), len(self._rows))
+        rows = max(CELLS[self.device] // len(queries), 4 * k, GROUP)
+        for start in range(0, len(self._rows), rows):
+            part = slice(start, min(start + rows, len(self._rows)))
+            scores = bound.scores(part)
+            if start == 0:
+                # The k rows that look best give a first floor; they are found again below.
+                likely = scores.topk(min(k, scores.shape[1])).indices.cpu()
+                who = torch.arange(len(queries)).repeat_interleave(likely.shape[1])
+                exact = self._score(queries, who, likely.flatten()).view(len(queries), -1)
+                kth = exact.amin(1) if likely.shape[1] == k else best[:, -1]
+            else:
+                kth = best[:, -1]
+            who, row = (found.cpu() for found in _at_least(scores, bound.floor(kth.to(self.device))))
+            best, positions = _merge(best, positions, who, row + start, self._score(queries, who, row + start))
+        return best, positions
+
+    def _score(self, queries: Tensor, who: Tensor, row: Tensor) -> Tensor:
+        """Pairs of query and row, int64 (P,) each -> their scores, float32 (P,), summed in float64."""
+        scores = torch.empty(len(who), dtype=torch.float32)
+        step = max(1, PAIRS // queries.shape[1])
+        for start in range(0, len(who), step):
+            pairs = slice(start, start + step)
+            left, right = queries[who[pairs]].double(), self._rows[row[pairs]].double()
+            if self.metric == "ip":
+                scores[pairs] = (left * right).sum(1).float()
+            else:
+                difference = left - right
+                parts = difference.square() if self.metric == "l2" else difference.abs()
+                scores[pairs] = -parts.sum(1).float()
+        return scores
+
+
+class _Bound:
+    """Rounded scores of a batch of queries, and the rounded score below which an exact score is certainly too low."""
+
+    def __init__(self, queries: Tensor, coarse: Tensor, norms: Tensor, errors: Tensor, metric: str) -> None:
+        self.queries, self.coarse, self.metric = queries.to(coarse.dtype), coarse, metric
+        self.row_squares, self.squares = norms.square(), queries.square().sum(1)
+        length, largest = queries.norm(dim=1).double(), norms.max().double()
+        width = queries.shape[1]
+        # |<q, g> - <q', g'>| <= |q - q'| |g| + |q'| |g - g'| (Cauchy-Schwarz); lengths of rounded vectors are at most
+        # 1 + 2^-8 times the exact ones. Summing D products in float32 adds D 2^-24 of the sum of their sizes, which
+        # |q'| |g'| bounds; doubled for any order of summation and for the lengths' own rounding.
+        moved = (queries - self.queries.float()).norm(dim=1).double()
+        self.error = 1.001 * (moved * largest + 1.01 * length * errors.max().double())
+        self.error += (2 * width + 16) * 2.0**-24 * length * largest + 1e-30
+        self.unit, self.reach, self.width = UNIT[coarse.dtype], length * largest, width
+        self.sum = length + largest
+
+    def scores(self, part: slice) -> Tensor:
+        """(B, R) of the first pass, bfloat16 or float32."""
+        if self.metric == "l1":
+            return -torch.cdist(self.queries, self.coarse[part], p=1)
+        products = self.queries @ self.coarse[part].T
+        if self.metric == "ip":
+            return products
+        return 2 * products.float() - self.row_squares[part] - self.squares[:, None]
+
+    def floor(self, kth: Tensor) -> Tensor:
+        """k-th best exact scores, (B,) -> what a rounded score must reach for its row to be able to beat or equal them."""
+        kth = kth.double()
+        if self.metric == "l1":  # sums of D terms of one sign: the error is relative
+            floor = kth - (self.width + 8) * 2.0**-22 * kth.abs()
+        elif self.metric == "l2":
+            floor = kth - 2 * (self.error + 1.02 * self.unit * self.reach) - 2.0**-20 * self.sum.square()
+        else:
+            floor = kth - self.error - 2.0**-22 * kth.abs()
+            floor = floor - 1.02 * self.unit * floor.abs()
+        floor = torch.where(kth == -torch.inf, kth, floor)
+        return torch.nextafter(floor.float(), torch.full_like(floor, -torch.inf).float())
+
+
+def _at_least(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Where scores (B, R) reach floor (B,): queries and rows, int64 (P,), by query and then by row.
+
+    Maxima over groups of strided columns are looked at first: reading them is the whole cost where hardly any is hit.
+    """
+    width = scores.shape[1] // GROUP
+    groups = scores[:, : width * GROUP].unflatten(1, (GROUP, width)) if width else scores.new_empty(len(scores), GROUP, 0)
+    who, column = (groups.amax(1) >= floor[:, None]).nonzero(as_tuple=True)
+    hit, member = (groups[who, :, column] >= floor[who, None]).nonzero(as_tuple=True)
+    rest_who, rest = (scores[:, width * GROUP :] >= floor[:, None]).nonzero(as_tuple=True)
+    keys = torch.cat([who[hit] * scores.shape[1] + member * width + column[hit]])
+    keys = torch.cat([keys, rest_who * scores.shape[1] + rest + width * GROUP]).sort().values
+    return keys // scores.shape[1], keys % scores.shape[1]
+
+
+def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The k best of a running (B, k) and of new pairs, sorted by query and row, whose rows lie behind all earlier ones."""
+    touched, group, count = who.unique_consecutive(return_inverse=True, return_counts=True)
+    if not len(touched):
+        return best, positions
+    k = best.shape[1]
+    place = k + torch.arange(len(who)) - (count.cumsum(0) - count)[group]
+    wide = best.new_full((len(touched), k + int(count.max())), -torch.inf)
+    wide_positions = positions.new_zeros(wide.shape)
+    wide[:, :k], wide_positions[:, :k] = best[touched], positions[touched]
+    wide[group, place], wide_positions[group, place] = scores, row
+    # Earlier rows stand before later ones, so a stable sort leaves equal scores in the gallery's order.
+    order = wide.sort(dim=1, descending=True, stable=True)
+    best[touched] = order.values[:, :k]
+    positions[touched] = wide_positions.gather(1, order.indices[:, :k])
+    return best, positions
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
+    matmul.allow_bf16_reduced_precision_reduction = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before[0]
+        torch.set_float32_matmul_precision(before[1])

@@ -1,0 +1,194 @@
+"""FAISS indexes, exact and approximate. The only file that imports faiss, and after torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # noqa: F401  # first: loaded after faiss, torch can find faiss's OpenMP and hang
+
+from .exact import ExactIndex
+from .index import Index
+from .manifest import replace_file
+
+GPU_MOST = 2048  # faiss's largest k, and nprobe, on a GPU
+SAMPLES = 200  # gallery rows that stand for queries when an approximate index is tuned
+
+
+class FaissIndex(Index):
+    """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64", "HNSW32"), on CPU, one GPU or all.
+
+    In `factory`, `{lists}` becomes a number of lists that suits the gallery, `{bytes}` a PQ code size that divides its
+    width. `target_recall` (0 to 1) sets nprobe / efSearch: the smallest that finds this share of the `tune_k` true
+    neighbours of gallery samples; None leaves faiss's own. `float16` halves GPU memory; `temp_memory` is its scratch
+    space in MiB a GPU. Equal scores are in the gallery's order among those faiss returns.
+
+    Raises ValueError for device=gpu or all_gpus where faiss sees none, or a factory string that faiss refuses.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        metric: str = "ip",
+        device: str = "auto",
+        float16: bool = False,
+        temp_memory: int = 512,
+        target_recall: float | None = None,
+        tune_k: int = 10,
+    ) -> None:
+        import faiss
+
+        super().__init__(metric)
+        if device not in ("auto", "cpu", "gpu", "all_gpus"):
+            raise ValueError(f"index.device={device}: type auto, cpu, gpu or all_gpus")
+        gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+        if device in ("gpu", "all_gpus") and not gpus:
+            raise ValueError(
+                f"index.device={device}, but faiss sees no GPU here (or is faiss-cpu); type index.device=cpu or auto"
+            )
+        if target_recall is not None and not 0 < target_recall <= 1:
+            raise ValueError(f"index.target_recall={target_recall}: type a number above 0 and up to 1, or null")
+        self.gpus = 0 if device == "cpu" else 1 if device == "gpu" else gpus
+        self.factory, self.float16, self.temp_memory = factory, float16, temp_memory
+        self.target_recall, self.tune_k = target_recall, tune_k
+
+    def describe(self) -> dict[str, Any]:
+        return {"index": f"faiss {self.factory}", "metric": self.metric, "target_recall": self.target_recall}
+
+    def __str__(self) -> str:
+        return f"faiss {self.factory} {self.metric} on {f'{self.gpus} GPU' if self.gpus else 'cpu'}"
+
+    def _build(self) -> None:
+        import faiss
+
+        metrics = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}
+        rows, width = self.vectors.shape
+        # As many lists as faiss recommends (4 to 16 times the root), but with 39 rows or more to learn each from.
+        lists = 1 << max(0, int(np.log2(max(1, min(8 * rows**0.5, rows / 39)))))
+        codes = next(size for size in range(min(64, width), 0, -1) if width % size == 0)
+        text = self.factory.format(lists=lists, bytes=codes)
+        self._labels, self._next = np.zeros(0, np.int64), 0
+        self._index: Any
+        try:
+            index = faiss.index_factory(width, text, metrics[self.metric])
+            if not index.is_trained:
+                for part in (index, getattr(index, "pq", None)):
+                    if (clustering := getattr(part, "cp", None)) is not None:
+                        clustering.min_points_per_centroid = 1  # small galleries are fine: no warning for each list
+                index.train(self.vectors)
+            # Labels that survive a removal; inverted lists have them, other kinds need a map.
+            self._index = index if "IVF" in text else faiss.IndexIDMap2(index)
+            self._grown(0)
+            self._index.search(self.vectors[:1], 1)  # some kinds find out only now that they do not know the metric
+        except RuntimeError as error:
+            reason = str(error).rpartition(": ")[2].strip()
+            raise ValueError(
+                f"faiss refuses index.factory={text} for {rows} x {width} rows, {self.metric}: {reason}"
+            ) from error
+        if self.target_recall is not None:
+            self._tune()
+
+    def _grown(self, before: int) -> None:
+        new = np.arange(self._next, self._next + len(self.vectors) - before, dtype=np.int64)
+        for start in range(0, len(new), 1 << 16):  # faiss keeps a copy of what it is given
+            part = slice(start, start + (1 << 16))
+            self._index.add_with_ids(np.ascontiguousarray(self.vectors[before:][part]), new[part])
+        self._labels = np.concatenate([self._labels, new])
+        self._next += len(new)
+        self._to_gpu()
+
+    def _shrunk(self, keep: np.ndarray) -> None:
+        gone, self._labels = self._labels[~keep], self._labels[keep]
+        if "HNSW" in self.factory:
+            print("index: an HNSW graph cannot lose rows; it is built anew")
+            self._build()
+            return
+        self._index.remove_ids(gone)
+        self._to_gpu()
+
+    def _to_gpu(self) -> None:
+        import faiss
+
+        self._on_gpu = None
+        if not self.gpus or "HNSW" in self.factory:
+            return
+        options = faiss.GpuMultipleClonerOptions()
+        options.useFloat16, options.shard = self.float16, self.gpus > 1
+        resources = [faiss.StandardGpuResources() for _ in range(self.gpus)]
+        for resource in resources:
+            resource.setTempMemory(self.temp_memory << 20)
+        self._resources = resources  # faiss does not keep them alive
+        self._on_gpu = faiss.index_cpu_to_gpu_multiple_py(resources, self._index, co=options)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        # A GPU index answers at most GPU_MOST; the CPU one beside it has the same rows.
+        index = self._on_gpu if self._on_gpu is not None and k <= GPU_MOST else self._index
+        scores, labels = index.search(queries, k)
+        missing = (labels < 0).any(axis=1)
+        if missing.any():
+            # An approximate index may look at fewer than k rows; those queries are answered by looking at all.
+            exact = ExactIndex(self.metric, "cpu").fit(self.vectors, self.ids)
+            scores[missing], positions = exact._search(queries[missing], k)
+            scores[missing] *= 1 if self.metric == "ip" else -1
+            labels[missing] = self._labels[positions]
+        positions = np.searchsorted(self._labels, labels)
+        scores = scores if self.metric == "ip" else -scores
+        order = np.lexsort((positions, -scores), axis=1)  # faiss leaves the order of equal scores open
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+
+    def _tune(self) -> None:
+        """Walk nprobe / efSearch up its powers of two until the target is met, printing the curve."""
+        rows = np.random.default_rng(0).choice(len(self.vectors), min(SAMPLES, len(self.vectors)), replace=False)
+        k = min(self.tune_k, len(self.vectors) - 1)
+        samples = self.vectors[rows]
+        true = ExactIndex(self.metric).fit(self.vectors, self.ids)._search(samples, k + 1)[1]
+        for value, set_to in self._steps():
+            set_to(value)
+            found = self._search(samples, k + 1)[1]
+            # Every sample finds itself; only its neighbours tell something.
+            hits = [len((set(a) & set(b)) - {r}) for a, b, r in zip(found, true, rows, strict=True)]
+            recall = sum(hits) / sum(len(set(b) - {r}) for b, r in zip(true, rows, strict=True))
+            print(f"index: {self._knob} {value}: recall@{k} {recall:.4f} of {len(rows)} gallery samples")
+            if self.target_recall is not None and recall >= self.target_recall:
+                return
+        raise ValueError(
+            f"index.target_recall={self.target_recall} is beyond {self.factory}: {recall:.4f} at {self._knob} {value}; "
+            "lower it, or type index=ivf_flat or index=exact"
+        )
+
+    def _steps(self) -> list[tuple[int, Callable[[int], None]]]:
+        import faiss
+
+        if "HNSW" in self.factory:
+            graph: Any = faiss.downcast_index(self._index.index)
+            self._knob, most = "efSearch", len(self.vectors)
+
+            def set_to(value: int) -> None:
+                graph.hnsw.efSearch = value
+        elif "IVF" in self.factory:
+            lists = faiss.extract_index_ivf(self._index)
+            self._knob, most = "nprobe", lists.nlist if not self.gpus else min(lists.nlist, GPU_MOST)
+
+            def set_to(value: int) -> None:
+                lists.nprobe = value
+                self._to_gpu()
+        else:
+            raise ValueError(f"index.target_recall: {self.factory} has neither nprobe nor efSearch to tune; leave it null")
+        values = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+        return [(value, set_to) for value in [*values, most]]
+
+    def _save(self, folder: Path) -> None:
+        import faiss
+
+        replace_file(folder / "index.faiss", lambda part: faiss.write_index(self._index, str(part)))
+        replace_file(folder / "labels.npy", lambda part: part.write_bytes(self._labels.tobytes()))
+
+    def _load(self, folder: Path) -> None:
+        import faiss
+
+        self._index = faiss.read_index(str(folder / "index.faiss"))
+        self._labels = np.frombuffer((folder / "labels.npy").read_bytes(), np.int64)
+        self._next = int(self._labels.max(initial=-1)) + 1
+        self._to_gpu()
