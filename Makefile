@@ -18,13 +18,13 @@ export HF_HUB_OFFLINE = 1
 	@touch $@
 
 demo: .venv/installed
-	@rm -rf $(DEMO)/train $(DEMO)/average $(DEMO)/attention
+	@rm -rf $(DEMO)/train $(DEMO)/average $(DEMO)/attention $(DEMO)/features
 	$(BIN)/python -m beauty_bafe.data.toy --root $(DEMO)/toy --products 240 --queries 120 --seed 7
 	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
 	$(BIN)/python retrieve.py pooling=spoc report=false checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
-	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks output_dir=$(DEMO)/average
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/average
 	$(BIN)/python retrieve.py pooling=attention checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
-	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks output_dir=$(DEMO)/attention
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/attention
 	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/average $(DEMO)/attention
 	@echo "submission  $(DEMO)/attention/submission.csv"
 	@echo "report      $(DEMO)/attention/report.html"

@@ -9,4 +9,4 @@ queries=$1
 output=$2
 shift 2
 exec python retrieve.py checkpoints='[/checkpoints/best.ckpt]' gallery=/gallery "queries='$queries'" \
-  "submission='$output'" output_dir=/tmp/run report=false "$@"
+  "submission='$output'" output_dir=/tmp/run features=/tmp/features report=false "$@"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,10 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from beauty_bafe.data.catalog import open_catalog
 from beauty_bafe.data.toy import draw_toy
 from beauty_bafe.models.module import load_extractor
+from beauty_bafe.retrieval.submission import check_submission
 
 from .conftest import ROOT, TINY
 
@@ -74,6 +75,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
                 f"masks={street / 'masks'}",
                 "num_workers=0",
                 "report_queries=5",
+                f"features={tmp_path / 'features'}",
                 f"output_dir={tmp_path / pooling}",
             )
         )
@@ -190,6 +192,7 @@ def retrieval(
             "gallery": toy / "gallery",
             "queries": toy / "queries",
             "output_dir": tmp_path / "out",
+            "features": tmp_path / "features",
             "num_workers": 0,
         }
         return configure("retrieve", *(f"{key}={value}" for key, value in defaults.items() if key not in given), *overrides)
@@ -224,18 +227,59 @@ def test_ensembles_and_reranking_run_together(
     tmp_path: Path, tiny_checkpoint: Path, toy: Path, retrieval: Callable[..., DictConfig]
 ) -> None:
     pair = f"checkpoints=[{tiny_checkpoint},{tiny_checkpoint}]"
-    metrics = retrieve(
-        retrieval(pair, "ensemble=zscore", "rerank=query_expansion", f"truth={toy / 'truth.csv'}", "report=false")
-    )
-    assert 0 < metrics["recall@7"] <= 1
-    assert os.path.getsize(tmp_path / "out" / "submission.csv") > 100
+    several = "+pooling@poolings.gem=gem"
+    steps = "rerank=[query_expansion,superglobal]"
+    for number, choice in enumerate(("zscore", "pca_whitening", "rank_fusion")):
+        pca = ["ensemble.pca=16"] if choice == "pca_whitening" else []
+        out = tmp_path / str(number)
+        metrics = retrieve(
+            retrieval(
+                pair,
+                several,
+                steps,
+                f"ensemble={choice}",
+                *pca,
+                f"truth={toy / 'truth.csv'}",
+                f"output_dir={out}",
+                "report=false",
+            )
+        )
+        assert 0 < metrics["recall@7"] <= 1
+        assert check_submission(out / "submission.csv", 7, *(open_catalog(toy / n).ids for n in ("gallery", "queries"))) == []
+        rows = list(csv.DictReader((out / "per_query.csv").open()))
+        assert len(rows) == 24
+        assert sum(float(row["recall@7"]) for row in rows) / 24 == pytest.approx(metrics["recall@7"])
+
+
+def test_an_index_kept_on_disk_answers_without_the_gallery(
+    tmp_path: Path, toy: Path, retrieval: Callable[..., DictConfig]
+) -> None:
+    """Built once; another day with the queries alone; the report still finds the gallery's pictures."""
+    kept = f"index_dir={tmp_path / 'index'}"
+    retrieve(retrieval(kept, "report=false"))
+    answers = (tmp_path / "out" / "submission.csv").read_text()
+    retrieve(retrieval(kept, "gallery=null", f"features={tmp_path / 'elsewhere'}", f"output_dir={tmp_path / 'later'}"))
+    assert (tmp_path / "later" / "submission.csv").read_text() == answers
+    assert (tmp_path / "later" / "report.html").read_text().count("<img") > 24
+
+
+def test_the_same_command_again_describes_nothing(
+    tmp_path: Path, retrieval: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrieve(retrieval("report=false"))
+    assert "described 48 gallery pictures" in capsys.readouterr().out
+    retrieve(retrieval("report=false"))
+    assert "described" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("k=49", "k=49, but the gallery has 48 readable pictures"),
-        ("index.device=gpu", "index.device=gpu, but faiss sees no GPU"),
+        ("index=flat index.device=gpu", "index.device=gpu, but faiss sees no GPU"),
+        ("index.device=gpu", "device=gpu: type auto, cpu or cuda"),
+        ("ensemble=pca", "ensemble.pca=512 of 256 dimensions and 48 gallery pictures"),
+        ("ensemble.weights=[1,2]", "for 1 members; give one number"),
         ("checkpoints=[nothing.ckpt]", "checkpoint 'nothing.ckpt' does not exist"),
         ("queries=nowhere", "'nowhere' does not exist; name a folder"),
         ("truth=nowhere.csv", "truth='nowhere.csv' does not exist"),
@@ -245,12 +289,11 @@ def test_mistakes_are_answered(retrieval: Callable[..., DictConfig], override: s
     if override.startswith("index") and torch.cuda.is_available():
         return
     with pytest.raises(Exception, match=message):
-        retrieve(retrieval(override, "report=false"))
+        retrieve(retrieval(*override.split(), "report=false"))
 
 
 def test_the_shared_benchmark_is_readable(shared: Path) -> None:
     """Every file of the benchmark in reach opens, its masks fit its queries, and truth names what is there."""
-    from beauty_bafe.data.catalog import open_catalog
     from beauty_bafe.evaluation.metrics import read_truth
 
     dev = shared / "benchmark" / "dev"

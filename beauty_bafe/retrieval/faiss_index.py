@@ -18,7 +18,7 @@ SAMPLES = 200  # gallery rows that stand for queries when an approximate index i
 
 
 class FaissIndex(Index):
-    """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64", "HNSW32"), on CPU, one GPU or all.
+    """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64np", "HNSW32"), on CPU, one GPU or all.
 
     In `factory`, `{lists}` becomes a number of lists that suits the gallery, `{bytes}` a PQ code size that divides its
     width. `target_recall` (0 to 1) sets nprobe / efSearch: the smallest that finds this share of the `tune_k` true
@@ -67,7 +67,7 @@ class FaissIndex(Index):
         rows, width = self.vectors.shape
         # As many lists as faiss recommends (4 to 16 times the root), but with 39 rows or more to learn each from.
         lists = 1 << max(0, int(np.log2(max(1, min(8 * rows**0.5, rows / 39)))))
-        codes = next(size for size in range(min(64, width), 0, -1) if width % size == 0)
+        codes = next(size for size in range(max(1, min(64, width // 4)), 0, -1) if width % size == 0)
         text = self.factory.format(lists=lists, bytes=codes)
         self._labels, self._next = np.zeros(0, np.int64), 0
         self._index: Any

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import itertools
 from pathlib import Path
 
@@ -86,3 +87,16 @@ def test_broken_truth(tmp_path: Path, text: str, message: str) -> None:
         read_truth(tmp_path / "truth.csv")
     with pytest.raises(ValueError, match="does not exist"):
         read_truth(tmp_path / "nothing.csv")
+
+
+def test_median_rank_and_the_rows_behind_the_means(tmp_path: Path) -> None:
+    answers = {"q1": ["a", "b"], "q2": ["x", "b"], "q3": ["x", "y"]}
+    truth = {"q1": {"a"}, "q2": {"b"}, "q3": {"c"}, "q4": {"d"}}
+    evaluation = evaluate(answers, truth, 2)
+    assert evaluation.ranks.tolist() == [1, 2, np.inf, np.inf]
+    assert evaluation.summary()["median_rank"] is None, "half of the queries have no match"
+    assert evaluate(answers, {q: truth[q] for q in ("q1", "q2", "q3")}, 2).summary()["median_rank"] == 2
+    evaluation.write_per_query(tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [(row["query"], row["rank"]) for row in rows] == [("q1", "1"), ("q2", "2"), ("q3", ""), ("q4", "")]
+    assert float(rows[1]["mAP@2_by_min"]) == 0.5

@@ -15,7 +15,7 @@ from beauty_bafe.retrieval.faiss_index import FaissIndex
 from beauty_bafe.retrieval.index import Index
 
 METRICS = ["ip", "l2", "l1"]
-FACTORIES = ["Flat", "IVF{lists},Flat", "HNSW32", "IVF{lists},PQ{bytes}"]
+FACTORIES = ["Flat", "IVF{lists},Flat", "HNSW32", "IVF{lists},PQ{bytes}np"]
 
 
 def unit(rows: int, dims: int, seed: int) -> np.ndarray:
@@ -128,9 +128,9 @@ def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: p
     if kind in ("exact", "Flat"):
         assert np.array_equal(ranking.positions, slow(gallery[kept], queries, "ip", 20)[0])
     else:
-        for query in range(9):
-            found = set(ranking.positions[query]) & set(slow(gallery[kept], queries, "ip", 20)[0][query])
-            assert len(found) >= 4, "an approximate answer, but of the right rows"
+        true = slow(gallery[kept], queries, "ip", 20)[0]
+        found = [len(set(a) & set(b)) for a, b in zip(ranking.positions, true, strict=True)]
+        assert np.mean(found) > 4, "an approximate answer, but of the right rows: by chance it would be one in 27"
     index.save(tmp_path, {"members": ["a"]})
     loaded = build(kind).load(tmp_path, {"members": ["a"]})
     assert loaded.ids == index.ids
@@ -196,7 +196,7 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
             lambda: FaissIndex("Flat", device="cpu", target_recall=0.9).fit(unit(9, 4, 0), names(9)),
             "neither nprobe nor efSearch",
         ),
-        (lambda: FaissIndex("IVF{lists},PQ{bytes}", "l1", "cpu").fit(unit(300, 4, 0), names(300)), "unsupported metric type"),
+        (lambda: FaissIndex("IVF{lists},PQ{bytes}np", "l1", "cpu").fit(unit(300, 4, 0), names(300)), "unsupported metric type"),
     ],
 )
 def test_settings_that_cannot_be(make, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

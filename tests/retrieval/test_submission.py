@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe.retrieval.ranking import Ranking
-from beauty_bafe.retrieval.submission import read_submission, write_submission
+from beauty_bafe.retrieval.submission import check_submission, main, read_submission, write_submission
 
 RANKING = Ranking(("q,1", "q2"), ("a", "b,c", "d"), np.array([[1, 0], [2, 1]]), np.array([[0.9, 0.5], [0.4, 0.4]]))
 
@@ -43,3 +43,38 @@ def test_broken_submissions_name_the_line(tmp_path: Path, text: str, message: st
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_submission(tmp_path / "a.csv")
+
+
+GOOD = "q1,a,b,c\nq2,d,e,f\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (GOOD, []),
+        ("q1,a,b\nq2,d,e,f\n", ["line 1 ('q1') has 2 answers, not 3"]),
+        ("q1,a,b,a\nq2,d,e,f\n", ["line 1 ('q1') holds a more than once"]),
+        ("q1,a,b,z\nq2,d,e,f\n", ["line 1 ('q1') answers with z, not in the gallery"]),
+        ("q2,d,e,f\nq1,a,b,c\n", ["the queries are not in their order"]),
+        ("q1,a,b,c\n", ["1 queries are not answered, the first 'q2'"]),
+        (GOOD + "q2,d,e,f\n", ["the query 'q2' stands 2 times", "the queries are not in their order"]),
+        (
+            "query,a,b,c\n" + GOOD,
+            ["line 1: 'query' is none of the 2 queries; a header does not belong here"],
+        ),
+        ("", ["the file is empty", "2 queries are not answered, the first 'q1'"]),
+    ],
+)
+def test_a_file_is_verified(tmp_path: Path, text: str, faults: list[str]) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    assert check_submission(tmp_path / "a.csv", 3, list("abcdef"), ["q1", "q2"]) == faults
+
+
+def test_the_check_command(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text(GOOD)
+    main(["check", str(tmp_path / "a.csv"), "--k", "3"])
+    assert "good (ids unchecked without --gallery and --queries)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"(?s)faults.*line 1 .'q1'. has 3 answers, not 7"):
+        main(["check", str(tmp_path / "a.csv"), "--gallery", str(toy / "gallery")])
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        main(["check", str(tmp_path / "a.csv"), "--queries", "nowhere"])

@@ -1,0 +1,163 @@
+"""Exact search, ours beside FAISS, NumPy, PyTorch and (where installed) usearch, in one run.
+
+python benchmarks/search.py --rows 500000 --dim 512 2048 --batch 1 32 1000
+
+Gallery and queries are independent random directions: no picture stands out, so the first pass can rule out the fewest.
+The last line compares ours with faiss's IndexFlatIP for the last dimension and batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from beauty_bafe.models.precision import pick_device
+from beauty_bafe.retrieval.exact import ExactIndex
+from beauty_bafe.retrieval.faiss_index import FaissIndex
+
+K = 7
+BLOCK = 16_384
+Search = Callable[[np.ndarray], np.ndarray]
+
+
+def unit(rows: int, dim: int, seed: int) -> np.ndarray:
+    """Random directions, float32 (rows, dim)."""
+    vectors = np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
+    for start in range(0, rows, BLOCK):
+        vectors[start : start + BLOCK] /= np.linalg.norm(vectors[start : start + BLOCK], axis=1, keepdims=True)
+    return vectors
+
+
+def numpy_search(gallery: np.ndarray) -> Search:
+    def search(queries: np.ndarray) -> np.ndarray:
+        scores = np.full((len(queries), 0), 0, np.float32)
+        places = np.zeros((len(queries), 0), np.int64)
+        for start in range(0, len(gallery), BLOCK):
+            block = queries @ gallery[start : start + BLOCK].T
+            best = np.argpartition(-block, min(K, block.shape[1] - 1), axis=1)[:, :K]
+            scores = np.concatenate([scores, np.take_along_axis(block, best, 1)], axis=1)
+            places = np.concatenate([places, best + start], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :K]
+        return np.take_along_axis(places, order, 1)
+
+    return search
+
+
+def torch_search(gallery: np.ndarray, device: str) -> Search:
+    rows = torch.from_numpy(gallery).to(device)
+
+    @torch.inference_mode()
+    def search(queries: np.ndarray) -> np.ndarray:
+        asked = torch.from_numpy(queries).to(device)
+        parts = []
+        for start in range(0, len(rows), BLOCK):
+            best = (asked @ rows[start : start + BLOCK].T).topk(K)
+            parts.append((best.values, best.indices + start))
+        values, places = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return places.gather(1, values.topk(K).indices).cpu().numpy()
+
+    return search
+
+
+def index_search(index: ExactIndex | FaissIndex) -> Search:
+    def search(queries: np.ndarray) -> np.ndarray:
+        return index.search(queries, tuple(map(str, range(len(queries)))), K).positions
+
+    return search
+
+
+def seconds(search: Search, queries: np.ndarray, rounds: int) -> float:
+    """Of one call, the best of `rounds`; short calls are repeated within a round."""
+    best = np.inf
+    for _ in range(rounds):
+        calls, start = 0, time.perf_counter()
+        while calls == 0 or time.perf_counter() - start < 0.3:
+            search(queries)
+            calls += 1
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
+
+
+def same(ours: np.ndarray, theirs: np.ndarray, queries: np.ndarray, gallery: np.ndarray) -> tuple[bool, int]:
+    """Whether the same rows stand at the same ranks, but for those whose float32 sums cannot be told apart; how many."""
+    rows, ranks = np.nonzero(ours != theirs)
+    asked = queries[rows].astype(float)
+    gap = (asked * gallery[ours[rows, ranks]]).sum(1) - (asked * gallery[theirs[rows, ranks]]).sum(1)
+    return bool((np.abs(gap) < 1e-6).all()), len(rows)
+
+
+def limits(device: str, rows: int, dim: int, batch: int) -> str:
+    """Seconds that reading the rounded gallery once, and multiplying it with the batch, take at this device's measured best."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    memory = torch.ones(1 << 27, dtype=torch.float32, device=device)
+    square = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    best = {}
+    for name, work in (("read", lambda: memory.sum()), ("multiply", lambda: square @ square)):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            wait()
+            times.append(time.perf_counter() - start)
+        best[name] = min(times)
+    bandwidth, arithmetic = memory.nbytes / best["read"], 2 * 4096**3 / best["multiply"]
+    reading, multiplying = 2 * rows * dim / bandwidth, 2 * rows * dim * batch / arithmetic
+    return (
+        f"  limits in bfloat16: memory {1e3 * reading:.1f} ms ({bandwidth / 1e9:.0f} GB/s), "
+        f"arithmetic {1e3 * multiplying:.1f} ms ({arithmetic / 1e12:.2f} TFLOP/s)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--dim", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 1000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device}, {where}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, top {K}")
+    last = ""
+    for dim in given.dim:
+        gallery, ids = unit(given.rows, dim, 0), tuple(map(str, range(given.rows)))
+        start = time.perf_counter()
+        index = ExactIndex(device=device).fit(gallery, ids)
+        print(f"{given.rows} x {dim}: {index}, built in {time.perf_counter() - start:.1f} s")
+        flat = FaissIndex("Flat", device="auto" if device == "cuda" else "cpu").fit(gallery, ids)
+        peers = {"exact": index_search(index), "faiss flat": index_search(flat), "torch float32": torch_search(gallery, device)}
+        if device == "cpu":
+            peers["numpy"] = numpy_search(gallery)
+            try:
+                from usearch.index import MetricKind
+                from usearch.index import search as usearch
+
+                peers["usearch exact"] = lambda queries: usearch(gallery, queries, K, MetricKind.IP, exact=True).keys  # noqa: B023
+            except ImportError:
+                print("usearch is not installed: pip install usearch adds its row")
+        for batch in given.batch:
+            queries = unit(batch, dim, 1)
+            expected = peers["faiss flat"](queries)
+            result = {name: search(queries).reshape(batch, K) for name, search in peers.items()}
+            times = {name: seconds(search, queries, given.rounds) for name, search in peers.items()}
+            print(f" batch {batch}")
+            for name in peers:
+                agrees, swapped = same(np.asarray(result[name]).astype(np.int64), expected, queries, gallery)
+                print(
+                    f"  {name:14s} {1e3 * times[name]:10.1f} ms {batch / times[name]:10.1f} queries/s   "
+                    f"exact is {times[name] / times['exact']:6.2f} times as fast   "
+                    f"same top {K} {'yes' if agrees else 'no'}" + (f" ({swapped} within float32 rounding)" if swapped else "")
+                )
+            print(limits(device, given.rows, dim, batch), flush=True)
+            agrees, _ = same(result["exact"], expected, queries, gallery)
+            last = f"exact/faiss_flat {times['faiss flat'] / times['exact']:.2f} identical {'yes' if agrees else 'no'}"
+    print(last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from beauty_bafe.models import inference
+from beauty_bafe.models.descriptor import Pooling
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, fold_norms, halve
+from beauty_bafe.models.pooling import gem, spoc
+
+POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
+
+
+@pytest.fixture
+def extractor(tiny: dict[str, Any]) -> BackgroundAgnosticExtractor:
+    torch.manual_seed(0)
+    return BackgroundAgnosticExtractor(**tiny).eval()
+
+
+def pictures(count: int, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+
+
+def test_any_number_of_pictures_in_batches_of_one_shape(extractor: BackgroundAgnosticExtractor) -> None:
+    engine = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
+    shapes = []
+    engine.describer.extractor.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    outputs = engine(pictures(10))
+    assert [tuple(output.shape) for output in outputs] == [(10, 256), (10, 256), (10, MASK_SIZE, MASK_SIZE)]
+    assert set(shapes) == {torch.Size([4, 3, 64, 64])}
+    torch.testing.assert_close(outputs[0].norm(dim=1), torch.ones(10))
+    for row in range(10):
+        alone = engine(pictures(10)[row : row + 1])
+        torch.testing.assert_close(alone[0][0], outputs[0][row], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("resnet18", 0), ("tf_efficientnet_lite0", 0), ("densenet121", 62), ("vgg11_bn", 0), ("seresnet50", 0)]
+)
+def test_folded_norms_change_nothing(name: str, left: int) -> None:
+    """DenseNet's norms that take several convolutions at once must stay."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    inputs = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = network.forward_features(inputs)
+        fold_norms(network, torch.randn(1, 3, 64, 64))
+        after = network.forward_features(inputs)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == left
+    torch.testing.assert_close(after, before, atol=1e-4 * before.abs().max().item(), rtol=1e-3)
+
+
+def test_a_tapped_norm_is_still_tapped(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    extractor = BackgroundAgnosticExtractor(**tiny | {"taps": ["conv_stem", "bn1", "blocks.1", "bn2"]}).eval()
+    with torch.inference_mode():
+        before = extractor(pictures(2))
+        fold_norms(extractor, pictures(1))
+        after = extractor(pictures(2))
+    for one, two in zip((*before.taps, before.last), (*after.taps, after.last), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_halving_leaves_sensitive_layers_alone(name: str) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    whole = copy.deepcopy(network)
+    halve(network)
+    halved = [module.layer for module in network.modules() if isinstance(module, HalfPrecision)]
+    assert halved
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.in_channels == 3):
+            assert module.weight.dtype == torch.float32
+    assert all(getattr(layer, "groups", 1) == 1 for layer in halved)
+    inputs = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        one, two = (n.forward_features(inputs).flatten(1) for n in (whole, network))
+    assert two.dtype == torch.float32
+    assert nn.functional.cosine_similarity(one, two).min() > 0.998
+    assert not torch.equal(one, two)
+
+
+def test_compiled_agrees_with_eager(extractor: BackgroundAgnosticExtractor) -> None:
+    other = copy.deepcopy(extractor)
+    eager = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
+    compiled = Engine(Describer(other, POOLINGS, masks=True), "cpu", "32-true", 4, True)
+    if not inference._compiler_is_there("cpu"):
+        pytest.skip("no C++ compiler")
+    assert eager.compile() == 0
+    assert compiled.compile() > 0
+    assert compiled.compile() == 0, "once"
+    for one, two in zip(eager(pictures(6)), compiled(pictures(6)), strict=True):
+        torch.testing.assert_close(one.float(), two.float(), atol=1e-4 if one.dtype == torch.float32 else 1, rtol=0)
+
+
+def test_small_galleries_stay_eager(extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_compiler_is_there", lambda _: True)
+    few, many, told = (Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, c) for c in (None, None, False))
+    assert few.plan(100) == 0
+    assert many.plan(100_000_000) > inference.COMPILE_ABOVE
+    told.plan(100_000_000)
+    assert [few.compiled, many.compiled, told.compiled] == [False, True, False]
+    monkeypatch.setattr(inference, "_compiler_is_there", lambda _: False)
+    without = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, None)
+    without.plan(100_000_000)
+    assert without.compiled is False
+
+
+def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, False)
+    expected = engine(pictures(8))[0]
+    run = engine._run
+
+    def small(batch: torch.Tensor) -> list[torch.Tensor]:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(batch)
+
+    engine._run = small
+    torch.testing.assert_close(engine(pictures(8))[0], expected, atol=1e-6, rtol=0)
+    assert engine.batch == 2
+    assert "memory is short: batches of 2 pictures" in capsys.readouterr().out
+    engine._run = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(pictures(1))
+
+
+def test_other_errors_are_not_taken_for_short_memory(extractor: BackgroundAgnosticExtractor) -> None:
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, False)
+    with pytest.raises(ValueError, match="pictures must be uint8"):
+        engine(pictures(8).float())
+
+
+def test_a_copied_extractor_reads_its_own_taps(extractor: BackgroundAgnosticExtractor) -> None:
+    other = copy.deepcopy(extractor)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(pictures(2)).last, extractor(pictures(2)).last)

@@ -1,0 +1,98 @@
+"""The gallery's side from pictures to answers, kept for other days."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beauty_bafe.data.catalog import Skipped
+from beauty_bafe.models.descriptor import Pooling
+from beauty_bafe.models.pooling import gem, spoc
+from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
+from beauty_bafe.retrieval.exact import ExactIndex
+from beauty_bafe.retrieval.features import Extraction, load_members
+from beauty_bafe.retrieval.gallery import answer, open_gallery
+from beauty_bafe.retrieval.ranking import Ranking
+
+POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
+
+
+class Shop:
+    """A gallery folder, its index folder, and one query answered from them."""
+
+    def __init__(self, root: Path, toy: Path, checkpoint: Path, ensemble: type = Concatenation, **settings: object) -> None:
+        self.root, self.kind, self.settings = root, ensemble, settings
+        self.members = load_members(str(checkpoint), POOLINGS)
+        self.extraction = Extraction(root / "features", num_workers=0, device="cpu", precision="32-true")
+        self.query = sorted((toy / "queries").iterdir())[0]
+        shutil.copytree(toy / "gallery", root / "gallery")
+
+    def answer(self, gallery: bool = True, kept: bool = True, k: int = 5) -> Ranking:
+        from beauty_bafe.data.catalog import open_catalog
+
+        ensemble = self.kind(**self.settings)
+        catalog, indexes = open_gallery(
+            str(self.root / "gallery") if gallery else None,
+            str(self.root / "index") if kept else None,
+            self.members,
+            self.extraction,
+            ensemble,
+            ExactIndex(device="cpu"),
+            Skipped(),
+        )
+        assert set(indexes[0].ids) <= set(catalog.ids)
+        (self.root / "queries").mkdir(exist_ok=True)
+        shutil.copy(self.query, self.root / "queries" / "q.jpg")
+        queries = open_catalog(self.root / "queries")
+        described = self.extraction(self.members, queries, str(self.root / "queries"), "queries", Skipped())
+        return answer(ensemble.transform(described), indexes, [], ensemble, k)
+
+
+@pytest.fixture(params=["concat", "fusion"])
+def shop(request: pytest.FixtureRequest, tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> Shop:
+    if request.param == "concat":
+        return Shop(tmp_path, toy, tiny_checkpoint, Concatenation, zscore=True, weights=None, pca=8, whiten=True)
+    return Shop(tmp_path, toy, tiny_checkpoint, Fusion, method="rank", weights=None, depth=20)
+
+
+def test_one_query_a_year_later_without_the_gallery(shop: Shop) -> None:
+    today = shop.answer()
+    shutil.rmtree(shop.root / "gallery")
+    shutil.rmtree(shop.root / "features")
+    later = shop.answer(gallery=False)
+    assert later.answers(0) == today.answers(0)
+    np.testing.assert_allclose(later.scores, today.scores, atol=1e-6)
+
+
+def test_a_changed_catalogue_changes_the_kept_index(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    first = shop.answer()
+    best = first.answers(0)[0]
+    (shop.root / "gallery" / f"{best}.jpg").unlink()
+    shutil.copy(shop.query, shop.root / "gallery" / "the_query_itself.jpg")
+    second = shop.answer()
+    assert "1 removed, 1 added, 47 kept, ensemble as first learned" in capsys.readouterr().out
+    assert second.answers(0)[0] == "the_query_itself"
+    assert best not in second.answers(0)
+    assert shop.answer(gallery=False).answers(0) == second.answers(0)
+
+
+def test_what_is_kept_is_refused_to_others(shop: Shop) -> None:
+    shop.answer()
+    shop.members = shop.members[:1]
+    with pytest.raises(ValueError, match=r"made with members=.*; type another index_dir"):
+        shop.answer()
+
+
+def test_nothing_kept_and_no_gallery(shop: Shop) -> None:
+    with pytest.raises(ValueError, match="holds no index yet; give gallery=DIR_OR_CSV"):
+        shop.answer(gallery=False)
+
+
+def test_more_answers_than_pictures(shop: Shop) -> None:
+    with pytest.raises(ValueError, match=r"k=49, but the gallery has 48 readable pictures"):
+        shop.answer(kept=False, k=49)
+    if shop.kind is Concatenation:
+        assert len(set(shop.answer(kept=False, k=48).answers(0))) == 48
