@@ -29,10 +29,11 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.pooling import spoc
 from beauty_bafe.retrieval import rerank
+from beauty_bafe.retrieval.describing import peak_memory
 from beauty_bafe.retrieval.ensemble import Concatenation
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.faiss_index import FaissIndex
-from beauty_bafe.retrieval.features import Extraction, Features, Member, load_members, peak_memory
+from beauty_bafe.retrieval.features import Extraction, Features, Member, load_members
 from beauty_bafe.retrieval.index import Index
 from beauty_bafe.retrieval.rerank import Found
 from beauty_bafe.retrieval.store import Picture, Store

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,7 @@ def fold_norms(network: nn.Module, example: Tensor) -> None:
 class HalfPrecision(nn.Module):
     """A layer that multiplies in bfloat16 between float32 neighbours."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         bias, layer.bias = layer.bias, None
         self.layer = layer.bfloat16()
@@ -82,7 +84,7 @@ def halve(network: nn.Module) -> None:
         for name, layer in list(parent.named_children()):
             dense = type(layer) is nn.Linear or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels > 4)
             if dense and not layer._forward_hooks:  # a tapped one must go on giving what it gives
-                setattr(parent, name, HalfPrecision(layer))
+                setattr(parent, name, HalfPrecision(cast(nn.Linear, layer)))
 
 
 class Describer(nn.Module):
@@ -116,7 +118,7 @@ class Engine:
             GPU_BATCH if device == "cuda" else 1 << max(0, min(6, (CPU_PIXELS // describer.extractor.size**2).bit_length() - 1))
         )
         self.batch = batch or suits
-        self.describer = describer.eval()
+        self.describer = describer = copy.deepcopy(describer).eval()  # folding and halving are for this engine alone
         if precision == "bf16-mixed":
             size = describer.extractor.size
             fold_norms(describer.extractor, torch.zeros(1, 3, size, size, dtype=torch.uint8))
@@ -138,11 +140,21 @@ class Engine:
             self.compiled = eager > COMPILE_ABOVE and _compiler_is_there(self.device)
         return eager
 
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must do alike, plain values."""
+        return {"compiled": bool(self.compiled), "batch": self.batch}
+
+    def widths(self) -> list[int]:
+        """Dimensions of each pooling's descriptor."""
+        return [output.shape[1] for output in self._try()[: len(self.describer.poolings)]]
+
     def compile(self) -> float:
         """Compile if planned; returns the seconds it took. Raises RuntimeError where PyTorch finds no compiler."""
         if not self.compiled or self._run is not self.describer:
             return 0.0
         start = time.perf_counter()
+        # One program a network: with PyTorch's limit of 8, larger ensembles would fall back to eager.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # Weights become constants, which lets the compiler lay them out for this processor.
         self._run = torch.compile(self.describer, dynamic=False, options={"freezing": True})
         try:
@@ -153,9 +165,9 @@ class Engine:
             ) from error
         return time.perf_counter() - start
 
-    def _try(self) -> None:
+    def _try(self) -> list[Tensor]:
         size = self.describer.extractor.size
-        self(torch.zeros(self.batch, 3, size, size, dtype=torch.uint8))
+        return self(torch.zeros(self.batch, 3, size, size, dtype=torch.uint8))
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> list[Tensor]:

@@ -48,11 +48,17 @@ class ExactIndex(Index):
         return f"exact {self.metric} on {self.device}, first pass in {str(self.rounded).removeprefix('torch.')}"
 
     def _build(self) -> None:
-        self._rows = torch.from_numpy(self.vectors)
+        self._rows = self._placed()
         self._coarse = torch.empty(self._rows.shape, dtype=self.rounded, device=self.device)
         self._norms = torch.empty(len(self._rows), device=self.device)
         self._errors = torch.empty(len(self._rows), device=self.device)
         self._round(0)
+
+    def _placed(self) -> Tensor:
+        """The vectors where candidates are scored again: on the GPU where they fit beside all else, else in memory."""
+        rows = torch.from_numpy(self.vectors)
+        roomy = self.device == "cuda" and torch.cuda.mem_get_info()[0] > 3 * rows.nbytes
+        return rows.to(self.device) if roomy else rows
 
     def _round(self, start: int) -> None:
         """Fill the rounded copies, the rows' lengths and how far rounding moved them, from row `start` on."""
@@ -65,7 +71,7 @@ class ExactIndex(Index):
 
     def _grown(self, before: int) -> None:
         old = self._coarse, self._norms, self._errors
-        self._rows = torch.from_numpy(self.vectors)
+        self._rows = self._placed()
         self._coarse, self._norms, self._errors = (
             torch.empty(len(self._rows), *part.shape[1:], dtype=part.dtype, device=self.device) for part in old
         )
@@ -75,7 +81,7 @@ class ExactIndex(Index):
 
     def _shrunk(self, keep: np.ndarray) -> None:
         kept = torch.from_numpy(keep).to(self.device)
-        self._rows = torch.from_numpy(self.vectors)
+        self._rows = self._placed()
         self._coarse, self._norms, self._errors = self._coarse[kept], self._norms[kept], self._errors[kept]
 
     def _save(self, folder: Path) -> None:
@@ -89,36 +95,37 @@ class ExactIndex(Index):
         found = []
         with _plain_arithmetic():
             for start in range(0, len(queries), QUERIES):
-                found.append(self._search_together(torch.from_numpy(queries[start : start + QUERIES]), k))
+                asked = torch.from_numpy(queries[start : start + QUERIES]).to(self._rows.device)
+                found.append(self._search_together(asked, k))
         if not found:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         scores, positions = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
         return scores, positions
 
     def _search_together(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Queries float32 (B, D) -> scores float32 (B, k) and positions int64 (B, k), on the queries' device."""
+        """Queries float32 (B, D) -> scores float32 (B, k) and positions int64 (B, k), where the queries are."""
         bound = _Bound(queries.to(self.device), self._coarse, self._norms, self._errors, self.metric)
         best = queries.new_full((len(queries), k), -torch.inf)
-        positions = torch.full((len(queries), k), len(self._rows))
+        positions = torch.full((len(queries), k), len(self._rows), device=queries.device)
         rows = max(CELLS[self.device] // len(queries), 4 * k, GROUP)
         for start in range(0, len(self._rows), rows):
             part = slice(start, min(start + rows, len(self._rows)))
             scores = bound.scores(part)
             if start == 0:
                 # The k rows that look best give a first floor; they are found again below.
-                likely = scores.topk(min(k, scores.shape[1])).indices.cpu()
-                who = torch.arange(len(queries)).repeat_interleave(likely.shape[1])
+                likely = scores.topk(min(k, scores.shape[1])).indices.to(queries.device)
+                who = torch.arange(len(queries), device=queries.device).repeat_interleave(likely.shape[1])
                 exact = self._score(queries, who, likely.flatten()).view(len(queries), -1)
                 kth = exact.amin(1) if likely.shape[1] == k else best[:, -1]
             else:
                 kth = best[:, -1]
-            who, row = (found.cpu() for found in _at_least(scores, bound.floor(kth.to(self.device))))
+            who, row = (found.to(queries.device) for found in _at_least(scores, bound.floor(kth.to(self.device))))
             best, positions = _merge(best, positions, who, row + start, self._score(queries, who, row + start))
         return best, positions
 
     def _score(self, queries: Tensor, who: Tensor, row: Tensor) -> Tensor:
         """Pairs of query and row, int64 (P,) each -> their scores, float32 (P,), summed in float64."""
-        scores = torch.empty(len(who), dtype=torch.float32)
+        scores = queries.new_empty(len(who))
         step = max(1, PAIRS // queries.shape[1])
         for start in range(0, len(who), step):
             pairs = slice(start, start + step)
@@ -182,8 +189,8 @@ def _at_least(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     who, column = (groups.amax(1) >= floor[:, None]).nonzero(as_tuple=True)
     hit, member = (groups[who, :, column] >= floor[who, None]).nonzero(as_tuple=True)
     rest_who, rest = (scores[:, width * GROUP :] >= floor[:, None]).nonzero(as_tuple=True)
-    keys = torch.cat([who[hit] * scores.shape[1] + member * width + column[hit]])
-    keys = torch.cat([keys, rest_who * scores.shape[1] + rest + width * GROUP]).sort().values
+    grouped = who[hit] * scores.shape[1] + member * width + column[hit]
+    keys = torch.cat([grouped, rest_who * scores.shape[1] + rest + width * GROUP]).sort().values
     return keys // scores.shape[1], keys % scores.shape[1]
 
 
@@ -193,7 +200,7 @@ def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Te
     if not len(touched):
         return best, positions
     k = best.shape[1]
-    place = k + torch.arange(len(who)) - (count.cumsum(0) - count)[group]
+    place = k + torch.arange(len(who), device=who.device) - (count.cumsum(0) - count)[group]
     wide = best.new_full((len(touched), k + int(count.max())), -torch.inf)
     wide_positions = positions.new_zeros(wide.shape)
     wide[:, :k], wide_positions[:, :k] = best[touched], positions[touched]

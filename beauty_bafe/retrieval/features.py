@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import os
-import resource
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
-from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..data.catalog import Catalog, Skipped
-from ..data.datamodule import default_workers, quiet_worker
-from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.inference import FEW, MASK_SIZE, Describer, Engine
+from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor
 from ..models.precision import fastest_precision, pick_device
+from .describing import Pass
 from .manifest import digest
-from .store import Picture, Store
+from .store import Store
 
-LOT = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
 PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
 PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
 
@@ -119,7 +107,8 @@ class Extraction:
         stores = [self._store(member, source, masks) for member in members]
         lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
         if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
-            _Pass(self, members, stores, catalog, pictures, what, masks).run(lacking)
+            asked = [(member.extractor, member.pooling) for member in members]
+            Pass(self, asked, stores, catalog, pictures, lacking, what, masks).run()
         readable = [picture for picture in pictures if picture in stores[0].rows]
         broken = Skipped()
         for row, picture in enumerate(pictures):
@@ -153,208 +142,12 @@ class Extraction:
         return Store(self.root / name, key | rest)
 
 
-class _Pass:
-    """One way through the pictures that some store lacks."""
-
-    def __init__(
-        self,
-        settings: Extraction,
-        members: Sequence[Member],
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        what: str,
-        masks: bool,
-    ) -> None:
-        self.settings, self.stores, self.catalog, self.pictures, self.what = settings, stores, catalog, pictures, what
-        self.masks = masks
-        extractors = list({id(member.extractor): member.extractor for member in members}.values())
-        self.canvases = sorted({(extractor.size, extractor.pad) for extractor in extractors})
-        # Per network: its members' numbers, its canvas.
-        self.networks = [
-            (
-                [number for number, member in enumerate(members) if member.extractor is extractor],
-                self.canvases.index((extractor.size, extractor.pad)),
-                extractor,
-            )
-            for extractor in extractors
-        ]
-        self.poolings = [member.pooling for member in members]
-        # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
-        # than threads that decode between its batches).
-        automatic = 0 if settings.device == "cpu" else default_workers()
-        self.workers = automatic if settings.num_workers is None else settings.num_workers
-
-    def run(self, lacking: Sequence[int]) -> None:
-        """Describe the pictures numbered `lacking`, a shard at a time."""
-        engines = self._engines(lacking)
-        for engine, (numbers, _, _) in zip(engines, self.networks, strict=True):
-            for number in numbers:
-                self.stores[number].begin(self.pictures, {"compiled": bool(engine.compiled), "batch": engine.batch})
-        if not lacking:
-            return
-        compiling = sum(engine.compile() for engine in engines)
-        if compiling:
-            print(f"compiled in {compiling:.0f} s")
-        for engine in engines:
-            engine.seconds = 0.0
-        chunks = [lacking[at : at + self.settings.shard] for at in range(0, len(lacking), self.settings.shard)]
-        lot = max([LOT, *(engine.batch for engine in engines)])
-        lots = [chunk[at : at + lot] for chunk in chunks for at in range(0, len(chunk), lot)]
-        start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
-        loaded = iter(track(self._loader(lots), f"describing {len(lacking)} {self.what}", total=len(lots)))
-        for chunk in chunks:
-            outputs: list[list[list[Tensor]]] = [[] for _ in engines]
-            reasons: list[str] = []
-            for _ in range(0, len(chunk), lot):
-                views, why, seconds = next(loaded)
-                decoding += seconds
-                reasons += why
-                if not all(why):
-                    for number, (engine, (_, canvas, _)) in enumerate(zip(engines, self.networks, strict=True)):
-                        outputs[number].append(engine(views[canvas]))
-            before = time.perf_counter()
-            size += self._write(chunk, reasons, outputs)
-            writing += time.perf_counter() - before
-        next(loaded, None)  # lets the progress bar end
-        network = sum(engine.seconds for engine in engines)
-        print(
-            f"described {len(lacking)} {self.what} in {time.perf_counter() - start:.1f} s: network {network:.1f} s, "
-            f"decoding {decoding:.1f} s in {f'{self.workers} processes' if self.workers else 'threads'}, "
-            f"writing {writing:.1f} s; "
-            f"{size / 1e6:.1f} MB on disk, peak memory {peak_memory() / 1e9:.2f} GB"
-        )
-
-    def _engines(self, lacking: Sequence[int]) -> list[Engine]:
-        """One per network, planned; forecasts. Raises ValueError where disk or memory will not do."""
-        settings, engines, seconds = self.settings, [], 0.0
-        for numbers, _, extractor in self.networks:
-            describer = Describer(extractor, [self.poolings[number] for number in numbers], self.masks)
-            # A resumed pass goes on as it began: the other way the rest would differ in its last bits.
-            begun = next((plan for number in numbers if (plan := self.stores[number].plan(self.pictures))), {})
-            compiled = settings.compiled if settings.compiled is not None else begun.get("compiled")
-            batch = settings.batch_size or begun.get("batch")
-            engine = Engine(describer, settings.device, settings.precision, batch, compiled)
-            seconds += engine.plan(len(lacking))
-            engines.append(engine)
-        if len(lacking) > FEW:
-            self._forecast(engines, len(lacking), seconds)
-        return engines
-
-    def _forecast(self, engines: Sequence[Engine], lacking: int, seconds: float) -> None:
-        widths = [
-            vectors.shape[1] for engine in engines for vectors in engine(_empty(engine))[: len(engine.describer.poolings)]
-        ]
-        per_picture = sum(widths) * self.settings.dtype.itemsize + (len(widths) * MASK_SIZE**2 if self.masks else 0) + 64
-        # To search: the descriptors, the ensemble of them, and its rounded copy.
-        disk, memory = per_picture * lacking, 10 * sum(widths) * len(self.pictures)
-        how = ", less compiled" if any(engine.compiled for engine in engines) else ""
-        print(
-            f"forecast for {lacking} {self.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
-            f"{memory / 1e9:.1f} GB of memory to search them in"
-        )
-        check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
-
-    def _loader(self, lots: list[Sequence[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
-        pictures = _Canvases(self.catalog, self.canvases)
-        if self.workers:
-            gpu = self.settings.device == "cuda"
-            loader = DataLoader(
-                pictures,
-                batch_sampler=[list(lot) for lot in lots],
-                num_workers=self.workers,
-                collate_fn=_stack,
-                worker_init_fn=quiet_worker,
-                pin_memory=gpu,
-            )
-            yield from loader
-            return
-        quiet_worker(0)
-        with ThreadPoolExecutor(default_workers()) as threads:
-            for lot in lots:
-                yield _stack(list(threads.map(pictures.__getitem__, lot)))
-
-    def _write(self, chunk: Sequence[int], reasons: Sequence[str], outputs: list[list[list[Tensor]]]) -> int:
-        """Append to each store what it lacks of this chunk; returns the bytes written."""
-        pictures = [self.pictures[row] for row in chunk]
-        good = [picture for picture, reason in zip(pictures, reasons, strict=True) if not reason]
-        unreadable = {picture: reason for picture, reason in zip(pictures, reasons, strict=True) if reason}
-        size = 0
-        for (numbers, _, _), parts in zip(self.networks, outputs, strict=True):
-            whole = [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)]
-            for place, number in enumerate(numbers):
-                store = self.stores[number]
-                new = [row for row, picture in enumerate(good) if picture not in store]
-                bad = {picture: reason for picture, reason in unreadable.items() if picture not in store}
-                if not new and not bad:
-                    continue
-                arrays = {"vectors": whole[place][new].astype(self.settings.dtype)} if new else {}
-                if new and self.masks and self.poolings[number].saliency:
-                    arrays["masks"] = whole[-1][new]
-                size += store.append([good[row] for row in new], arrays, bad)
-        return size
-
-
-class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
-    """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
-
-    def __init__(self, catalog: Catalog, canvases: Sequence[tuple[int, int]]) -> None:
-        self.catalog, self.canvases = catalog, canvases
-
-    def __len__(self) -> int:
-        return len(self.catalog)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], str, float]:
-        start = time.perf_counter()
-        try:
-            picture = read_picture(self.catalog.paths[index], max(size for size, _ in self.canvases)).rgb
-        except UnreadablePicture as error:
-            return [], str(error), time.perf_counter() - start
-        views = [torch.from_numpy(letterbox(picture, *canvas)).permute(2, 0, 1) for canvas in self.canvases]
-        return views, "", time.perf_counter() - start
-
-
-def _stack(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
-    good = [views for views, reason, _ in items if not reason]
-    return (
-        [torch.stack(views) for views in zip(*good, strict=True)],
-        [reason for _, reason, _ in items],
-        sum(seconds for _, _, seconds in items),
-    )
-
-
 def _stamp(path: Path) -> str:
     try:
         status = os.stat(path)
     except OSError:
         return "missing"
     return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def _empty(engine: Engine) -> Tensor:
-    size = engine.describer.extractor.size
-    return torch.zeros(1, 3, size, size, dtype=torch.uint8)
-
-
-def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
-    """Raise ValueError where `disk` or `memory` bytes are more than this machine has left."""
-    place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
-    free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
-    if disk > free:
-        raise ValueError(
-            f"{pictures} {what} need {disk / 1e9:.1f} GB on disk, '{place}' has {free / 1e9:.1f} GB left; "
-            "type features=DIR on a larger disk, or extraction.dtype=float16"
-        )
-    if memory > available:
-        raise ValueError(
-            f"{pictures} {what} need about {memory / 1e9:.1f} GB of memory to be searched, {available / 1e9:.1f} GB are free; "
-            "use fewer checkpoints or poolings at once, or a larger machine"
-        )
-
-
-def peak_memory() -> int:
-    """Bytes of memory this process held at most (its loading processes not counted)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def mean_masks(members: Sequence[Features]) -> Features:

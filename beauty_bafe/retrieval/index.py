@@ -62,11 +62,13 @@ class Index(ABC):
     def hold(self, vectors: np.ndarray, ids: tuple[str, ...]) -> str:
         """Change as little as needed to hold exactly these rows; says what changed."""
         old = {name: row for row, name in enumerate(self.ids)}
-        same = {
-            name
-            for row, name in enumerate(ids)
-            if name in old and np.allclose(self.vectors[old[name]], vectors[row], rtol=0, atol=1e-6)
-        }
+        shared = [row for row, name in enumerate(ids) if name in old]
+        same: set[str] = set()
+        for start in range(0, len(shared), 1 << 14):
+            part = shared[start : start + (1 << 14)]
+            before = self.vectors[[old[ids[row]] for row in part]]
+            unchanged = np.abs(before - vectors[part]).max(axis=1) < 1e-6
+            same.update(ids[row] for row, equal in zip(part, unchanged, strict=True) if equal)
         gone = tuple(name for name in self.ids if name not in same)
         new = np.array([name not in same for name in ids], bool)
         if gone:

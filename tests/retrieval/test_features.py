@@ -17,7 +17,7 @@ from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
 from beauty_bafe.models.precision import pick_device
-from beauty_bafe.retrieval import features as module
+from beauty_bafe.retrieval import describing as module
 from beauty_bafe.retrieval.features import Extraction, Features, Member, load_members, mean_masks
 
 ATTENTION = Pooling(spoc, saliency=True)

@@ -1,0 +1,251 @@
+"""One way through pictures: each is decoded once, for every network, and every descriptor goes into its store."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.catalog import Catalog
+from ..data.datamodule import default_workers, quiet_worker
+from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..models.descriptor import Pooling
+from ..models.extractor import BackgroundAgnosticExtractor
+from ..models.inference import FEW, MASK_SIZE, Describer, Engine
+from .store import Picture, Store
+
+LOT = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
+
+
+class Settings(Protocol):
+    """What of `Extraction` a pass needs."""
+
+    batch_size: int | None
+    num_workers: int | None
+    device: str
+    precision: str
+    compiled: bool | None
+    shard: int
+    dtype: np.dtype
+
+
+@dataclass
+class Network:
+    """One network at work: `numbers` of the members it serves, which canvas it looks at, and how it is run."""
+
+    numbers: list[int]
+    canvas: int
+    engine: Engine
+
+
+class Pass:
+    """Describe the pictures numbered `lacking` for every store that lacks them, a shard at a time.
+
+    `asked`: network and pooling of each store, in its order. Raises ValueError where disk or memory will not do.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        asked: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
+        stores: Sequence[Store],
+        catalog: Catalog,
+        pictures: Sequence[Picture],
+        lacking: Sequence[int],
+        what: str,
+        masks: bool,
+    ) -> None:
+        self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
+        self.lacking, self.what, self.masks = lacking, what, masks
+        self.poolings = [pooling for _, pooling in asked]
+        members: dict[BackgroundAgnosticExtractor, list[int]] = {}
+        for number, (extractor, _) in enumerate(asked):
+            members.setdefault(extractor, []).append(number)
+        # A network all of whose stores are complete has nothing to do.
+        members = {extractor: numbers for extractor, numbers in members.items() if self._lack(lacking, numbers)}
+        self.canvases = sorted({(extractor.size, extractor.pad) for extractor in members})
+        self.networks = [
+            Network(numbers, self.canvases.index((extractor.size, extractor.pad)), self._engine(extractor, numbers))
+            for extractor, numbers in members.items()
+        ]
+        # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
+        # than threads that decode between its batches).
+        automatic = 0 if settings.device == "cpu" else default_workers()
+        self.workers = automatic if settings.num_workers is None else settings.num_workers
+
+    def _lack(self, rows: Sequence[int], numbers: Sequence[int]) -> bool:
+        return any(self.pictures[row] not in self.stores[number] for row in rows for number in numbers)
+
+    def _engine(self, extractor: BackgroundAgnosticExtractor, numbers: list[int]) -> Engine:
+        settings = self.settings
+        # A resumed pass goes on as it began: the other way the rest would differ in its last bits.
+        begun = next((plan for number in numbers if (plan := self.stores[number].plan(self.pictures))), {})
+        compiled = settings.compiled if settings.compiled is not None else begun.get("compiled")
+        describer = Describer(extractor, [self.poolings[number] for number in numbers], self.masks)
+        return Engine(describer, settings.device, settings.precision, settings.batch_size or begun.get("batch"), compiled)
+
+    def run(self) -> None:
+        """Plan, forecast, compile where it pays, describe, and say how long it took."""
+        count, shard = len(self.lacking), self.settings.shard
+        forecast = self._plan()
+        if not count:
+            return
+        chunks = [self.lacking[at : at + shard] for at in range(0, count, shard)]
+        lot = max([LOT, *(network.engine.batch for network in self.networks)])
+        lots = [list(chunk[at : at + lot]) for chunk in chunks for at in range(0, len(chunk), lot)]
+        start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
+        loaded = iter(track(self._load(lots), f"describing {count} {self.what}", total=len(lots)))
+        for chunk in chunks:
+            wanted = [network for network in self.networks if self._lack(chunk, network.numbers)]
+            outputs: list[list[list[Tensor]]] = [[] for _ in wanted]
+            reasons: list[str] = []
+            for _ in range(0, len(chunk), lot):
+                views, why, seconds = next(loaded)
+                decoding += seconds
+                reasons += why
+                if not all(why):
+                    for parts, network in zip(outputs, wanted, strict=True):
+                        parts.append(network.engine(views[network.canvas]))
+            before = time.perf_counter()
+            for parts, network in zip(outputs, wanted, strict=True):
+                size += self._write(chunk, reasons, [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)], network)
+            writing += time.perf_counter() - before
+        next(loaded, None)  # lets the progress bar end
+        network_time = sum(network.engine.seconds for network in self.networks)
+        expected = f" (forecast {forecast:.0f} s)" if forecast else ""
+        print(
+            f"described {count} {self.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
+            f"decoding {decoding:.1f} s in {f'{self.workers} processes' if self.workers else 'threads'}, "
+            f"writing {writing:.1f} s; {size / 1e6:.1f} MB on disk, peak memory {peak_memory() / 1e9:.2f} GB"
+        )
+
+    def _plan(self) -> float:
+        """Begin every store, after the forecast; returns the seconds that the networks should take, 0 for few pictures."""
+        count = len(self.lacking)
+        seconds = sum(network.engine.plan(count) for network in self.networks)
+        if count > FEW:
+            self._forecast(seconds)
+        plans = {number: network.engine for network in self.networks for number in network.numbers}
+        for number, store in enumerate(self.stores):
+            engine = plans.get(number)
+            plan = {key: store.manifest[key] for key in ("compiled", "batch")} if engine is None else engine.describe()
+            store.begin(self.pictures, plan)
+        compiling = sum(network.engine.compile() for network in self.networks)
+        if compiling:
+            print(f"compiled in {compiling:.0f} s")
+        for network in self.networks:
+            network.engine.seconds = 0.0
+        return seconds
+
+    def _forecast(self, seconds: float) -> None:
+        """Print what the work will take, and stop it where disk or memory will not do."""
+        widths = [width for network in self.networks for width in network.engine.widths()]
+        count, masks = len(self.lacking), len(widths) * MASK_SIZE**2 if self.masks else 0
+        # To search: the descriptors, the ensemble of them, and its rounded copy.
+        disk = count * (sum(widths) * self.settings.dtype.itemsize + masks + 64)
+        memory = 10 * sum(widths) * len(self.pictures)
+        how = ", less compiled" if any(network.engine.compiled for network in self.networks) else ""
+        print(
+            f"forecast for {count} {self.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
+            f"{memory / 1e9:.1f} GB of memory to search them in"
+        )
+        check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
+
+    def _load(self, lots: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
+        pictures = _Canvases(self.catalog, self.canvases)
+        if self.workers:
+            yield from DataLoader(
+                pictures,
+                batch_sampler=lots,
+                num_workers=self.workers,
+                collate_fn=_stack,
+                worker_init_fn=quiet_worker,
+                pin_memory=self.settings.device == "cuda",
+            )
+            return
+        quiet_worker(0)
+        with ThreadPoolExecutor(default_workers()) as threads:
+            for lot in lots:
+                yield _stack(list(threads.map(pictures.__getitem__, lot)))
+
+    def _write(self, chunk: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
+        """Append to the network's stores what each lacks of this chunk; returns the bytes written."""
+        pictures = list(zip([self.pictures[row] for row in chunk], reasons, strict=True))
+        good = [picture for picture, reason in pictures if not reason]
+        size = 0
+        for place, number in enumerate(network.numbers):
+            store = self.stores[number]
+            new = [row for row, picture in enumerate(good) if picture not in store]
+            bad = {picture: reason for picture, reason in pictures if reason and picture not in store}
+            if not new and not bad:
+                continue
+            arrays = {"vectors": outputs[place][new].astype(self.settings.dtype)} if new else {}
+            if new and self.masks and self.poolings[number].saliency:
+                arrays["masks"] = outputs[-1][new]
+            size += store.append([good[row] for row in new], arrays, bad)
+        return size
+
+
+class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
+    """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
+
+    def __init__(self, catalog: Catalog, canvases: Sequence[tuple[int, int]]) -> None:
+        self.catalog, self.canvases = catalog, canvases
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], str, float]:
+        start = time.perf_counter()
+        try:
+            picture = read_picture(self.catalog.paths[index], max(size for size, _ in self.canvases)).rgb
+        except UnreadablePicture as error:
+            return [], str(error), time.perf_counter() - start
+        views = [torch.from_numpy(letterbox(picture, *canvas)).permute(2, 0, 1) for canvas in self.canvases]
+        return views, "", time.perf_counter() - start
+
+
+def _stack(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
+    good = [views for views, reason, _ in items if not reason]
+    return (
+        [torch.stack(views) for views in zip(*good, strict=True)],
+        [reason for _, reason, _ in items],
+        sum(seconds for _, _, seconds in items),
+    )
+
+
+def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
+    """Raise ValueError where `disk` or `memory` bytes are more than this machine has left."""
+    place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
+    if disk > free:
+        raise ValueError(
+            f"{pictures} {what} need {disk / 1e9:.1f} GB on disk, '{place}' has {free / 1e9:.1f} GB left; "
+            "type features=DIR on a larger disk, or extraction.dtype=float16"
+        )
+    if memory > available:
+        raise ValueError(
+            f"{pictures} {what} need about {memory / 1e9:.1f} GB of memory to be searched, {available / 1e9:.1f} GB are free; "
+            "use fewer checkpoints or poolings at once, or a larger machine"
+        )
+
+
+def peak_memory() -> int:
+    """Bytes of memory this process held at most (its loading processes not counted)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
