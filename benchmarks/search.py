@@ -143,10 +143,12 @@ def main() -> None:
         for batch in given.batch:
             queries = unit(batch, dim, 1)
             expected = peers["faiss flat"](queries)
-            result = {name: search(queries).reshape(batch, K) for name, search in peers.items()}
-            times = {name: seconds(search, queries, given.rounds) for name, search in peers.items()}
+            # usearch takes queries one by one: 46 s for a thousand at 512 dimensions.
+            asked = {name: search for name, search in peers.items() if name != "usearch exact" or batch <= 100}
+            result = {name: search(queries).reshape(batch, K) for name, search in asked.items()}
+            times = {name: seconds(search, queries, given.rounds) for name, search in asked.items()}
             print(f" batch {batch}")
-            for name in peers:
+            for name in asked:
                 agrees, swapped = same(np.asarray(result[name]).astype(np.int64), expected, queries, gallery)
                 print(
                     f"  {name:14s} {1e3 * times[name]:10.1f} ms {batch / times[name]:10.1f} queries/s   "

@@ -129,16 +129,16 @@ class Engine:
         self.seconds = 0.0
 
     def plan(self, pictures: int) -> float:
-        """Forecast the seconds that `pictures` take without compiling; above `COMPILE_ABOVE` plan to compile, if it can be."""
-        eager = 0.0
+        """Forecast the seconds that `pictures` take as things stand; above `COMPILE_ABOVE` plan to compile, if it can be."""
+        seconds = 0.0
         if pictures > FEW:
             self._try()
             start = time.perf_counter()
             self._try()
-            eager = (time.perf_counter() - start) / self.batch * pictures
+            seconds = (time.perf_counter() - start) / self.batch * pictures
         if self.compiled is None:
-            self.compiled = eager > COMPILE_ABOVE and _compiler_is_there(self.device)
-        return eager
+            self.compiled = seconds > COMPILE_ABOVE and _compiler_is_there(self.device)
+        return seconds
 
     def describe(self) -> dict[str, Any]:
         """What a resumed run must do alike, plain values."""

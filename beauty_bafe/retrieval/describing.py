@@ -144,7 +144,8 @@ class Pass:
             store.begin(self.pictures, plan)
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
-            print(f"compiled in {compiling:.0f} s")
+            seconds = sum(network.engine.plan(count) for network in self.networks)
+            print(f"compiled in {compiling:.0f} s" + (f"; now about {seconds:.0f} s of network" if seconds else ""))
         for network in self.networks:
             network.engine.seconds = 0.0
         return seconds

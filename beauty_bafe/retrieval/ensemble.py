@@ -71,13 +71,14 @@ class Concatenation:
         """One Features per member, of the same pictures -> one in a list, float32 (N, D), rows of length 1."""
         if any(features.ids != members[0].ids for features in members):
             raise ValueError("the members' features are of different pictures; extract them from one catalogue")
-        blocks = []
-        for start in range(0, len(members[0].ids), BLOCK):
+        width = self.pca or sum(features.vectors.shape[1] for features in members)
+        joined = np.empty((len(members[0].ids), width), np.float32)  # filled in place: half a million rows stand there once
+        for start in range(0, len(joined), BLOCK):
             block = self._joined([features.vectors[start : start + BLOCK] for features in members])
             if "axes" in self._learned:
                 block = _unit((block - self._learned["centre"]) @ self._learned["axes"].T)
-            blocks.append(block.astype(np.float32))
-        return [Features(np.concatenate(blocks), members[0].ids, mean_masks(members).masks)]
+            joined[start : start + BLOCK] = block
+        return [Features(joined, members[0].ids, mean_masks(members).masks)]
 
     def _joined(self, members: Sequence[np.ndarray]) -> np.ndarray:
         parts = []
