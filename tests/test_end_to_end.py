@@ -292,6 +292,12 @@ def test_mistakes_are_answered(retrieval: Callable[..., DictConfig], override: s
         retrieve(retrieval(*override.split(), "report=false"))
 
 
+def test_an_empty_query_folder_is_named(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"no pictures under '.*nothing'; files ending in .*\.jpg"):
+        retrieve(retrieval(f"queries={tmp_path / 'nothing'}", "report=false"))
+
+
 def test_the_shared_benchmark_is_readable(shared: Path) -> None:
     """Every file of the benchmark in reach opens, its masks fit its queries, and truth names what is there."""
     from beauty_bafe.evaluation.metrics import read_truth
