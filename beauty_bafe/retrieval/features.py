@@ -143,11 +143,12 @@ class Extraction:
 
 
 def _stamp(path: Path) -> str:
+    """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
     try:
         status = os.stat(path)
     except OSError:
         return "missing"
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
 
 
 def mean_masks(members: Sequence[Features]) -> Features:
