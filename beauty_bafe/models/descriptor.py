@@ -27,13 +27,19 @@ class Pooling:
         settings = ", ".join(f"{key}={value}" for key, value in sorted(getattr(self.function, "keywords", {}).items()))
         return f"{inner.__name__}({settings}) of {self.map}{' under its mask' if self.saliency else ''}"
 
+    def shallowest(self, taps: int) -> int:
+        """The first of `taps` taps, counted from 0, whose mask (or gate, which takes deeper masks) this pooling needs."""
+        if self.map == "last":
+            return taps - 1 if self.saliency else taps
+        return max(0, int(self.map) - 1)
+
     def __call__(self, extraction: Extraction) -> Tensor:
         """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
         if self.map == "last":
-            maps, mask = extraction.last, extraction.masks[-1]
+            maps, level = extraction.last, -1
         elif 1 <= int(self.map) <= len(extraction.taps):
-            maps, mask = extraction.taps[int(self.map) - 1], extraction.masks[int(self.map) - 1]
+            maps, level = extraction.taps[int(self.map) - 1], int(self.map) - 1 - len(extraction.taps)
         else:
             raise ValueError(f"pooling.map={self.map}: this network has the taps 1 to {len(extraction.taps)}, and last")
-        weight = resize_mask(mask, maps.shape[-2:]) if self.saliency else None
+        weight = resize_mask(extraction.masks[level], maps.shape[-2:]) if self.saliency else None
         return self.function(maps.float(), weight)

@@ -17,7 +17,8 @@ from .pooling import EPSILON, spoc
 class Extraction(NamedTuple):
     """What the network says of B pictures.
 
-    `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep. `taps`: the maps they were read from (gated).
+    `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep; fewer, the deepest ones, from an extractor whose
+    `shallowest` is above 0. `taps`: the maps they were read from (gated).
     `last`: float (B, C, H, W), the map that descriptors pool.
     """
 
@@ -89,6 +90,7 @@ class BackgroundAgnosticExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.pad, self.frozen = size, pad, frozen
+        self.shallowest = 0  # the first tap that gets a mask; who needs only the deepest ones saves the others' time
         self.backbone = Backbone(name, taps, last, size, pretrained, weights, options)
         self.register_buffer("mean", torch.tensor(mean or self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self.backbone.std).view(1, 3, 1, 1))
@@ -116,7 +118,7 @@ class BackgroundAgnosticExtractor(nn.Module):
             maps = self.backbone(inputs.contiguous(memory_format=torch.channels_last))
         taps = list(maps.taps)
         masks: list[Tensor] = []
-        for level in reversed(range(len(taps))):
+        for level in reversed(range(self.shallowest, len(taps))):
             if level + 1 < len(taps):
                 vector = spoc(taps[level + 1], masks[0].to(taps[level + 1].dtype))
                 taps[level] = taps[level] * self.gates[level](vector[..., None, None])

@@ -118,7 +118,10 @@ class Engine:
             GPU_BATCH if device == "cuda" else 1 << max(0, min(6, (CPU_PIXELS // describer.extractor.size**2).bit_length() - 1))
         )
         self.batch = batch or suits
-        self.describer = describer = copy.deepcopy(describer).eval()  # folding and halving are for this engine alone
+        self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
+        if not describer.masks:
+            taps = len(describer.extractor.encoders)
+            describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
         if precision == "bf16-mixed":
             size = describer.extractor.size
             fold_norms(describer.extractor, torch.zeros(1, 3, size, size, dtype=torch.uint8))

@@ -139,6 +139,24 @@ def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, c
         engine(pictures(1))
 
 
+@pytest.mark.parametrize(
+    ("map", "saliency", "calls"), [("last", True, 1), ("last", False, 0), (2, True, 3), (4, False, 1), (1, True, 4)]
+)
+def test_masks_that_no_pooling_needs_are_not_made(
+    extractor: BackgroundAgnosticExtractor, map: str | int, saliency: bool, calls: int
+) -> None:
+    pooling = Pooling(spoc, saliency, map)
+    engine = Engine(Describer(extractor, [pooling], masks=False), "cpu", "32-true", 2, False)
+    made: list[object] = []
+    for encoder in engine.describer.extractor.encoders:
+        encoder.register_forward_hook(lambda *_: made.append(1))
+    (vectors,) = engine(pictures(2))
+    assert len(made) == calls
+    with torch.inference_mode():
+        whole = nn.functional.normalize(pooling(extractor(pictures(2))))
+    torch.testing.assert_close(vectors, whole, atol=1e-6, rtol=0)
+
+
 def test_other_errors_are_not_taken_for_short_memory(extractor: BackgroundAgnosticExtractor) -> None:
     engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, False)
     with pytest.raises(ValueError, match="pictures must be uint8"):
