@@ -30,7 +30,7 @@ from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.models.precision import fastest_precision, pick_device
-from beauty_bafe.retrieval.features import Extraction, Member
+from beauty_bafe.retrieval.features import FeatureExtraction, Member
 
 ATTENTION = Pooling(spoc, saliency=True)
 CONF = (Path(__file__).parents[1] / "conf").resolve()
@@ -94,7 +94,7 @@ def compare(name: str, catalog: Catalog, device: str) -> None:
     plain_loop(extractor, load(catalog, extractor.size, extractor.pad), device)
     whole = len(catalog) / (time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
-        settings = Extraction(folder, device=device, compiled=True)
+        settings = FeatureExtraction(folder, device=device, compiled=True)
         member = Member(name, "benchmark", network(name), ATTENTION)
         settings([member], catalog.subset(range(8)), "warm-up", "pictures, compiling", Skipped())
         member = Member(name, "benchmark", network(name), ATTENTION)
@@ -154,7 +154,7 @@ def several(catalog: Catalog, device: str) -> None:
             for count in seconds:
                 members = [member(number, ATTENTION) for number in range(count)]
                 start = time.perf_counter()
-                Extraction(f"{folder}/{attempt}-{count}", device=device)(
+                FeatureExtraction(f"{folder}/{attempt}-{count}", device=device)(
                     members, large, "benchmark", "large pictures", Skipped()
                 )
                 seconds[count].append(time.perf_counter() - start)
@@ -163,7 +163,7 @@ def several(catalog: Catalog, device: str) -> None:
         shared = member(9, ATTENTION)
         pair = [shared, Member("gem", "9", shared.extractor, Pooling(gem, saliency=True))]
         start = time.perf_counter()
-        Extraction(f"{folder}/poolings", device=device)(pair, large, "benchmark", "large pictures", Skipped())
+        FeatureExtraction(f"{folder}/poolings", device=device)(pair, large, "benchmark", "large pictures", Skipped())
         print(f"two poolings of one checkpoint: {time.perf_counter() - start:.2f} s")
 
 

@@ -33,7 +33,7 @@ from beauty_bafe.retrieval.describing import peak_memory
 from beauty_bafe.retrieval.ensemble import Concatenation
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.faiss_index import FaissIndex
-from beauty_bafe.retrieval.features import Extraction, Features, Member, load_members
+from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members
 from beauty_bafe.retrieval.index import Index
 from beauty_bafe.retrieval.rerank import Found
 from beauty_bafe.retrieval.store import Picture, Store
@@ -76,7 +76,7 @@ def simulate(checkpoint: str, rows: int, toys: int) -> None:
         root = Path(folder)
         with stage(f"drawn {toys} toy products, {QUERIES} queries"):
             toy = draw_toy(root, products=toys, queries=QUERIES, seed=1, size=256)
-        extraction, members = Extraction(root / "features"), load_members(checkpoint, [ATTENTION])
+        extraction, members = FeatureExtraction(root / "features"), load_members(checkpoint, [ATTENTION])
         with stage("described them"):
             (real,) = extraction(members, from_folder(toy / "gallery"), str(toy / "gallery"), "toy products", Skipped())
             (queries,) = extraction(members, from_folder(toy / "queries"), str(toy / "queries"), "toy queries", Skipped())
@@ -153,7 +153,7 @@ def describe(gallery: str) -> None:
     tiny = {"name": "test_efficientnet", "taps": [f"blocks.{n}" for n in range(4)], "last": "bn2", "size": 64, "hidden": 8}
     member = Member("tiny", "tiny", BackgroundAgnosticExtractor(**tiny, pretrained=False).eval(), ATTENTION)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        Extraction(folder, compiled=False)([member], from_folder(gallery), gallery, "pictures", Skipped())
+        FeatureExtraction(folder, compiled=False)([member], from_folder(gallery), gallery, "pictures", Skipped())
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ LOT = 32  # pictures that travel together from a loader to the network, or a who
 
 
 class Settings(Protocol):
-    """What of `Extraction` a pass needs."""
+    """What of `FeatureExtraction` a pass needs."""
 
     batch_size: int | None
     num_workers: int | None

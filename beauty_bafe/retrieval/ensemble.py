@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .features import Features, mean_masks
+from .features import Features, mean_masks, unit
 from .manifest import replace_file
 from .ranking import Ranking
 
@@ -76,7 +76,7 @@ class Concatenation:
         for start in range(0, len(joined), BLOCK):
             block = self._joined([features.vectors[start : start + BLOCK] for features in members])
             if "axes" in self._learned:
-                block = _unit((block - self._learned["centre"]) @ self._learned["axes"].T)
+                block = unit((block - self._learned["centre"]) @ self._learned["axes"].T)
             joined[start : start + BLOCK] = block
         return [Features(joined, members[0].ids, mean_masks(members).masks)]
 
@@ -85,8 +85,8 @@ class Concatenation:
         for number, (vectors, weight) in enumerate(zip(members, self.weights or [1.0] * len(members), strict=True)):
             if self.zscore:
                 vectors = (vectors - self._learned[f"mean{number}"]) / self._learned[f"deviation{number}"]
-            parts.append(_unit(vectors) * np.float32(weight**0.5))
-        return _unit(np.concatenate(parts, axis=1))
+            parts.append(unit(vectors) * np.float32(weight**0.5))
+        return unit(np.concatenate(parts, axis=1))
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
         """There is one ranking; its first k."""
@@ -126,7 +126,7 @@ class Fusion:
 
     def transform(self, members: Sequence[Features]) -> list[Features]:
         """Each member's descriptors as they are, rows of length 1."""
-        return [Features(_unit(features.vectors).astype(np.float32), features.ids, features.masks) for features in members]
+        return [Features(unit(features.vectors).astype(np.float32), features.ids, features.masks) for features in members]
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
         """The k best of all members' rankings of the same queries over the same gallery; ties in the gallery's order."""
@@ -169,10 +169,6 @@ def _variance(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
     for start in range(0, len(vectors), BLOCK):
         total += np.square(vectors[start : start + BLOCK] - mean, dtype=np.float64).sum(axis=0)
     return total / len(vectors)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _save_npz(part: Path, arrays: dict[str, Any]) -> None:

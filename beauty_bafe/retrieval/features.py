@@ -65,7 +65,7 @@ def load_members(checkpoints: str | Sequence[str], poolings: Sequence[Pooling]) 
     return members
 
 
-class Extraction:
+class FeatureExtraction:
     """How descriptors are made and where they are kept (conf/retrieve.yaml, `extraction`).
 
     `features`: folder of the stores. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
@@ -149,6 +149,11 @@ def _stamp(path: Path) -> str:
     except OSError:
         return "missing"
     return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows (N, D) at length 1; a row of zeros stays one."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def mean_masks(members: Sequence[Features]) -> Features:

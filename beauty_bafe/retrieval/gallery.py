@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..data.catalog import Catalog, Skipped, open_catalog
 from .ensemble import Concatenation, Fusion
-from .features import Extraction, Features, Member, describe_members
+from .features import FeatureExtraction, Features, Member, describe_members
 from .index import Index
 from .manifest import replace_file
 from .ranking import Ranking, check_k
@@ -22,7 +22,7 @@ def open_gallery(
     source: str | None,
     folder: str | None,
     members: Sequence[Member],
-    extraction: Extraction,
+    extraction: FeatureExtraction,
     ensemble: Concatenation | Fusion,
     index: Index,
     skipped: Skipped,
@@ -39,8 +39,7 @@ def open_gallery(
     if source is None:
         if place is None or not saved:
             raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
-        ensemble.load(place)
-        indexes = [copy.copy(index).load(view, about) for view in sorted(place.glob("view*"))]
+        indexes = _load(place, ensemble, index, about)
         print(f"index: {indexes[0]}, {len(indexes[0].ids)} pictures from {place}")
         return open_catalog(place / "gallery.csv"), indexes
 
@@ -48,8 +47,8 @@ def open_gallery(
     features = extraction(members, catalog, source, "gallery pictures", skipped)
     start = time.perf_counter()
     if saved and place is not None:
-        indexes = [copy.copy(index).load(view, about) for view in sorted(place.glob("view*"))]
-        views = ensemble.load(place).transform(features)
+        indexes = _load(place, ensemble, index, about)
+        views = ensemble.transform(features)
         changes = [index.hold(view.vectors, view.ids) for index, view in zip(indexes, views, strict=True)]
         how = f"{changes[0]}, ensemble as first learned"
     else:
@@ -62,6 +61,12 @@ def open_gallery(
     if place is not None:
         _save(place, catalog, indexes, ensemble, about)
     return catalog, indexes
+
+
+def _load(place: Path, ensemble: Concatenation | Fusion, index: Index, about: dict[str, object]) -> list[Index]:
+    """The kept indexes, one a view; `ensemble` takes up what it had learned."""
+    ensemble.load(place)
+    return [copy.copy(index).load(view, about) for view in sorted(place.glob("view*"))]
 
 
 def _save(

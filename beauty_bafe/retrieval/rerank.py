@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from rich.progress import track
 
-from .features import Features
+from .features import Features, unit
 from .index import Index
 from .ranking import Ranking
 
@@ -38,7 +38,7 @@ def expand_queries(found: Found, n: int, alpha: float) -> Found:
     found = _with_depth(found, n)
     answers = found.index.vectors[found.ranking.positions[:, :n]]
     weights = np.maximum(np.einsum("qd,qnd->qn", found.queries.vectors, answers), 0) ** alpha
-    expanded = _unit(found.queries.vectors + np.einsum("qn,qnd->qd", weights, answers)).astype(np.float32)
+    expanded = unit(found.queries.vectors + np.einsum("qn,qnd->qd", weights, answers)).astype(np.float32)
     return _search_again(found, expanded, found.index)
 
 
@@ -56,7 +56,7 @@ def augment_gallery(found: Found, n: int, alpha: float) -> Found:
         near = index.search(block, index.ids[start : start + BLOCK], min(n + 1, rows)).positions
         neighbours = index.vectors[near]
         weights = np.maximum(np.einsum("qd,qnd->qn", block, neighbours), 0) ** alpha
-        augmented[start : start + BLOCK] = _unit(np.einsum("qn,qnd->qd", weights, neighbours))
+        augmented[start : start + BLOCK] = unit(np.einsum("qn,qnd->qd", weights, neighbours))
     return _search_again(found, found.queries.vectors, copy.copy(index).fit(augmented, index.ids))
 
 
@@ -163,7 +163,3 @@ def _mutual(order: np.ndarray, k: int) -> np.ndarray:
     near = np.zeros(order.shape, bool)
     np.put_along_axis(near, order[:, :k], True, axis=1)
     return near & near.T
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

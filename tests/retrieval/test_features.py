@@ -18,7 +18,7 @@ from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
 from beauty_bafe.models.precision import pick_device
 from beauty_bafe.retrieval import describing as module
-from beauty_bafe.retrieval.features import Extraction, Features, Member, load_members, mean_masks
+from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members, mean_masks
 
 ATTENTION = Pooling(spoc, saliency=True)
 GEM = Pooling(gem, saliency=False)
@@ -46,7 +46,7 @@ def describe(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., list[Featur
         **options: object,
     ) -> list[Features]:
         settings: dict[str, object] = {"num_workers": 0, "device": "cpu", "precision": "32-true", "max_skipped": 0.99}
-        extraction = Extraction(tmp_path / store, **settings | options)  # type: ignore[arg-type]
+        extraction = FeatureExtraction(tmp_path / store, **settings | options)  # type: ignore[arg-type]
         catalog = source if isinstance(source, Catalog) else from_folder(source)
         members = members or load_members(str(tiny_checkpoint), poolings or (ATTENTION,))
         return extraction(members, catalog, "source", "pictures", skipped or Skipped(), masks)

@@ -13,7 +13,7 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
 from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.features import Extraction, load_members
+from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from beauty_bafe.retrieval.gallery import answer, open_gallery
 from beauty_bafe.retrieval.ranking import Ranking
 
@@ -26,7 +26,7 @@ class Shop:
     def __init__(self, root: Path, toy: Path, checkpoint: Path, ensemble: type = Concatenation, **settings: object) -> None:
         self.root, self.kind, self.settings = root, ensemble, settings
         self.members = load_members(str(checkpoint), POOLINGS)
-        self.extraction = Extraction(root / "features", num_workers=0, device="cpu", precision="32-true")
+        self.extraction = FeatureExtraction(root / "features", num_workers=0, device="cpu", precision="32-true")
         self.query = sorted((toy / "queries").iterdir())[0]
         shutil.copytree(toy / "gallery", root / "gallery")
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from beauty_bafe.data.catalog import Catalog, Skipped, from_folder
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.retrieval.features import Extraction, load_members
+from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from beauty_bafe.retrieval.store import Store
 
 PICTURES = [("a", "1"), ("b", "1"), ("c", "1")]
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def describe(checkpoint: Path, catalog: Catalog, features: Path) -> None:
-    extraction = Extraction(features, device="cpu", precision="32-true", num_workers=0, shard=4)
+    extraction = FeatureExtraction(features, device="cpu", precision="32-true", num_workers=0, shard=4)
     extraction(load_members(str(checkpoint), POOLINGS), catalog, "gallery", "pictures", Skipped(), masks=True)
 
 
