@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +14,13 @@ from omegaconf import DictConfig
 
 from beauty_bafe.data.catalog import open_catalog
 from beauty_bafe.data.toy import draw_toy
-from beauty_bafe.models.module import load_extractor
 from beauty_bafe.retrieval.submission import check_submission
 
-from .conftest import ROOT, TINY
+from .conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 from retrieve import retrieve
 from train import train
-
-TINY_MODEL = [
-    f"model.{key}={value if not isinstance(value, list) else '[' + ','.join(value) + ']'}"
-    for key, value in (TINY | {"weights": "null"}).items()
-]
 
 
 def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
@@ -94,95 +85,6 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
     assert "https://" not in html
     assert f"{attention['mAP@7_by_min']:.3f}" in html
     assert not (tmp_path / "attention" / "skipped.csv").exists()
-
-
-def command(toy: Path, output: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "data=folder",
-        f"data.root={toy / 'gallery'}",
-        "data.batch_size=4",
-        "data.num_workers=1",
-        "trainer.max_epochs=3",
-        "callbacks.progress.seconds=0",
-        f"output_dir={output}",
-        *TINY_MODEL,
-        *overrides,
-    ]
-
-
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def stop_in_second_epoch(words: list[str], folder: Path, with_signal: signal.Signals) -> str:
-    """Stop a run in mid-epoch; on a busy machine it can be over before the signal arrives, then it starts again."""
-    for _ in range(5):
-        shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-        assert process.stdout is not None
-        output = ""
-        for line in process.stdout:
-            output += line
-            if "epoch 2/3 batch 3/" in line:
-                process.send_signal(with_signal)
-        if process.wait() != 0 and "epoch 2/3 done" not in output:
-            return output
-    raise AssertionError(f"it was to be stopped in mid-epoch: {output}")
-
-
-def test_a_stopped_run_resumes_to_the_same_result(toy: Path, tmp_path: Path) -> None:
-    run(command(toy, tmp_path / "whole"))
-    for with_signal in (signal.SIGINT, signal.SIGKILL):
-        folder = tmp_path / with_signal.name
-        output = stop_in_second_epoch(command(toy, folder), folder, with_signal)
-        last = folder / "checkpoints" / "last.ckpt"
-        assert (f"ckpt_path={last} goes on" in output) == (with_signal == signal.SIGINT)
-        run(command(toy, folder, f"ckpt_path={last}"))
-        for name in ("last.ckpt", "best.ckpt"):
-            states = [
-                torch.load(path / "checkpoints" / name, weights_only=True)["state_dict"]
-                for path in (tmp_path / "whole", folder)
-            ]
-            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), (with_signal.name, name)
-        epochs = [json.loads((path / "metrics.json").read_text())["epochs"] for path in (tmp_path / "whole", folder)]
-        assert [row["val/loss"] for row in epochs[0]] == [row["val/loss"] for row in epochs[1]]
-
-
-def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
-    done = run([*command(toy, tmp_path / "sweep", "trainer.max_epochs=1"), "seed=1,2", "-m"])
-    rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").open()))
-    assert [row["seed"] for row in rows] == ["1", "2"]
-    assert rows[0]["val/loss"] != rows[1]["val/loss"]
-    assert "summary.csv" in done.stdout
-    assert (tmp_path / "sweep" / "1" / "checkpoints" / "best.ckpt").is_file()
-
-
-def test_two_processes_train_together(toy: Path, tmp_path: Path) -> None:
-    run(command(toy, tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1"))
-    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
-    assert len(json.loads((tmp_path / "metrics.json").read_text())["epochs"]) == 1
-
-
-def test_no_epochs_leave_the_untrained_network(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
-    overrides = ["data=folder", f"data.root={toy / 'gallery'}", "data.num_workers=0", "trainer.max_epochs=0", *TINY_MODEL]
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "best.ckpt").write_text("of an older run")
-    train(configure("train", *overrides, f"output_dir={tmp_path}"))
-    load_extractor(tmp_path / "checkpoints" / "best.ckpt")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {"epochs": []}
-
-
-def test_too_few_photos_leave_their_reasons(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "good.jpg").symlink_to(next((toy / "gallery").iterdir()))
-    (tmp_path / "photos" / "broken.jpg").touch()
-    with pytest.raises(ValueError, match=r"1 of 2 catalogue photos are usable, see skipped\.csv"):
-        train(configure("train", "data=folder", f"data.root={tmp_path / 'photos'}", f"output_dir={tmp_path}", *TINY_MODEL))
-    assert "broken" in (tmp_path / "skipped.csv").read_text()
 
 
 @pytest.fixture
