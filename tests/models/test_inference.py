@@ -99,12 +99,26 @@ def test_compiled_agrees_with_eager(extractor: BackgroundAgnosticExtractor) -> N
     eager = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
     compiled = Engine(Describer(other, POOLINGS, masks=True), "cpu", "32-true", 4, True)
     if not inference._compiler_is_there("cpu"):
-        pytest.skip("no C++ compiler")
+        with pytest.raises(RuntimeError, match=r"type extraction.compiled=false"):
+            compiled.compile()
+        return
     assert eager.compile() == 0
     assert compiled.compile() > 0
     assert compiled.compile() == 0, "once"
     for one, two in zip(eager(pictures(6)), compiled(pictures(6)), strict=True):
         torch.testing.assert_close(one.float(), two.float(), atol=1e-4 if one.dtype == torch.float32 else 1, rtol=0)
+
+
+def test_without_a_compiler_the_error_says_what_to_type(
+    extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as settings
+
+    monkeypatch.setattr(settings.cpp, "cxx", ("/nonexistent/g++",))
+    assert not inference._compiler_is_there("cpu")
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, True)
+    with pytest.raises(RuntimeError, match=r"torch.compile failed here \(.*compiler.*; type extraction.compiled=false"):
+        engine.compile()
 
 
 def test_small_galleries_stay_eager(extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
