@@ -31,8 +31,8 @@ from beauty_bafe.models.pooling import spoc
 from beauty_bafe.retrieval import rerank
 from beauty_bafe.retrieval.describing import peak_memory
 from beauty_bafe.retrieval.ensemble import Concatenation
-from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.faiss_index import FaissIndex
+from beauty_bafe.retrieval.fastest import FastestIndex
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members
 from beauty_bafe.retrieval.index import Index
 from beauty_bafe.retrieval.rerank import Found
@@ -91,8 +91,8 @@ def simulate(checkpoint: str, rows: int, toys: int) -> None:
             (view,) = ensemble.fit([gallery]).transform([gallery])
             (asked,) = ensemble.transform([queries])
             del gallery
-        with stage("indexed, exact"):
-            index = ExactIndex().fit(view.vectors, view.ids)
+        with stage("indexed, fastest"):
+            index = FastestIndex().fit(view.vectors, view.ids)
             del view
         search_and_rerank(index, asked)
         with stage("saved"):
@@ -100,7 +100,7 @@ def simulate(checkpoint: str, rows: int, toys: int) -> None:
         before = index.search(asked.vectors, asked.ids, 7).positions
         del index
         with stage("loaded, vectors mapped from disk"):
-            index = ExactIndex().load(root / "index", {})
+            index = FastestIndex().load(root / "index", {})
         with stage(f"searched {QUERIES} queries, top 7, mapped"):
             assert np.array_equal(index.search(asked.vectors, asked.ids, 7).positions, before)
         new = tuple(f"new{row}" for row in range(5000))

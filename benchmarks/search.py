@@ -18,6 +18,7 @@ import torch
 from beauty_bafe.models.precision import pick_device
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.faiss_index import FaissIndex
+from beauty_bafe.retrieval.fastest import FastestIndex
 
 K = 7
 BLOCK = 16_384
@@ -129,6 +130,7 @@ def main() -> None:
         start = time.perf_counter()
         index = ExactIndex(device=device).fit(gallery, ids)
         print(f"{given.rows} x {dim}: {index}, built in {time.perf_counter() - start:.1f} s")
+        print(f" index=fastest takes: {FastestIndex(device=device).fit(gallery, ids)}")
         flat = FaissIndex("Flat", device="auto" if device == "cuda" else "cpu").fit(gallery, ids)
         peers = {"exact": index_search(index), "faiss flat": index_search(flat), "torch float32": torch_search(gallery, device)}
         if device == "cpu":

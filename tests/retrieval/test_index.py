@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from beauty_bafe.retrieval import exact
+from beauty_bafe.retrieval import exact, fastest
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.faiss_index import FaissIndex
+from beauty_bafe.retrieval.fastest import FastestIndex
 from beauty_bafe.retrieval.index import Index
 
 METRICS = ["ip", "l2", "l1"]
@@ -103,7 +104,25 @@ def test_answers_do_not_depend_on_the_other_queries() -> None:
 
 
 def build(kind: str, metric: str = "ip") -> Index:
-    return ExactIndex(metric, "cpu") if kind == "exact" else FaissIndex(kind, metric, "cpu")
+    own = {"exact": ExactIndex, "fastest": FastestIndex}
+    return own[kind](metric, "cpu") if kind in own else FaissIndex(kind, metric, "cpu")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_fastest_index_says_which_it_is(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "SMALL", 4000)
+    gallery, queries, ids = unit(300, 16, 0), unit(20, 16, 1), names(300)
+    index = build("fastest", metric).fit(gallery[:200], ids[:200])
+    assert str(index) == f"faiss Flat {metric} on cpu, the fastest (0.0 million numbers, below 0.0)"
+    index.add(gallery[200:], ids[200:])
+    assert str(index).startswith(f"exact {metric} on cpu")
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery, queries, metric, 7)[0])
+    index.remove(ids[250:])
+    assert str(index).startswith(f"exact {metric} on cpu"), "250 x 16 numbers are not below 4000"
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery[:250], queries, metric, 7)[0])
+    index.remove(ids[100:250])
+    assert str(index).startswith(f"faiss Flat {metric}")
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery[:100], queries, metric, 7)[0])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -115,7 +134,7 @@ def test_faiss_flat_agrees(metric: str) -> None:
     np.testing.assert_allclose(ranking.scores, scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["exact", *FACTORIES])
+@pytest.mark.parametrize("kind", ["exact", "fastest", *FACTORIES])
 def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gallery, queries, ids = unit(600, 16, 0), unit(9, 16, 1), names(600)
     index = build(kind).fit(gallery[:500], ids[:500])
@@ -125,7 +144,7 @@ def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: p
     assert index.ids == tuple(ids[row] for row in kept)
     assert np.array_equal(index.vectors, gallery[kept])
     ranking = index.search(queries, names(9), 20)
-    if kind in ("exact", "Flat"):
+    if kind in ("exact", "fastest", "Flat"):
         assert np.array_equal(ranking.positions, slow(gallery[kept], queries, "ip", 20)[0])
     else:
         true = slow(gallery[kept], queries, "ip", 20)[0]

@@ -1,0 +1,70 @@
+"""The quickest of the exact indexes for a gallery's size and device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.precision import pick_device
+from .exact import ExactIndex
+from .faiss_index import FaissIndex
+from .index import Index
+
+SMALL = 1 << 22  # numbers (rows x dimensions) below which faiss's one plain pass was quicker, benchmarks/retrieval.md
+
+
+class FastestIndex(Index):
+    """`ExactIndex`, or faiss's flat index for small galleries on a CPU, where proving costs more than comparing.
+
+    Both compare every query with every row. The choice is made anew whenever the gallery grows or shrinks; printing the
+    index tells it.
+    """
+
+    def __init__(self, metric: str = "ip", device: str = "auto") -> None:
+        super().__init__(metric)
+        self.device = pick_device(device)
+        self._chosen: Index | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"index": "fastest", "metric": self.metric}
+
+    def __str__(self) -> str:
+        if self._chosen is None:
+            return f"fastest {self.metric} on {self.device}"
+        rows, width = self.vectors.shape
+        where = "below" if self._is_small() else "not below"
+        why = f"{rows * width / 1e6:.1f} million numbers, {where} {SMALL / 1e6:.1f}" if self.device == "cpu" else "on a GPU"
+        return f"{self._chosen}, the fastest ({why})"
+
+    def _is_small(self) -> bool:
+        return self.device == "cpu" and self.vectors.size < SMALL
+
+    def _build(self) -> None:
+        self._chosen = FaissIndex("Flat", self.metric, "cpu") if self._is_small() else ExactIndex(self.metric, self.device)
+        self._chosen.fit(self.vectors, self.ids)
+
+    def _grown(self, before: int) -> None:
+        if not isinstance(self._chosen, ExactIndex):
+            self._build()
+            return
+        self._chosen.vectors, self._chosen.ids = self.vectors, self.ids
+        self._chosen._grown(before)
+
+    def _shrunk(self, keep: np.ndarray) -> None:
+        if not isinstance(self._chosen, ExactIndex) or self._is_small():
+            self._build()
+            return
+        self._chosen.vectors, self._chosen.ids = self.vectors, self.ids
+        self._chosen._shrunk(keep)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self._chosen is not None
+        return self._chosen._search(queries, k)
+
+    def _save(self, folder: Path) -> None:
+        """Nothing: either choice is made again from the vectors in less time than reading it takes."""
+
+    def _load(self, folder: Path) -> None:
+        self._build()
