@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from .extractor import Extraction, resize_mask
 
 
+def describe_partial(function: Any) -> str:
+    """A function and the settings it was given, `gem(p=3.0)`; an object's own text where it is one."""
+    inner = getattr(function, "func", function)
+    settings = ", ".join(f"{key}={value}" for key, value in sorted(getattr(function, "keywords", {}).items()))
+    return f"{inner.__name__}({settings})" if hasattr(inner, "__name__") else str(inner)
+
+
 class Pooling:
     """From an extraction to descriptors: which map, which function, weighted by the saliency mask or not (conf/pooling).
 
     `map`: "last", or the number of a tap, 1 for the shallowest. The weight is that tap's own mask; "last" takes the
-    deepest tap's, resized to the map (paper).
+    deepest tap's, resized to the map (paper). "picture" is no map: the function (retrieval/classical.py) gets the uint8
+    picture itself and the fused mask at the picture's size.
     """
 
     def __init__(self, function: Callable[..., Tensor], saliency: bool, map: str | int = "last") -> None:
-        if map != "last" and not isinstance(map, int):
-            raise ValueError(f"pooling.map={map!r}: type last, or the number of a tap counted from 1")
+        if map not in ("last", "picture") and not isinstance(map, int):
+            raise ValueError(f"pooling.map={map!r}: type last, picture, or the number of a tap counted from 1")
         self.function, self.saliency, self.map = function, saliency, map
 
     def __str__(self) -> str:
         """What tells its descriptors from another pooling's: `gem(p=3.0) of last under its mask`."""
-        inner = getattr(self.function, "func", self.function)
-        settings = ", ".join(f"{key}={value}" for key, value in sorted(getattr(self.function, "keywords", {}).items()))
-        return f"{inner.__name__}({settings}) of {self.map}{' under its mask' if self.saliency else ''}"
+        return f"{describe_partial(self.function)} of {self.map}{' under its mask' if self.saliency else ''}"
 
     def shallowest(self, taps: int) -> int:
         """The first of `taps` taps, counted from 0, whose mask (or gate, which takes deeper masks) this pooling needs."""
+        if self.map == "picture":
+            return 0 if self.saliency else taps
         if self.map == "last":
             return taps - 1 if self.saliency else taps
         return max(0, int(self.map) - 1)
 
     def __call__(self, extraction: Extraction) -> Tensor:
         """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
+        if self.map == "picture":
+            size = extraction.pictures.shape[-1]
+            return self.function(extraction.pictures, extraction.saliency(size) if self.saliency else None)
         if self.map == "last":
             maps, level = extraction.last, -1
         elif 1 <= int(self.map) <= len(extraction.taps):

@@ -19,12 +19,13 @@ class Extraction(NamedTuple):
 
     `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep; fewer, the deepest ones, from an extractor whose
     `shallowest` is above 0. `taps`: the maps they were read from (gated).
-    `last`: float (B, C, H, W), the map that descriptors pool.
+    `last`: float (B, C, H, W), the map that descriptors pool. `pictures`: uint8 (B, 3, S, S), what was looked at.
     """
 
     masks: list[Tensor]
     taps: list[Tensor]
     last: Tensor
+    pictures: Tensor
 
     def saliency(self, size: int | Sequence[int]) -> Tensor:
         """The taps' masks as one at the given size (pixels): float32 (B, 1, H, W), 0..1.
@@ -123,4 +124,4 @@ class BackgroundAgnosticExtractor(nn.Module):
                 vector = spoc(taps[level + 1], masks[0].to(taps[level + 1].dtype))
                 taps[level] = taps[level] * self.gates[level](vector[..., None, None])
             masks.insert(0, self.encoders[level](taps[level]).float().sigmoid())
-        return Extraction(masks, taps, maps.last)
+        return Extraction(masks, taps, maps.last, pictures)

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor
+from .views import resize
 
 MASK_SIZE = 56  # stride 4 at 224 px: the finest grid a mask is predicted on
 GPU_BATCH = 256  # pictures
@@ -90,18 +91,47 @@ def halve(network: nn.Module) -> None:
 class Describer(nn.Module):
     """An extractor and the poolings asked of it: uint8 (B, 3, S, S) -> one descriptor each, float32 (B, D), length 1.
 
-    With `masks` the last output is the saliency, uint8 (B, 56, 56), 0 to 255.
+    `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
+    added at length 1. `view(pictures, saliency, pad)` changes what is looked at once the saliency is known (views.py).
+    With `masks` the last output is the saliency of the picture as it came, uint8 (B, 56, 56), 0 to 255.
     """
 
-    def __init__(self, extractor: BackgroundAgnosticExtractor, poolings: Sequence[Pooling], masks: bool) -> None:
+    def __init__(
+        self,
+        extractor: BackgroundAgnosticExtractor,
+        poolings: Sequence[Pooling],
+        masks: bool,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        view: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
+        self.sides, self.flip, self.view = [round(extractor.size * scale) for scale in scales], flip, view
+
+    @property
+    def canvas(self) -> int:
+        """The side S of the pictures it takes, pixels: its largest scale's."""
+        return max([self.extractor.size, *self.sides])
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        extraction = self.extractor(pictures)
-        outputs = [F.normalize(pooling(extraction).float()) for pooling in self.poolings]
+        size = self.extractor.size
+        whole = self.extractor(resize(pictures, size))
+        if self.view is not None:
+            pictures = self.view(pictures, whole.saliency(self.canvas), self.extractor.pad)
+        extractions = []
+        for side in self.sides:
+            seen = resize(pictures, side)
+            known = side == size and self.view is None
+            extractions.append(whole if known else self.extractor(seen))
+            if self.flip:
+                extractions.append(self.extractor(seen.flip(3)))
+        outputs = []
+        for pooling in self.poolings:
+            vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]
+            outputs.append(vectors[0] if len(vectors) == 1 else F.normalize(torch.stack(vectors).sum(dim=0)))
         if self.masks:
-            outputs.append((extraction.saliency(MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
+            outputs.append((whole.saliency(MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
         return outputs
 
 
@@ -114,12 +144,10 @@ class Engine:
 
     def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, compiled: bool | None) -> None:
         self.device, self.compiled = device, compiled
-        suits = (
-            GPU_BATCH if device == "cuda" else 1 << max(0, min(6, (CPU_PIXELS // describer.extractor.size**2).bit_length() - 1))
-        )
+        suits = GPU_BATCH if device == "cuda" else 1 << max(0, min(6, (CPU_PIXELS // describer.canvas**2).bit_length() - 1))
         self.batch = batch or suits
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
-        if not describer.masks:
+        if not describer.masks and describer.view is None:
             taps = len(describer.extractor.encoders)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
         if precision == "bf16-mixed":
@@ -169,7 +197,7 @@ class Engine:
         return time.perf_counter() - start
 
     def _try(self) -> list[Tensor]:
-        size = self.describer.extractor.size
+        size = self.describer.canvas
         return self(torch.zeros(self.batch, 3, size, size, dtype=torch.uint8))
 
     @torch.inference_mode()

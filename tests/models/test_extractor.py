@@ -82,5 +82,7 @@ def test_resize_averages_when_shrinking() -> None:
 def test_saliency_adds_the_taps_evidence() -> None:
     masks = [torch.full((1, 1, 2, 2), 0.8), torch.full((1, 1, 1, 1), 0.6), torch.full((1, 1, 1, 1), 0.0)]
     odds = 0.8 / 0.2 * 0.6 / 0.4
-    assert Extraction(masks[:2], [], torch.empty(0)).saliency(2)[0, 0, 0, 0].item() == pytest.approx(odds / (1 + odds))
-    assert Extraction(masks, [], torch.empty(0)).saliency(2).isfinite().all()
+    nothing = torch.empty(0)
+    added = Extraction(masks[:2], [], nothing, nothing).saliency(2)[0, 0, 0, 0].item()
+    assert added == pytest.approx(odds / (1 + odds))
+    assert Extraction(masks, [], nothing, nothing).saliency(2).isfinite().all()
