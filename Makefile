@@ -25,7 +25,7 @@ demo: .venv/installed
 	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/average
 	$(BIN)/python retrieve.py pooling=attention checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
 	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/attention
-	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/average $(DEMO)/attention
+	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/average $(DEMO)/attention --against $(DEMO)/average
 	@echo "submission  $(DEMO)/attention/submission.csv"
 	@echo "report      $(DEMO)/attention/report.html"
 

@@ -25,38 +25,38 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.evaluation.metrics import evaluate, read_truth
     from beauty_bafe.evaluation.report import write_report
     from beauty_bafe.retrieval.features import load_members, mean_masks
-    from beauty_bafe.retrieval.gallery import answer, open_gallery
+    from beauty_bafe.retrieval.gallery import Gallery
     from beauty_bafe.retrieval.submission import write_submission
 
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     truth = read_truth(cfg.truth) if cfg.truth is not None else None
-    index, ensemble, extraction = instantiate(cfg.index), instantiate(cfg.ensemble), instantiate(cfg.extraction)
     steps = [instantiate(step) for step in cfg.rerank.values()]
-    members = load_members(cfg.checkpoints, [instantiate(pooling) for pooling in (cfg.pooling, *cfg.poolings.values())])
+    poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
+    members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs)
 
     skipped = Skipped()
+    gallery = Gallery(members, instantiate(cfg.extraction), instantiate(cfg.ensemble), instantiate(cfg.query.view))
     try:
-        gallery, indexes = open_gallery(cfg.gallery, cfg.index_dir, members, extraction, ensemble, index, skipped)
-        catalogs = {"gallery": gallery, "queries": open_catalog(cfg.queries)}
-        described = extraction(members, catalogs["queries"], cfg.queries, "queries", skipped, masks=True)
+        gallery.open(cfg.gallery, cfg.index_dir, instantiate(cfg.index), skipped)
+        asked = open_catalog(cfg.queries)
+        described = gallery.describe(asked, cfg.queries, "queries", skipped)
     finally:
         skipped.write(output / "skipped.csv")
 
-    ranking = answer(ensemble.transform(described), indexes, steps, ensemble, cfg.k)
-    queries = mean_masks(described)
+    ranking = gallery.answer(asked, described, steps, cfg.k)
+    queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": asked}
     write_submission(ranking, cfg.submission)
     print(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
 
     evaluation = None if truth is None else evaluate(ranking.as_answers(), truth, cfg.k)
-    metrics = {} if evaluation is None else evaluation.summary()
+    metrics = gallery.costs(len(asked)) | ({} if evaluation is None else evaluation.summary())
     if evaluation is not None:
         evaluation.write_per_query(output / "per_query.csv")
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
-    if metrics:
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     if cfg.report:
         write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth)
         print(f"report: {output / 'report.html'}")

@@ -12,6 +12,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+# Groups that a recipe of conf/experiment may name for the other script.
+ELSEWHERE = {
+    "train": ("pooling", "ensemble", "index", "rerank", "query"),
+    "retrieve": ("objective", "data", "augmentation", "trainer"),
+}
+
 
 def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
     """Exit with the allowed keys where an override names an unknown one; Hydra alone says only that it is unknown."""
@@ -28,8 +34,11 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
             settings = OmegaConf.to_container(compose(config_name, chosen))
     except HydraException:
         return  # not a matter of keys: Hydra's own message names the options
+    other = {"train": "retrieve", "retrieve": "train"}[config_name]
     for override in overrides:
         key = override.key_or_group
+        if override in groups and key in ELSEWHERE[config_name]:
+            sys.exit(f"error: {key} is chosen for {other}.py; here it would change nothing")
         if (
             override in groups
             or override.is_add()
@@ -75,12 +84,17 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
     """Raise ValueError saying what retrieve.py needs and which runs there are to take checkpoints from."""
     missing = ["gallery"] if cfg.gallery is None and cfg.index_dir is None else []
     missing += ["queries"] if OmegaConf.is_missing(cfg, "queries") else []
-    if cfg.checkpoints and not missing:
+    networks = cfg.checkpoints or untrained_models(cfg)
+    if networks and not missing:
         return
-    needs = [] if cfg.checkpoints else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote)"]
+    needs = (
+        []
+        if networks
+        else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote; or model=NAME pooling=gem, without masks)"]
+    )
     needs += [f"{key}=DIR_OR_CSV (a folder of pictures, or a csv with the columns id,path)" for key in missing]
     text = "retrieve.py needs " + ", ".join(needs)
-    if not cfg.checkpoints:
+    if not networks:
         runs = sorted(Path().glob("*/**/checkpoints/best.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
         listed = "".join(f"\n  {file}" for file in runs[:10])
         text += (
@@ -89,3 +103,12 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
             else "; no run is to be seen below this folder: python train.py makes one"
         )
     raise ValueError(text)
+
+
+def untrained_models(cfg: DictConfig) -> dict[str, Any]:
+    """The networks that retrieve.py takes as their makers left them: `models`, and `model` where there are no checkpoints."""
+    models = dict(cfg.models)
+    if cfg.get("model") is not None and not cfg.checkpoints:
+        models["model"] = cfg.model
+    size = {} if cfg.size is None else {"size": cfg.size}
+    return {name: OmegaConf.to_container(OmegaConf.merge(model, size), resolve=True) for name, model in models.items()}

@@ -76,7 +76,7 @@ def simulate(checkpoint: str, rows: int, toys: int) -> None:
         root = Path(folder)
         with stage(f"drawn {toys} toy products, {QUERIES} queries"):
             toy = draw_toy(root, products=toys, queries=QUERIES, seed=1, size=256)
-        extraction, members = FeatureExtraction(root / "features"), load_members(checkpoint, [ATTENTION])
+        extraction, members = FeatureExtraction(root / "features"), load_members(checkpoint, {"attention": ATTENTION})
         with stage("described them"):
             (real,) = extraction(members, from_folder(toy / "gallery"), str(toy / "gallery"), "toy products", Skipped())
             (queries,) = extraction(members, from_folder(toy / "queries"), str(toy / "queries"), "toy queries", Skipped())

@@ -19,8 +19,8 @@ from .conftest import ROOT
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
-TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger", "experiment"}
-RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank"}
+TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
+RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 
@@ -46,6 +46,10 @@ def scripts_for(file: Path) -> list[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: Path) -> None:
     group = file.parent.name
+    if group == "experiment":  # composes for both scripts, whichever it is for
+        configure("train", f"experiment={file.stem}", f"output_dir={tmp_path}", "data.root=GALLERY")
+        configure("retrieve", f"experiment={file.stem}", f"output_dir={tmp_path}", "queries=Q")
+        return
     (script,) = scripts_for(file)
     fill = [f"output_dir={tmp_path}", *(["gallery=G", "queries=Q"] if script == "retrieve" else [])]
     if group == "data":
@@ -74,7 +78,9 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
     elif group == "sweep":
         with initialize_config_dir(str(CONF), version_base="1.3"):
             assert compose(script, [f"sweep={file.stem}", *fill], return_hydra_config=True).hydra.sweeper.params
-    elif group not in ("experiment", "trainer"):
+    elif group == "query":
+        instantiate(cfg.query.view)
+    elif group != "trainer":
         instantiate(cfg[group])
     elif group == "trainer":
         instantiate(cfg.trainer, precision="32-true", logger=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ class Settings(Protocol):
     compiled: bool | None
     shard: int
     dtype: np.dtype
+    scales: tuple[float, ...]
+    flip: bool
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Network:
 class Pass:
     """Describe the pictures numbered `lacking` for every store that lacks them, a shard at a time.
 
-    `asked`: network and pooling of each store, in its order. Raises ValueError where disk or memory will not do.
+    `asked`: network and pooling of each store, in its order. `view`: see Describer. Raises ValueError
+    where disk or memory will not do.
     """
 
     def __init__(
@@ -66,19 +69,22 @@ class Pass:
         lacking: Sequence[int],
         what: str,
         masks: bool,
+        view: Callable[..., Tensor] | None = None,
     ) -> None:
         self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
-        self.lacking, self.what, self.masks = lacking, what, masks
+        self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
         self.poolings = [pooling for _, pooling in asked]
         members: dict[BackgroundAgnosticExtractor, list[int]] = {}
         for number, (extractor, _) in enumerate(asked):
             members.setdefault(extractor, []).append(number)
         # A network all of whose stores are complete has nothing to do.
         members = {extractor: numbers for extractor, numbers in members.items() if self._lack(lacking, numbers)}
-        self.canvases = sorted({(extractor.size, extractor.pad) for extractor in members})
+        engines = [(numbers, self._engine(extractor, numbers)) for extractor, numbers in members.items()]
+        seen = [(engine.describer.canvas, engine.describer.extractor.pad) for _, engine in engines]
+        self.canvases = sorted(set(seen))
         self.networks = [
-            Network(numbers, self.canvases.index((extractor.size, extractor.pad)), self._engine(extractor, numbers))
-            for extractor, numbers in members.items()
+            Network(numbers, self.canvases.index(canvas), engine)
+            for (numbers, engine), canvas in zip(engines, seen, strict=True)
         ]
         # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
         # than threads that decode between its batches).
@@ -93,7 +99,9 @@ class Pass:
         # A resumed pass goes on as it began: the other way the rest would differ in its last bits.
         begun = next((plan for number in numbers if (plan := self.stores[number].plan(self.pictures))), {})
         compiled = settings.compiled if settings.compiled is not None else begun.get("compiled")
-        describer = Describer(extractor, [self.poolings[number] for number in numbers], self.masks)
+        poolings = [self.poolings[number] for number in numbers]
+        masks = self.masks and any(pooling.saliency for pooling in poolings)  # none is kept of others
+        describer = Describer(extractor, poolings, masks, settings.scales, settings.flip, self.view)
         return Engine(describer, settings.device, settings.precision, settings.batch_size or begun.get("batch"), compiled)
 
     def run(self) -> None:

@@ -23,19 +23,34 @@ class Concatenation:
     queries alike (the paper takes the queries' own, so that one query gives NaN). `weights`: one a member, or None
     for equal ones; a weight is a share of the final score, so vectors are scaled by its square root. `pca`: keep this
     many principal dimensions of the gallery, centred; `whiten` scales each to the same variance (Jegou & Chum, ECCV 2012).
-    Everything is learned from the gallery alone.
+    Everything is learned from the gallery alone. `normalize`: whether members and whole are brought to length 1 after the
+    z-score; BAFE's code leaves them as they are and compares by L2 (`index.metric=l2`).
     """
 
     depth = 0  # answers needed beyond those asked for
 
-    def __init__(self, zscore: bool, weights: Sequence[float] | None, pca: int | None = None, whiten: bool = False) -> None:
-        self.zscore, self.weights, self.pca, self.whiten = zscore, weights, pca, whiten
+    def __init__(
+        self,
+        zscore: bool,
+        weights: Sequence[float] | None,
+        pca: int | None = None,
+        whiten: bool = False,
+        normalize: bool = True,
+    ) -> None:
+        self.zscore, self.weights, self.pca, self.whiten, self.normalize = zscore, weights, pca, whiten, normalize
         self._learned: dict[str, np.ndarray] = {}
 
     def describe(self) -> dict[str, Any]:
         """What a saved state must share with this one, plain values."""
         weights = None if self.weights is None else [float(weight) for weight in self.weights]
-        return {"ensemble": "concatenation", "zscore": self.zscore, "weights": weights, "pca": self.pca, "whiten": self.whiten}
+        return {
+            "ensemble": "concatenation",
+            "zscore": self.zscore,
+            "weights": weights,
+            "pca": self.pca,
+            "whiten": self.whiten,
+            "normalize": self.normalize,
+        }
 
     def fit(self, gallery: Sequence[Features]) -> Self:
         """Learn the gallery's statistics. Raises ValueError where weights or `pca` do not fit the gallery."""
@@ -76,7 +91,8 @@ class Concatenation:
         for start in range(0, len(joined), BLOCK):
             block = self._joined([features.vectors[start : start + BLOCK] for features in members])
             if "axes" in self._learned:
-                block = unit((block - self._learned["centre"]) @ self._learned["axes"].T)
+                block = (block - self._learned["centre"]) @ self._learned["axes"].T
+                block = unit(block) if self.normalize else block
             joined[start : start + BLOCK] = block
         return [Features(joined, members[0].ids, mean_masks(members).masks)]
 
@@ -85,8 +101,9 @@ class Concatenation:
         for number, (vectors, weight) in enumerate(zip(members, self.weights or [1.0] * len(members), strict=True)):
             if self.zscore:
                 vectors = (vectors - self._learned[f"mean{number}"]) / self._learned[f"deviation{number}"]
-            parts.append(unit(vectors) * np.float32(weight**0.5))
-        return unit(np.concatenate(parts, axis=1))
+            parts.append((unit(vectors) if self.normalize else vectors) * np.float32(weight**0.5))
+        joined = np.concatenate(parts, axis=1)
+        return unit(joined) if self.normalize else joined
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
         """There is one ranking; its first k."""

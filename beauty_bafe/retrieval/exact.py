@@ -41,6 +41,10 @@ class ExactIndex(Index):
         # L1 has no form as a matrix product; what is left of bfloat16 is its rounding.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._coarse.nbytes
+
     def describe(self) -> dict[str, Any]:
         return {"index": "exact", "metric": self.metric}
 

@@ -54,6 +54,10 @@ class FaissIndex(Index):
         self.factory, self.float16, self.temp_memory = factory, float16, temp_memory
         self.target_recall, self.tune_k = target_recall, tune_k
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._index.sa_code_size() * len(self.ids)
+
     def describe(self) -> dict[str, Any]:
         return {"index": f"faiss {self.factory}", "metric": self.metric, "target_recall": self.target_recall}
 
@@ -195,3 +199,12 @@ class FaissIndex(Index):
         self._labels = np.frombuffer((folder / "labels.npy").read_bytes(), np.int64)
         self._next = int(self._labels.max(initial=-1)) + 1
         self._to_gpu()
+
+
+def kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
+    """`count` centres of float32 (N, D), the same ones every time: float32 (count, D)."""
+    import faiss
+
+    clustering = faiss.Kmeans(vectors.shape[1], count, niter=20, seed=0, min_points_per_centroid=1, verbose=False)
+    clustering.train(np.ascontiguousarray(vectors, np.float32))
+    return np.asarray(clustering.centroids)

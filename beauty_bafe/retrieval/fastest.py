@@ -27,6 +27,10 @@ class FastestIndex(Index):
         self.device = pick_device(device)
         self._chosen: Index | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes if self._chosen is None else self._chosen.nbytes
+
     def describe(self) -> dict[str, Any]:
         return {"index": "fastest", "metric": self.metric}
 

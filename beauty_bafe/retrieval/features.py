@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..data.catalog import Catalog, Skipped
-from ..models.descriptor import Pooling
+from ..models.descriptor import Pooling, describe_partial
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor
@@ -47,28 +49,64 @@ class Features:
 
 @dataclass(frozen=True)
 class Member:
-    """One descriptor of an ensemble: a checkpoint's network and a pooling. `name` tells which; `source` hashes the file."""
+    """One descriptor of an ensemble: a network and a pooling. `name` tells which; `source` hashes the weights.
+
+    `trained`: whether the network has learned to make masks.
+    """
 
     name: str
     source: str
     extractor: BackgroundAgnosticExtractor
     pooling: Pooling
+    trained: bool = True
 
 
-def load_members(checkpoints: str | Sequence[str], poolings: Sequence[Pooling]) -> list[Member]:
-    """Every checkpoint with every pooling. Raises ValueError for a file that is no checkpoint."""
-    members = []
-    for checkpoint in [checkpoints] if isinstance(checkpoints, str) else checkpoints:
-        extractor = load_extractor(checkpoint)
-        source = digest(Path(checkpoint).read_bytes())
-        members += [Member(f"{checkpoint}: {pooling}", source, extractor, pooling) for pooling in poolings]
+def load_members(
+    checkpoints: str | Sequence[str],
+    poolings: Mapping[str, Pooling],
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+    pairs: Mapping[Any, Sequence[str]] | None = None,
+) -> list[Member]:
+    """Every network with every pooling: trained ones from `checkpoints`, others as their makers left them from `models`.
+
+    `models`: plain arguments of BackgroundAgnosticExtractor by name. `pairs`: the poolings, by name, of a network (a model's
+    name, a checkpoint's number from 0); one that is not named takes all. A pooling of the picture itself is made once.
+    Raises ValueError for a file that is no checkpoint, unknown names, or saliency asked of a network that learned none.
+    """
+    models = models or {}
+    pairs = {str(name): names for name, names in (pairs or {}).items()}
+    files = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
+    networks = {str(number): (file, load_extractor(file), digest(Path(file).read_bytes())) for number, file in enumerate(files)}
+    for name, model in models.items():
+        extractor = BackgroundAgnosticExtractor(**model).eval()
+        weights = (tensor.numpy().tobytes() for tensor in extractor.backbone.state_dict().values())
+        networks[name] = model["name"], extractor, digest(json.dumps(dict(model), sort_keys=True), *weights)
+    unknown = [name for name in pairs if name not in networks] or [
+        name for names in pairs.values() for name in names if name not in poolings
+    ]
+    if unknown:
+        raise ValueError(
+            f"pairs names '{unknown[0]}'; the networks are {', '.join(networks)}, the poolings {', '.join(poolings)}"
+        )
+    members: list[Member] = []
+    for key, (name, extractor, source) in networks.items():
+        for pooling in [poolings[chosen] for chosen in pairs.get(key, poolings)]:
+            if pooling.map == "picture" and any(member.pooling is pooling for member in members):
+                continue
+            if pooling.saliency and key in models:
+                raise ValueError(
+                    f"pooling '{pooling}' needs masks, and {name} was never trained to make any; "
+                    "type checkpoints='[RUN/checkpoints/best.ckpt]', or pooling.saliency=false"
+                )
+            members.append(Member(f"{name}: {pooling}", source, extractor, pooling, key not in models))
     return members
 
 
 class FeatureExtraction:
     """How descriptors are made and where they are kept (conf/retrieve.yaml, `extraction`).
 
-    `features`: folder of the stores. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
+    `features`: folder of the stores. `scales`, `flip`: sizes (shares of the network's own) and mirror images whose
+    descriptors are added. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
     loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: auto,
     cpu, cuda. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
     file, what a kill loses at most. `dtype`: float32 or float16, on disk. `max_skipped`: share of unreadable pictures
@@ -78,6 +116,8 @@ class FeatureExtraction:
     def __init__(
         self,
         features: str | Path,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
         batch_size: int | None = None,
         num_workers: int | None = None,
         device: str = "auto",
@@ -89,26 +129,36 @@ class FeatureExtraction:
     ) -> None:
         if dtype not in ("float32", "float16"):
             raise ValueError(f"extraction.dtype={dtype}: type float32 or float16")
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"extraction.scales={list(scales)}: type numbers above 0, [1.0] for the network's own size")
+        self.scales, self.flip = tuple(float(scale) for scale in scales), flip
         self.root, self.batch_size, self.num_workers = Path(features), batch_size, num_workers
         self.device = pick_device(device)
         self.precision = fastest_precision(self.device) if precision == "auto" else precision
         self.compiled, self.shard, self.dtype, self.max_skipped = compiled, shard, np.dtype(dtype), max_skipped
 
     def __call__(
-        self, members: Sequence[Member], catalog: Catalog, source: str, what: str, skipped: Skipped, masks: bool = False
+        self,
+        members: Sequence[Member],
+        catalog: Catalog,
+        source: str,
+        what: str,
+        skipped: Skipped,
+        masks: bool = False,
+        view: Callable[..., Tensor] | None = None,
     ) -> list[Features]:
         """Features of each member over the catalogue, from disk where they are there; unreadable pictures go to `skipped`.
 
         `source` is where the catalogue came from: its stores are found again by it. `what` names the pictures in messages.
-        With `masks` the members' saliency is kept, or everything (255) where a pooling takes none. Raises ValueError where
-        too many pictures cannot be read, or the work will not fit on disk or in memory.
+        With `masks` the members' saliency is kept, or everything (255) where a pooling takes none. `view`: see Describer.
+        Raises ValueError where too many pictures cannot be read, or the work will not fit on disk or in memory.
         """
-        pictures = [(name, _stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
-        stores = [self._store(member, source, masks) for member in members]
+        pictures = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
+        stores = [self._store(member, source, masks, view) for member in members]
         lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
         if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
             asked = [(member.extractor, member.pooling) for member in members]
-            Pass(self, asked, stores, catalog, pictures, lacking, what, masks).run()
+            Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
         readable = [picture for picture in pictures if picture in stores[0].rows]
         broken = Skipped()
         for row, picture in enumerate(pictures):
@@ -127,7 +177,7 @@ class FeatureExtraction:
             result.append(Features(arrays["vectors"], ids, shown))
         return result
 
-    def _store(self, member: Member, source: str, masks: bool) -> Store:
+    def _store(self, member: Member, source: str, masks: bool, view: Callable[..., Tensor] | None) -> Store:
         key = {
             "checkpoint": member.source,
             "pooling": str(member.pooling),
@@ -135,6 +185,9 @@ class FeatureExtraction:
             "masks": masks,
             "precision": self.precision,
             "dtype": str(self.dtype),
+            "scales": str(self.scales),
+            "flip": self.flip,
+            "view": describe_partial(view),
         }
         name = f"{Path(source).stem}-{digest(*map(str, key.values()))}"
         size = f"{member.extractor.size} px on {member.extractor.pad}"
@@ -142,7 +195,7 @@ class FeatureExtraction:
         return Store(self.root / name, key | rest)
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
     """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
     try:
         status = os.stat(path)

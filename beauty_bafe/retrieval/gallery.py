@@ -8,104 +8,148 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
+
+from torch import Tensor
 
 from ..data.catalog import Catalog, Skipped, open_catalog
+from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Features, Member, describe_members
 from .index import Index
 from .manifest import replace_file
 from .ranking import Ranking, check_k
-from .rerank import Found
+from .rerank import Found, Scene
 
 
-def open_gallery(
-    source: str | None,
-    folder: str | None,
-    members: Sequence[Member],
-    extraction: FeatureExtraction,
-    ensemble: Concatenation | Fusion,
-    index: Index,
-    skipped: Skipped,
-) -> tuple[Catalog, list[Index]]:
-    """The catalogue and an index per view of it (one, or one a member where rankings are fused).
+class Gallery:
+    """A gallery that can be asked: how pictures are described and fused, and an index of it per view (or member, where
+    rankings are fused).
 
-    Without `folder` everything is built from the pictures of `source`. With it, what it holds is taken up, changed only
-    where the catalogue changed, under the ensemble learned when it was first built; without `source` it answers as it is.
-    Raises ValueError where the folder was made with other members or settings (the key is named).
+    `view` changes queries before they are described, see Describer.
     """
-    place = Path(folder) if folder is not None else None
-    saved = place is not None and (place / "gallery.csv").is_file()
-    about = ensemble.describe() | {"members": describe_members(members)}
-    if source is None:
-        if place is None or not saved:
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        extraction: FeatureExtraction,
+        ensemble: Concatenation | Fusion,
+        view: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.members, self.extraction, self.ensemble, self.view = members, extraction, ensemble, view
+        self.catalog = Catalog((), ())
+        self.indexes: list[Index] = []
+        self.seconds = 0.0  # that answering took
+        for member in members:
+            if view is not None and not member.trained:
+                raise ValueError(
+                    f"{member.name} was never trained to make masks, which changing the queries needs; "
+                    "type checkpoints='[RUN/checkpoints/best.ckpt]', or query=whole"
+                )
+
+    def open(self, source: str | None, folder: str | None, index: Index, skipped: Skipped) -> Self:
+        """Build it from the pictures of `source`, or take it from `folder`.
+
+        What `folder` holds is changed only where the catalogue changed, under the ensemble learned when it was first built;
+        without `source` it answers as it is. Raises ValueError where it was made with other members or settings (the key is
+        named).
+        """
+        place = Path(folder) if folder is not None else None
+        saved = place is not None and (place / "gallery.csv").is_file()
+        if source is None and not saved:
             raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
-        indexes = _load(place, ensemble, index, about)
-        print(f"index: {indexes[0]}, {len(indexes[0].ids)} pictures from {place}")
-        return open_catalog(place / "gallery.csv"), indexes
+        learn(self.members, source, place if saved else None, self.extraction.root)
+        if source is None:
+            assert place is not None
+            self.indexes, self.catalog = self._load(place, index), open_catalog(place / "gallery.csv")
+            print(f"index: {self.indexes[0]}, {len(self.indexes[0].ids)} pictures from {place}")
+            return self
 
-    catalog = open_catalog(source)
-    features = extraction(members, catalog, source, "gallery pictures", skipped)
-    start = time.perf_counter()
-    if saved and place is not None:
-        indexes = _load(place, ensemble, index, about)
-        views = ensemble.transform(features)
-        changes = [index.hold(view.vectors, view.ids) for index, view in zip(indexes, views, strict=True)]
-        how = f"{changes[0]}, ensemble as first learned"
-    else:
-        views = ensemble.fit(features).transform(features)
-        del features
-        indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
-        how = "built"
-    rows, width = indexes[0].vectors.shape
-    print(f"index: {indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s")
-    if place is not None:
-        _save(place, catalog, indexes, ensemble, about)
-    return catalog, indexes
+        self.catalog = open_catalog(source)
+        features = self.extraction(self.members, self.catalog, source, "gallery pictures", skipped)
+        start = time.perf_counter()
+        if saved and place is not None:
+            self.indexes = self._load(place, index)
+            views = self.ensemble.transform(features)
+            changes = [index.hold(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
+            how = f"{changes[0]}, ensemble as first learned"
+        else:
+            views = self.ensemble.fit(features).transform(features)
+            del features
+            self.indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
+            how = "built"
+        rows, width = self.indexes[0].vectors.shape
+        print(f"index: {self.indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s")
+        if place is not None:
+            self._save(place)
+        return self
 
+    def describe(self, catalog: Catalog, source: str, what: str, skipped: Skipped) -> list[Features]:
+        """Features of each member over pictures to ask with, their masks among them."""
+        return self.extraction(self.members, catalog, source, what, skipped, masks=True, view=self.view)
 
-def _load(place: Path, ensemble: Concatenation | Fusion, index: Index, about: dict[str, object]) -> list[Index]:
-    """The kept indexes, one a view; `ensemble` takes up what it had learned."""
-    ensemble.load(place)
-    return [copy.copy(index).load(view, about) for view in sorted(place.glob("view*"))]
+    def answer(
+        self, asked: Catalog, described: Sequence[Features], steps: Sequence[Callable[[Found], Found]], k: int
+    ) -> Ranking:
+        """Search each view for `described` (of the pictures `asked`), re-rank, fuse: the k best of every query.
 
+        Raises ValueError for a bad k.
+        """
+        check_k(k, len(self.indexes[0].ids))
+        depths = [step.keywords.get("depth", 0) for step in steps if isinstance(step, partial)]
+        depth = min(max([k, self.ensemble.depth, *depths]), len(self.indexes[0].ids))
+        queries = self.ensemble.transform(described)
+        start = time.perf_counter()
+        rankings = []
+        for number, view in enumerate(queries):
+            found = self._search(number, view, asked, depth)
+            for step in steps:
+                found = step(found)
+            rankings.append(found.ranking)
+        ranking, self.seconds = self.ensemble.fuse(rankings, k), time.perf_counter() - start
+        count = len(ranking.query_ids)
+        print(f"searched for {count} queries in {self.seconds:.2f} s, {1e3 * self.seconds / count:.2f} ms each")
+        return ranking
 
-def _save(
-    place: Path, catalog: Catalog, indexes: Sequence[Index], ensemble: Concatenation | Fusion, about: dict[str, object]
-) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "gallery.csv").unlink(missing_ok=True)  # written last: a folder without it is not complete
-    ensemble.save(place)
-    for number, index in enumerate(indexes):
-        index.save(place / f"view{number}", about)
-    present = set(indexes[0].ids)
-    rows = [(name, path.resolve()) for name, path in zip(catalog.ids, catalog.paths, strict=True) if name in present]
+    def costs(self, queries: int) -> dict[str, float]:
+        """Of the last answer: dimensions of a picture, milliseconds a query (re-ranking included), bytes of the index."""
+        return {
+            "dimensions": sum(index.vectors.shape[1] for index in self.indexes),
+            "ms_per_query": 1e3 * self.seconds / max(queries, 1),
+            "index_bytes": sum(index.nbytes for index in self.indexes),
+        }
 
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("id", "path"), *rows])
+    def _search(self, number: int, queries: Features, asked: Catalog, depth: int) -> Found:
+        def rehearse(pictures: Catalog) -> Found:
+            described = self.describe(pictures, str(pictures.paths[0].parent), "rehearsal pictures", Skipped())
+            return self._search(number, self.ensemble.transform(described)[number], pictures, depth)
 
-    replace_file(place / "gallery.csv", write)
+        index = self.indexes[number]
+        scene = Scene(self.catalog, asked, self.extraction.root, rehearse)
+        return Found(index.search(queries.vectors, queries.ids, depth), queries, index, scene)
 
+    def _about(self) -> dict[str, object]:
+        return self.ensemble.describe() | {"members": describe_members(self.members)}
 
-def answer(
-    queries: Sequence[Features],
-    indexes: Sequence[Index],
-    steps: Sequence[Callable[[Found], Found]],
-    ensemble: Concatenation | Fusion,
-    k: int,
-) -> Ranking:
-    """Search each view for its queries, re-rank, fuse: the k best of every query. Raises ValueError for a bad k."""
-    check_k(k, len(indexes[0].ids))
-    asked = [step.keywords.get("depth", 0) for step in steps if isinstance(step, partial)]
-    depth = min(max([k, ensemble.depth, *asked]), len(indexes[0].ids))
-    start = time.perf_counter()
-    rankings = []
-    for view, index in zip(queries, indexes, strict=True):
-        found = Found(index.search(view.vectors, view.ids, depth), view, index)
-        for step in steps:
-            found = step(found)
-        rankings.append(found.ranking)
-    ranking, seconds = ensemble.fuse(rankings, k), time.perf_counter() - start
-    count = len(ranking.query_ids)
-    print(f"searched for {count} queries in {seconds:.2f} s, {1e3 * seconds / count:.2f} ms each")
-    return ranking
+    def _load(self, place: Path, index: Index) -> list[Index]:
+        """The kept indexes, one a view; the ensemble takes up what it had learned."""
+        self.ensemble.load(place)
+        return [copy.copy(index).load(view, self._about()) for view in sorted(place.glob("view*"))]
+
+    def _save(self, place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "gallery.csv").unlink(missing_ok=True)  # written last: a folder without it is not complete
+        self.ensemble.save(place)
+        keep_learned(self.members, place)
+        for number, index in enumerate(self.indexes):
+            index.save(place / f"view{number}", self._about())
+        present = set(self.indexes[0].ids)
+        rows = [
+            (name, path.resolve()) for name, path in zip(self.catalog.ids, self.catalog.paths, strict=True) if name in present
+        ]
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([("id", "path"), *rows])
+
+        replace_file(place / "gallery.csv", write)

@@ -106,6 +106,11 @@ class Index(ABC):
         self._load(folder)
         return self
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that answering needs: the vectors and what the index makes of them."""
+        return self.vectors.nbytes
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a saved index must share with this one, plain values."""

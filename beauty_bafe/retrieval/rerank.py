@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
+from ..data.catalog import Catalog
 from .features import Features, unit
 from .index import Index
 from .ranking import Ranking
@@ -23,11 +25,25 @@ SILENT = 5000  # rows or queries below which no progress is shown
 
 @dataclass(frozen=True)
 class Found:
-    """What has been found so far, for which queries, and where to look further."""
+    """What has been found so far, for which queries, and where to look further; `scene` for steps that look at pictures."""
 
     ranking: Ranking
     queries: Features
     index: Index
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The pictures behind a search. `folder`: where a step may keep what it makes of them.
+
+    `rehearse` answers other pictures from the same gallery, described as queries are: pictures -> Found.
+    """
+
+    gallery: Catalog
+    asked: Catalog
+    folder: Path
+    rehearse: Callable[[Catalog], Found]
 
 
 def expand_queries(found: Found, n: int, alpha: float) -> Found:
@@ -35,7 +51,7 @@ def expand_queries(found: Found, n: int, alpha: float) -> Found:
 
     An answer weighs likeness^alpha (nothing where negative), the query itself 1. `n` beyond the gallery is all of it.
     """
-    found = _with_depth(found, n)
+    found = with_depth(found, n)
     answers = found.index.vectors[found.ranking.positions[:, :n]]
     weights = np.maximum(np.einsum("qd,qnd->qn", found.queries.vectors, answers), 0) ** alpha
     expanded = unit(found.queries.vectors + np.einsum("qn,qnd->qd", weights, answers)).astype(np.float32)
@@ -133,19 +149,25 @@ def rerank_superglobal(found: Found, depth: int, k: int, beta: float) -> Found:
 
 def _rescore(found: Found, depth: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Found:
     """Order each query's first `depth` answers by `score(query (D,), answers (depth, D))`; equal ones keep their order."""
-    found = _with_depth(found, depth)
-    positions = found.ranking.positions[:, :depth].copy()
-    scores = np.empty(positions.shape, np.float32)
+    found = with_depth(found, depth)
+    positions = found.ranking.positions[:, :depth]
     queries = range(len(positions))
+    values = np.empty(positions.shape, np.float32)
     for row in track(queries, f"re-ranking {len(positions)} queries") if len(positions) > SILENT else queries:
-        values = score(found.queries.vectors[row], np.asarray(found.index.vectors[positions[row]])).astype(np.float32)
-        order = np.argsort(-values, kind="stable")
-        positions[row], scores[row] = positions[row][order], values[order]
-    ranking = Ranking(found.ranking.query_ids, found.ranking.gallery_ids, positions, scores)
+        values[row] = score(found.queries.vectors[row], np.asarray(found.index.vectors[positions[row]]))
+    return reorder(found, values)
+
+
+def reorder(found: Found, scores: np.ndarray) -> Found:
+    """Each query's first answers by new scores, float (Q, depth), and no others; equal ones keep their order."""
+    scores = scores.astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    positions = np.take_along_axis(found.ranking.positions[:, : scores.shape[1]], order, axis=1)
+    ranking = Ranking(found.ranking.query_ids, found.ranking.gallery_ids, positions, np.take_along_axis(scores, order, axis=1))
     return replace(found, ranking=ranking)
 
 
-def _with_depth(found: Found, depth: int) -> Found:
+def with_depth(found: Found, depth: int) -> Found:
     """Search again where the ranking holds fewer than `depth` answers and the gallery has more."""
     have, want = found.ranking.positions.shape[1], min(depth, len(found.index.ids))
     if have >= want:
@@ -155,7 +177,8 @@ def _with_depth(found: Found, depth: int) -> Found:
 
 def _search_again(found: Found, queries: np.ndarray, index: Index) -> Found:
     ranking = index.search(queries, found.queries.ids, found.ranking.positions.shape[1])
-    return Found(ranking, Features(queries, found.queries.ids, found.queries.masks), index)
+    features = Features(queries, found.queries.ids, found.queries.masks)
+    return replace(found, ranking=ranking, queries=features, index=index)
 
 
 def _mutual(order: np.ndarray, k: int) -> np.ndarray:

@@ -27,6 +27,7 @@ class Store:
         self.unreadable: dict[Picture, str] = {}
         self.manifest: dict[str, Any] = {}
         self._last = -1
+        self._mapped: dict[int, dict[str, Any]] = {}
         if (folder / "manifest.json").is_file():
             self.manifest = check_manifest(
                 folder / "manifest.json", self.key, f"type another features=DIR, or delete {folder} to describe all anew"
@@ -78,6 +79,16 @@ class Store:
         _write(file, arrays, pictures, unreadable)
         self._note(self._last, list(pictures), unreadable)
         return file.stat().st_size
+
+    def row(self, picture: Picture) -> dict[str, np.ndarray]:
+        """One picture's row of every array, read through a memory map."""
+        shard, row = self.rows[picture]
+        if shard not in self._mapped:
+            from safetensors import safe_open
+
+            opened = safe_open(self.folder / f"{shard:06d}.safetensors", framework="numpy")
+            self._mapped[shard] = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+        return {name: array[row] for name, array in self._mapped[shard].items()}
 
     def read(self, pictures: Iterable[Picture]) -> dict[str, np.ndarray]:
         """The arrays of these pictures, in their order; vectors as float32. Raises ValueError for what is not finite."""

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beauty_bafe.evaluation.grid import as_grid
 from beauty_bafe.evaluation.masks import evaluate_masks
 from beauty_bafe.evaluation.summary import write_summary
-from beauty_bafe.evaluation.table import show
+from beauty_bafe.evaluation.table import main, make_table
 from beauty_bafe.retrieval.features import Features
 
 
@@ -31,17 +32,63 @@ def test_summary_has_a_row_a_job(tmp_path: Path) -> None:
     ]
 
 
-def test_table_over_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value in (("average", 0.25), ("attention", 0.5)):
-        (tmp_path / name).mkdir()
-        metrics = {"mAP@7_by_min": value, "mAP@7_by_min_interval": [value - 0.1, value + 0.1], "recall@1": value / 2}
-        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics | ({"mask_iou": 0.75} if value == 0.5 else {})))
-    show([str(tmp_path / "average"), str(tmp_path / "attention")])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "a" in line and "0." in line]
-    assert [word in lines[0] for word in ("average", "0.250", "0.150 – 0.350", "0.125", "–")] == [True] * 5
-    assert [word in lines[1] for word in ("attention", "0.500", "0.750")] == [True] * 3
-    with pytest.raises(ValueError, match=r"no metrics.json; name folders that retrieve.py wrote"):
-        show([str(tmp_path)])
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Two runs over 40 queries: `attention` finds every product, `average` every second one."""
+    for name, values in (("average", [0.0, 1.0] * 20), ("attention", [1.0] * 40)):
+        folder = tmp_path / name
+        folder.mkdir()
+        mean = float(np.mean(values))
+        metrics: dict[str, object] = {"dimensions": 512, "ms_per_query": 1.234, "index_bytes": 2_500_000, "recall@1": mean}
+        metrics |= {f"mAP@7_by_{division}": mean for division in ("hits", "matches", "min")}
+        metrics["mAP@7_by_min_interval"] = [mean - 0.1, mean + 0.1]
+        (folder / "metrics.json").write_text(json.dumps(metrics | ({"mask_iou": 0.75} if mean == 1 else {})))
+        with (folder / "per_query.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([("query", "AP@7_by_min"), *((f"q{i}", value) for i, value in enumerate(values))])
+    return [str(tmp_path / "average"), str(tmp_path / "attention")]
+
+
+def test_table_over_runs(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*runs, "--against", runs[0], "--output", str(tmp_path / "tables" / "systems")])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("to average", "0.400 – 0.600", "+0.500 *", "0.750", "1.23", "2.5", "512"))
+    rows = list(csv.DictReader((tmp_path / "tables" / "systems.csv").open()))
+    assert [row["run"] for row in rows] == ["average", "attention"]
+    assert [row["to average"] for row in rows] == ["", "+0.500 *"]
+    markdown = (tmp_path / "tables" / "systems.md").read_text()
+    assert "| attention | 1.000 | 0.900 – 1.100 |" in markdown
+    page = (tmp_path / "tables" / "systems.html").read_text()
+    assert "<td>attention</td><td>1.000</td>" in page
+
+
+def test_a_table_says_what_it_cannot_compare(runs: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has no metrics.json and per_query.csv; name runs of retrieve.py with truth"):
+        main([str(tmp_path)])
+    rows = (tmp_path / "average" / "per_query.csv").read_text().replace("q7,", "x7,")
+    (tmp_path / "average" / "per_query.csv").write_text(rows)
+    with pytest.raises(SystemExit, match="runs over different queries cannot be compared"):
+        main([*runs, "--against", runs[0]])
+
+
+def test_no_difference_is_not_marked(runs: list[str]) -> None:
+    assert [row.get("difference") for row in make_table(runs, runs[1])[1:]] == ["-0.500 *", ""]
+    same = [runs[0], runs[0] + "/."]
+    assert [row["difference"] for row in make_table([*same, runs[1]], runs[1])[1:]] == ["-0.500 *", "-0.500 *", ""]
+
+
+def test_the_hybrid_papers_grid() -> None:
+    rows = [
+        {"model": model, "index.metric": metric, "pooling": pooling, "rerank": rerank, "mAP@7_by_matches": value}
+        for model in ("seresnet152", "efficientnet_lite0")
+        for metric in ("l1", "ip")
+        for pooling, value in (("mac", 0.25), ("spoc", 0.5))
+        for rerank in ("none", "sift")
+    ]
+    rows[-1] |= {"mAP@7_by_matches": ""}  # a failed job
+    lines = as_grid(rows).splitlines()
+    assert "| seresnet152 | cos | 0.250 → 0.250 (0.292 → 0.379) | – → – (0.296 → 0.341) |" in lines[4]
+    assert lines[4].startswith("| seresnet152 | cos |")
+    assert lines[7] == "| efficientnet_lite0 | cos | 0.250 → 0.250 | – → – | – → – | 0.500 → – |"
 
 
 def test_masks_are_compared_by_name_on_the_letterboxed_canvas(tmp_path: Path) -> None:

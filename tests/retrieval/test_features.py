@@ -48,7 +48,7 @@ def describe(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., list[Featur
         settings: dict[str, object] = {"num_workers": 0, "device": "cpu", "precision": "32-true", "max_skipped": 0.99}
         extraction = FeatureExtraction(tmp_path / store, **settings | options)  # type: ignore[arg-type]
         catalog = source if isinstance(source, Catalog) else from_folder(source)
-        members = members or load_members(str(tiny_checkpoint), poolings or (ATTENTION,))
+        members = members or load_members(str(tiny_checkpoint), dict(enumerate(poolings or (ATTENTION,))))
         return extraction(members, catalog, "source", "pictures", skipped or Skipped(), masks)
 
     return describe

@@ -14,7 +14,7 @@ from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import FeatureExtraction, load_members
-from beauty_bafe.retrieval.gallery import answer, open_gallery
+from beauty_bafe.retrieval.gallery import Gallery
 from beauty_bafe.retrieval.ranking import Ranking
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
@@ -25,7 +25,7 @@ class Shop:
 
     def __init__(self, root: Path, toy: Path, checkpoint: Path, ensemble: type = Concatenation, **settings: object) -> None:
         self.root, self.kind, self.settings = root, ensemble, settings
-        self.members = load_members(str(checkpoint), POOLINGS)
+        self.members = load_members(str(checkpoint), dict(enumerate(POOLINGS)))
         self.extraction = FeatureExtraction(root / "features", num_workers=0, device="cpu", precision="32-true")
         self.query = sorted((toy / "queries").iterdir())[0]
         shutil.copytree(toy / "gallery", root / "gallery")
@@ -33,22 +33,14 @@ class Shop:
     def answer(self, gallery: bool = True, kept: bool = True, k: int = 5) -> Ranking:
         from beauty_bafe.data.catalog import open_catalog
 
-        ensemble = self.kind(**self.settings)
-        catalog, indexes = open_gallery(
-            str(self.root / "gallery") if gallery else None,
-            str(self.root / "index") if kept else None,
-            self.members,
-            self.extraction,
-            ensemble,
-            ExactIndex(device="cpu"),
-            Skipped(),
-        )
-        assert set(indexes[0].ids) <= set(catalog.ids)
+        shop = Gallery(self.members, self.extraction, self.kind(**self.settings))
+        gallery_source = str(self.root / "gallery") if gallery else None
+        shop.open(gallery_source, str(self.root / "index") if kept else None, ExactIndex(device="cpu"), Skipped())
+        assert set(shop.indexes[0].ids) <= set(shop.catalog.ids)
         (self.root / "queries").mkdir(exist_ok=True)
         shutil.copy(self.query, self.root / "queries" / "q.jpg")
         queries = open_catalog(self.root / "queries")
-        described = self.extraction(self.members, queries, str(self.root / "queries"), "queries", Skipped())
-        return answer(ensemble.transform(described), indexes, [], ensemble, k)
+        return shop.answer(queries, shop.describe(queries, str(self.root / "queries"), "queries", Skipped()), [], k)
 
 
 @pytest.fixture(params=["concat", "fusion"])

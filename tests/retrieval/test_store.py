@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
 
 def describe(checkpoint: Path, catalog: Catalog, features: Path) -> None:
     extraction = FeatureExtraction(features, device="cpu", precision="32-true", num_workers=0, shard=4)
-    extraction(load_members(str(checkpoint), POOLINGS), catalog, "gallery", "pictures", Skipped(), masks=True)
+    extraction(load_members(str(checkpoint), dict(enumerate(POOLINGS))), catalog, "gallery", "pictures", Skipped(), masks=True)
 
 
 def content(features: Path) -> dict[str, bytes]:

@@ -1,0 +1,46 @@
+"""Street views of gallery photos: queries whose answer is known, drawn without any label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .augmentation import Augmentation, Sample, Surroundings
+from .backgrounds import Backgrounds
+from .catalog import Catalog
+from .datamodule import load_photo
+from .pictures import UnreadablePicture
+
+
+def draw_street_views(
+    catalog: Catalog, count: int, augmentation: Augmentation, backgrounds: Backgrounds, size: int, folder: Path
+) -> Catalog:
+    """Augment `count` photos, drawn without return, into `folder`; each picture has the id of the photo it shows.
+
+    Photos whose product cannot be cut out are passed over. Files that are there and would not change stay untouched.
+    Raises ValueError where no photo can be used.
+    """
+    order = np.random.default_rng((0, len(catalog))).permutation(len(catalog)).tolist()
+    photos: dict[int, Sample] = {}
+    for index in order:
+        if len(photos) == count:
+            break
+        try:
+            photos[index] = load_photo(catalog.paths[index], size)
+        except (UnreadablePicture, ValueError):
+            continue
+    if not photos:
+        raise ValueError("no gallery photo has a plain backdrop to cut its product out of; give the step's weight a number")
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = list(photos)
+    surroundings = Surroundings(backgrounds, lambda rng: photos[chosen[int(rng.integers(len(chosen)))]])
+    paths = []
+    for number, index in enumerate(chosen):
+        view = augmentation(*photos[index], surroundings, np.random.default_rng((0, number)))
+        paths.append(folder / f"{number:04d}.png")
+        data = cv2.imencode(".png", cv2.cvtColor(view.photo, cv2.COLOR_RGB2BGR))[1].tobytes()
+        if not paths[-1].is_file() or paths[-1].read_bytes() != data:
+            paths[-1].write_bytes(data)
+    return Catalog(tuple(catalog.ids[index] for index in chosen), tuple(paths))

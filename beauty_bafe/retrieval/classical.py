@@ -1,0 +1,177 @@
+"""Classical descriptors of whole pictures, as poolings of the picture itself (`map: picture`), with or without its mask.
+
+Every function takes `pictures`, uint8 (B, 3, S, S), and `weight`, float (B, 1, S, S) in 0..1 or None, and gives float32
+(B, C). The work is OpenCV's, scikit-image's and faiss's, on the CPU, picture by picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.catalog import Catalog, open_catalog
+from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from .faiss_index import kmeans
+from .features import Member, unit
+from .local import Detector, root_sift
+from .manifest import digest, replace_file
+
+LEARNED_FROM = 2000  # gallery pictures that give a vocabulary, evenly spread
+CANVAS = 224  # their side, pixels
+
+
+def _of_each_picture(describe: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
+    """describe(rgb uint8 (S, S, 3), weight float32 (S, S) or None) -> a function of batches."""
+
+    @torch.compiler.disable
+    @wraps(describe)
+    def of_batch(pictures: Tensor, weight: Tensor | None = None, **settings: float) -> Tensor:
+        rgb = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        weights = [None] * len(rgb) if weight is None else weight[:, 0].float().cpu().numpy()
+        rows = [describe(np.ascontiguousarray(picture), share, **settings) for picture, share in zip(rgb, weights, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32)).to(pictures.device)
+
+    return of_batch
+
+
+@_of_each_picture
+def lab_histogram(rgb: np.ndarray, weight: np.ndarray | None, bins: int = 8) -> np.ndarray:
+    """Joint histogram of CIE Lab, `bins` a channel, square-rooted: inner products are Bhattacharyya coefficients.
+
+    >>> white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    >>> vector = lab_histogram(white, bins=2)[0]
+    >>> vector.tolist()  # all in one cell: light, a and b in the upper half
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    """
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB).astype(int) * bins // 256
+    cell = (lab[..., 0] * bins + lab[..., 1]) * bins + lab[..., 2]
+    return _root_histogram(cell, weight, bins**3)
+
+
+@_of_each_picture
+def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2, 3)) -> np.ndarray:
+    """Uniform, rotation-invariant local binary patterns of 8 neighbours at each radius (Ojala et al., TPAMI 2002).
+
+    A histogram of 10 patterns a radius, square-rooted.
+    """
+    from skimage.feature import local_binary_pattern
+
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    patterns = [local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
+    return np.concatenate([_root_histogram(pattern, weight, 10) for pattern in patterns])
+
+
+@_of_each_picture
+def hog(rgb: np.ndarray, weight: np.ndarray | None, cells: int = 7, orientations: int = 9) -> np.ndarray:
+    """Histograms of oriented gradients over `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
+    from skimage.feature import hog as gradients
+
+    if weight is not None:
+        rgb = (rgb * weight[..., None] + 255 * (1 - weight[..., None])).astype(np.uint8)
+    side = rgb.shape[0] // cells
+    return gradients(rgb, orientations, (side, side), (2, 2), channel_axis=-1)
+
+
+class Vlad:
+    """VLAD of RootSIFT (Jegou et al., CVPR 2010; intra-normalised, Arandjelovic & Zisserman, CVPR 2013): (B, 128 `words`).
+
+    For every visual word the sum of the differences of the descriptors nearest to it, each word's at length 1. With a
+    weight, keypoints count by it. The vocabulary is learned from gallery pictures and kept beside their features.
+    """
+
+    def __init__(self, words: int, keypoints: int) -> None:
+        self.words, self.keypoints = words, keypoints
+        self.detector = Detector(CANVAS, keypoints)
+        self.vocabulary: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        learned = "none" if self.vocabulary is None else digest(self.vocabulary.tobytes())
+        return f"vlad(words={self.words}, keypoints={self.keypoints}, vocabulary={learned})"
+
+    @torch.compiler.disable
+    def __call__(self, pictures: Tensor, weight: Tensor | None = None) -> Tensor:
+        return _of_each_picture(self._describe)(pictures, weight)
+
+    def _describe(self, rgb: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        if self.vocabulary is None:
+            raise ValueError("the vocabulary of VLAD has not been learned; it is, from the gallery, when a gallery is opened")
+        points, sift = self.detector(rgb)
+        total = np.zeros((self.words, 128), np.float32)
+        if not len(points):
+            return total.ravel()
+        descriptors = root_sift(sift)
+        nearest = (descriptors @ self.vocabulary.T - np.square(self.vocabulary).sum(axis=1) / 2).argmax(axis=1)
+        shares = np.ones(len(points), np.float32)
+        if weight is not None:
+            x, y = np.minimum(points.astype(int), weight.shape[0] - 1).T
+            shares = weight[y, x]
+        np.add.at(total, nearest, (descriptors - self.vocabulary[nearest]) * shares[:, None])
+        return unit(total).ravel()
+
+    def learn(self, catalog: Catalog) -> None:
+        """Cluster the RootSIFT of some of the pictures. Raises ValueError where they have too few."""
+        found = []
+        for row in np.unique(np.linspace(0, len(catalog) - 1, LEARNED_FROM).astype(int)):
+            try:
+                rgb = read_picture(catalog.paths[row], CANVAS).rgb
+            except UnreadablePicture:
+                continue  # the pass over the gallery reports it
+            found.append(root_sift(self.detector(letterbox(rgb, CANVAS)).descriptors))
+        descriptors = np.concatenate(found) if found else np.zeros((0, 128), np.float32)
+        if len(descriptors) < self.words:
+            raise ValueError(
+                f"{len(descriptors)} SIFT descriptors in {len(found)} gallery pictures are too few for {self.words} words; "
+                "lower pooling.function.words or leave VLAD out"
+            )
+        print(f"VLAD: learning {self.words} words from {len(descriptors)} descriptors of {len(found)} gallery pictures")
+        self.vocabulary = kmeans(descriptors, self.words)
+
+
+def learn(members: Sequence[Member], source: str | None, kept: Path | None, features: Path) -> None:
+    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `source`.
+
+    A catalogue that changes keeps its vocabulary, so that what was described stays valid.
+    """
+    for number, vlad in enumerate(_vlads(members)):
+        file = features / f"vocabulary-{digest(str(vlad), str(Path(source or '').expanduser().resolve()))}.npy"
+        if kept is not None:
+            file = _kept(kept, number)
+        if file.is_file():
+            vlad.vocabulary = np.load(file)
+        elif source is not None:
+            vlad.learn(open_catalog(source))
+            _save(file, vlad)
+
+
+def keep_learned(members: Sequence[Member], place: Path) -> None:
+    """Write what was learned beside an index, for queries of other days."""
+    for number, vlad in enumerate(_vlads(members)):
+        _save(_kept(place, number), vlad)
+
+
+def _vlads(members: Sequence[Member]) -> list[Vlad]:
+    return list(dict.fromkeys(m.pooling.function for m in members if isinstance(m.pooling.function, Vlad)))
+
+
+def _kept(place: Path, number: int) -> Path:
+    return place / f"vocabulary{number}.npy"
+
+
+def _save(file: Path, vlad: Vlad) -> None:
+    def write(part: Path) -> None:
+        with part.open("wb") as stream:  # np.save would append .npy to the name
+            np.save(stream, np.asarray(vlad.vocabulary))
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, write)
+
+
+def _root_histogram(cell: np.ndarray, weight: np.ndarray | None, size: int) -> np.ndarray:
+    counts = np.bincount(cell.ravel(), None if weight is None else weight.ravel(), size)
+    return np.sqrt(counts / max(float(counts.sum()), 1e-12))

@@ -1,0 +1,228 @@
+"""SIFT as a re-ranker: matches, geometry, the weight learned from rehearsals, and galleries kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from beauty_bafe.data.backgrounds import Backgrounds
+from beauty_bafe.data.catalog import Catalog
+from beauty_bafe.data.rehearsal import draw_street_views
+from beauty_bafe.retrieval import local
+from beauty_bafe.retrieval.exact import ExactIndex
+from beauty_bafe.retrieval.features import Features, unit
+from beauty_bafe.retrieval.local import (
+    Detector,
+    Keypoints,
+    choose_weight,
+    count_inliers,
+    count_matches,
+    match_mutually,
+    rerank_sift,
+    rerank_sift_verified,
+    root_sift,
+)
+from beauty_bafe.retrieval.rerank import Found, Scene
+
+SIZE = 200
+DETECTOR = Detector(SIZE, 300)
+
+
+def textured(seed: int, blocks: int = 40) -> np.ndarray:
+    """A white canvas with a product of random blocks in its middle, uint8 (SIZE, SIZE, 3)."""
+    rng = np.random.default_rng(seed)
+    canvas = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    for _ in range(blocks):
+        x, y = rng.integers(40, 140, 2).tolist()
+        cv2.rectangle(
+            canvas, (x, y), (x + int(rng.integers(6, 30)), y + int(rng.integers(6, 30))), rng.integers(0, 200, 3).tolist(), -1
+        )
+    return canvas
+
+
+HOMOGRAPHY = np.array([[0.8, -0.25, 40], [0.3, 0.75, -5], [2e-4, -3e-4, 1]])
+
+
+def warped(picture: np.ndarray) -> np.ndarray:
+    return cv2.warpPerspective(picture, HOMOGRAPHY, (SIZE, SIZE), borderValue=(255, 255, 255))
+
+
+def test_matches_of_a_known_homography() -> None:
+    query, same, other = (DETECTOR(picture) for picture in (warped(textured(0)), textured(0), textured(1)))
+    matches, distance = count_matches(query, same, 0.8)
+    assert matches > 3 * count_matches(query, other, 0.8)[0]
+    assert 0 < distance < 300
+    assert count_matches(query, same, 0.8) == (matches, distance), "the same trees every time"
+    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(same.descriptors), 0.9)
+    truth = cv2.perspectiveTransform(same.points[columns][None], HOMOGRAPHY)[0]
+    error = np.linalg.norm(truth - query.points[rows], axis=1)
+    inliers = count_inliers(query.points[rows], same.points[columns])
+    assert np.median(error) < 2
+    assert abs(inliers + 4 - int((error < 4).sum())) <= max(3, 0.15 * len(rows))
+    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(other.descriptors), 0.9)
+    assert count_inliers(query.points[rows], other.points[columns]) < inliers / 4
+
+
+def test_mutual_matches_against_a_slow_twin() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.random((30, 128)).astype(np.float32)
+    query, candidate = (unit(part).astype(np.float32) for part in (base[:25] + 0.2 * rng.random((25, 128)), base[5:]))
+    expected = []
+    for row in range(25):
+        forward = np.linalg.norm(candidate - query[row], axis=1)
+        column = int(forward.argmin())
+        backward = np.linalg.norm(query - candidate[column], axis=1)
+        if int(backward.argmin()) == row and all(d.min() < 0.9 * np.sort(d)[1] for d in (forward, backward)):
+            expected.append((row, column))
+    assert 10 < len(expected) < 25
+    assert list(zip(*match_mutually(query, candidate, 0.9), strict=True)) == expected
+
+
+def test_few_or_no_matches_prove_nothing() -> None:
+    points = np.random.default_rng(0).random((4, 2)).astype(np.float32) * 100
+    assert count_inliers(points[:3], points[:3]) == 0
+    assert count_inliers(points, points * 2) == 1, "the affine map has one match to spare, the homography none"
+    mirrored = points * [-1, 1] + [100, 0]
+    assert count_inliers(points, mirrored.astype(np.float32)) == 0, "no photo is a mirror image"
+    nothing = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
+    some = DETECTOR(textured(0))
+    assert count_matches(nothing, some, 0.8) == count_matches(some, nothing, 0.8) == (0, 0.0)
+    assert match_mutually(root_sift(nothing.descriptors), root_sift(some.descriptors), 0.9)[0].size == 0
+
+
+def test_keypoints_can_keep_to_the_product() -> None:
+    picture = textured(0)
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[:100] = True
+    kept = Detector(SIZE, 300, foreground=True)(picture, inside)
+    assert 0 < len(kept.points) < len(DETECTOR(picture).points)
+    assert kept.points[:, 1].max() <= 101
+    assert len(DETECTOR(picture, inside).points) == len(DETECTOR(picture).points), "heeded where asked for only"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Callable[..., Found]:
+    """Six textured products and their descriptors; queries are warped products whose first answers are wrong."""
+    paths = []
+    for number in range(6):
+        paths.append(tmp_path / "gallery" / f"p{number}.png")
+        paths[-1].parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(paths[-1]), textured(number))
+    gallery = Catalog(tuple(path.stem for path in paths), tuple(paths))
+    vectors = unit(np.random.default_rng(0).random((6, 8))).astype(np.float32)
+    index = ExactIndex(device="cpu").fit(vectors, gallery.ids)
+
+    def search(pictures: dict[str, np.ndarray], masks: bool = True) -> Found:
+        (tmp_path / "queries").mkdir(exist_ok=True)
+        asked = {name: tmp_path / "queries" / f"{name}.png" for name in pictures}
+        for name, picture in pictures.items():
+            cv2.imwrite(str(asked[name]), picture)
+        catalog = Catalog(tuple(asked), tuple(asked.values()))
+        return ask(catalog, masks)
+
+    def ask(catalog: Catalog, masks: bool = True) -> Found:
+        described = unit(np.random.default_rng(5).random((len(catalog), 8))).astype(np.float32)
+        whole = np.full((len(catalog), 56, 56), 255, np.uint8) if masks else None
+        queries = Features(described, catalog.ids, whole)
+        scene = Scene(gallery, catalog, tmp_path / "features", ask)
+        return Found(index.search(described, catalog.ids, 6), queries, index, scene)
+
+    return search
+
+
+def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Callable[..., Found]) -> None:
+    blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    found = shop({"q4": warped(textured(4)), "blank": blank, "q2": warped(textured(2))})
+    ranked = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    assert [ranked.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
+    assert ranked.answers(1) == found.ranking.answers(1), "no keypoints, no change"
+    verified = rerank_sift_verified(found, 6, 0.9, DETECTOR, 1.0, 0, augmentation=None, backgrounds=None).ranking  # type: ignore[arg-type]
+    assert [verified.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
+    assert verified.answers(1) == found.ranking.answers(1)
+    np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
+
+
+def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Found]) -> None:
+    found = shop({"q": warped(textured(3))})
+    assert found.scene is not None
+    for path in found.scene.gallery.paths:
+        cv2.imwrite(str(path), np.full((SIZE, SIZE, 3), 255, np.uint8))
+    assert rerank_sift(found, 6, 0.8, DETECTOR).ranking.answers(0) == found.ranking.answers(0)
+
+
+def test_only_the_first_answers_are_looked_at(shop: Callable[..., Found]) -> None:
+    found = shop({"q": warped(textured(3))})
+    ranked = rerank_sift(found, 2, 0.8, DETECTOR).ranking
+    assert set(ranked.answers(0)) == set(found.ranking.answers(0)[:2])
+
+
+def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Found], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shop({"q": warped(textured(3))})
+    first = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    reads: list[str] = []
+    read = local.read_picture
+    monkeypatch.setattr(local, "read_picture", lambda path, size: reads.append(path.stem) or read(path, size))
+    again = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    assert reads == ["q"]
+    assert again.as_answers() == first.as_answers()
+    assert found.scene is not None
+    found.scene.gallery.paths[0].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"local features need the gallery's pictures, and .*p0.png' cannot be read"):
+        rerank_sift(found, 6, 0.8, DETECTOR)
+
+
+def test_the_weight_comes_from_street_views_of_the_gallery(
+    shop: Callable[..., Found], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Descriptors are random here, so geometry must be heard; a query's own truth is never asked for."""
+
+    def rotate(photo: np.ndarray, mask: np.ndarray, surroundings: object, rng: np.random.Generator):
+        from beauty_bafe.data.augmentation import Sample
+
+        return Sample(warped(photo), mask)
+
+    found = shop({"q4": warped(textured(4))})
+    ranked = rerank_sift_verified(found, 6, 0.9, DETECTOR, None, 5, rotate, None).ranking
+    printed = capsys.readouterr().out
+    assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
+    assert "geometry weighs 0.0:" not in printed
+    assert ranked.answers(0)[0] == "p4"
+
+
+def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Found]) -> None:
+    found = shop({f"p{number}": textured(number) for number in range(6)})
+    assert choose_weight(found, np.zeros((6, 6))) == 0.0
+    own = np.array(
+        [[name == query for name in found.ranking.answers(row)] for row, query in enumerate(found.ranking.query_ids)]
+    )
+    assert choose_weight(found, own * 5.0) > 0
+    assert choose_weight(found, (~own) * 5.0) == 0.0
+
+
+def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Found]) -> None:
+    found = shop({"q": textured(0)})
+    with pytest.raises(ValueError, match="this search has descriptors alone"):
+        rerank_sift(Found(found.ranking, found.queries, found.index), 6, 0.8, DETECTOR)
+
+
+def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable[..., Found], tmp_path: Path) -> None:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    conf = Path(__file__).parents[2] / "conf"
+    gallery = shop({"q": textured(0)}).scene.gallery  # type: ignore[union-attr]
+    gallery.paths[2].write_bytes(b"no picture")
+    street = instantiate(OmegaConf.load(conf / "augmentation" / "street.yaml"))
+    first = draw_street_views(gallery, 10, street, Backgrounds(None), SIZE, tmp_path / "views")
+    times = [path.stat().st_mtime_ns for path in first.paths]
+    assert sorted(first.ids) == ["p0", "p1", "p3", "p4", "p5"], "an unreadable photo is passed over"
+    again = draw_street_views(gallery, 10, street, Backgrounds(None), SIZE, tmp_path / "views")
+    assert again == first
+    assert [path.stat().st_mtime_ns for path in again.paths] == times
+    assert len(draw_street_views(gallery, 2, street, Backgrounds(None), SIZE, tmp_path / "few")) == 2
+    with pytest.raises(ValueError, match="no gallery photo has a plain backdrop"):
+        draw_street_views(gallery.subset([2]), 2, street, Backgrounds(None), SIZE, tmp_path / "none")
