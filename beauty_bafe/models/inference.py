@@ -93,7 +93,8 @@ class Describer(nn.Module):
 
     `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
     added at length 1. `view(pictures, saliency, pad)` changes what is looked at once the saliency is known (views.py).
-    With `masks` the last output is the saliency of the picture as it came, uint8 (B, 56, 56), 0 to 255.
+    With `masks` the last output is the saliency of the picture as it came, uint8 (B, 56, 56), 0 to 255. Raises ValueError
+    for scales of a network that takes one size alone.
     """
 
     def __init__(
@@ -108,6 +109,14 @@ class Describer(nn.Module):
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
         self.sides, self.flip, self.view = [round(extractor.size * scale) for scale in scales], flip, view
+        for side in set(self.sides) - {extractor.size}:
+            try:
+                extractor(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=extractor.mean.device))
+            except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
+                raise ValueError(
+                    f"extraction.scales={list(scales)}: this network takes pictures of {extractor.size} px alone ({error}); "
+                    "type extraction.scales=[1.0]"
+                ) from error
 
     @property
     def canvas(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -226,8 +227,10 @@ def _look(
         # numpy's products would take all cores for each query and wait for each other.
         with ThreadPoolExecutor(default_workers()) as threads, threadpool_limits(1):
             gallery.describe([ranking.gallery_ids[place] for place in np.unique(positions)], threads)
-            what = f"matching {len(positions)} queries with {positions.shape[1]} answers each"
-            return np.array(list(track(threads.map(look, range(len(positions))), what, total=len(positions))))
+            what, start = f"{len(positions)} queries with {positions.shape[1]} answers each", time.perf_counter()
+            looked = list(track(threads.map(look, range(len(positions))), f"matching {what}", total=len(positions)))
+            print(f"matched {what}: {len(positions) / (time.perf_counter() - start):.1f} queries a second")
+            return np.array(looked)
     finally:
         cv2.setNumThreads(before)
 

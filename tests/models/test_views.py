@@ -68,3 +68,13 @@ def test_shrinking_smooths() -> None:
     stripes[..., ::2] = 255
     small = resize(stripes, 16)[..., 2:-2]
     assert (small.float() - 127.5).abs().max() < 8
+
+
+def test_a_network_of_one_size_refuses_scales() -> None:
+    options = {"img_size": 64, "depth": 1, "embed_dim": 16, "num_heads": 2}
+    transformer = BackgroundAgnosticExtractor(
+        "vit_tiny_patch16_224", ["blocks.0"], "norm", 64, hidden=4, pretrained=False, options=options
+    ).eval()
+    Describer(transformer, POOLINGS, masks=False, scales=[1.0])
+    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network takes pictures of 64 px alone"):
+        Describer(transformer, POOLINGS, masks=False, scales=[0.5])
