@@ -79,8 +79,10 @@ def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, st
             mean, low, high = difference(run, chosen)
             row["difference"] = "" if Path(folder) == Path(str(against)) else f"{mean:+.3f}{'' if low <= 0 <= high else ' *'}"
         row["iou"] = f"{run['mask_iou']:.3f}" if "mask_iou" in run else ""
-        row |= {"dimensions": str(run["dimensions"]), "ms": f"{run['ms_per_query']:.2f}"}
-        rows.append(row | {"size": f"{run['index_bytes'] / 1e6:.1f}"})
+        if "index_bytes" in run:  # older runs did not tell
+            row |= {"dimensions": str(run["dimensions"]), "ms": f"{run['ms_per_query']:.2f}"}
+            row["size"] = f"{run['index_bytes'] / 1e6:.1f}"
+        rows.append(row)
     label = names[folders.index(against)] if against in folders else Path(str(against)).name
     columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
     heading = {column: COLUMNS[column].format(k=k, against=label) for column in columns}
