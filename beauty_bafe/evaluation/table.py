@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from .metrics import DIVISIONS, resample
 
@@ -63,8 +64,9 @@ def difference(run: dict[str, Any], against: dict[str, Any]) -> tuple[float, flo
 
 
 def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, str]]:
-    """A row a run with every column of COLUMNS, as text; the first row holds the headings."""
-    names = _short_names(folders)
+    """A row a run with every column of COLUMNS, as text; the first row holds the headings. A sweep's folder is its jobs."""
+    named = _named_runs(folders)
+    folders, names = list(named), list(named.values())
     chosen = None if against is None else read_run(against)
     rows = []
     k = ""
@@ -87,6 +89,20 @@ def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, st
     columns = [column for column in COLUMNS if any(row.get(column) for row in rows)]
     heading = {column: COLUMNS[column].format(k=k, against=label) for column in columns}
     return [heading, *({column: row.get(column, "") for column in columns} for row in rows)]
+
+
+def _named_runs(folders: Sequence[str]) -> dict[str, str]:
+    """Runs by folder, each with a short name: a sweep's jobs by the overrides in which they differ, runs by their folders."""
+    named: dict[str, str] = {}
+    for folder, name in zip(folders, _short_names(folders), strict=True):
+        jobs = sorted(Path(folder).glob("*/.hydra/overrides.yaml"), key=lambda file: (len(file.parts[-3]), file.parts[-3]))
+        overrides = [yaml.safe_load(file.read_text()) for file in jobs]
+        common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
+        for file, own in zip(jobs, overrides, strict=True):
+            named[str(file.parents[1])] = " ".join([name, *(word for word in own if word not in common)])
+        if not jobs:
+            named[folder] = name
+    return named
 
 
 def _short_names(folders: Sequence[str]) -> list[str]:

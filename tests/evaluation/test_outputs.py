@@ -70,6 +70,16 @@ def test_a_table_says_what_it_cannot_compare(runs: list[str], tmp_path: Path) ->
         main([*runs, "--against", runs[0]])
 
 
+def test_a_sweep_is_its_jobs(runs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    for number, (run, pooling) in enumerate(zip(runs, ("spoc", "gem"), strict=True)):
+        job = Path(run).rename(tmp_path / "sweep" / str(number))
+        (job / ".hydra").mkdir()
+        (job / ".hydra" / "overrides.yaml").write_text(f"- gallery=G\n- pooling={pooling}\n")
+    rows = make_table([str(tmp_path / "sweep")], None)
+    assert [(row["run"], row["min"]) for row in rows[1:]] == [("sweep pooling=spoc", "0.500"), ("sweep pooling=gem", "1.000")]
+
+
 def test_no_difference_is_not_marked(runs: list[str]) -> None:
     assert [row.get("difference") for row in make_table(runs, runs[1])[1:]] == ["-0.500 *", ""]
     same = [runs[0], runs[0] + "/."]
