@@ -174,7 +174,16 @@ def rerank_sift_verified(
         practice = with_depth(scene.rehearse(views), depth)
         weight = choose_weight(practice, _look(practice, depth, detector, geometry))
     evidence = _look(found, depth, detector, geometry)
-    return reorder(found, found.ranking.scores[:, :depth] + weight * evidence)
+    return reorder(found, _likeness(found, depth) + weight * evidence)
+
+
+def _likeness(found: Found, depth: int) -> np.ndarray:
+    """Scores of each query's first answers, float (Q, depth), up to 1; inner products where the index gives distances."""
+    positions = found.ranking.positions[:, :depth]
+    if found.index.metric == "ip":
+        return found.ranking.scores[:, :depth]
+    pairs = zip(found.queries.vectors, positions, strict=True)
+    return np.stack([np.asarray(found.index.vectors[row]) @ query for query, row in pairs])
 
 
 def choose_weight(practice: Found, evidence: np.ndarray) -> float:
@@ -184,13 +193,13 @@ def choose_weight(practice: Found, evidence: np.ndarray) -> float:
     a picture taken elsewhere would. `practice`: queries named after the gallery picture they were drawn from. `evidence`:
     float (Q, depth).
     """
-    ranking = practice.ranking
-    depth = evidence.shape[1]
+    ranking, depth = practice.ranking, evidence.shape[1]
+    likeness = _likeness(practice, depth)
     own = np.array([[ranking.gallery_ids[place] for place in row[:depth]] for row in ranking.positions])
     hit = own == np.array(ranking.query_ids)[:, None]
     found = np.empty((len(WEIGHTS), len(hit)))
     for row, weight in enumerate(WEIGHTS):
-        order = np.argsort(-(ranking.scores[:, :depth] + weight * evidence), axis=1, kind="stable")
+        order = np.argsort(-(likeness + weight * evidence), axis=1, kind="stable")
         ranked = np.take_along_axis(hit, order, axis=1)
         found[row] = np.where(ranked.any(axis=1), 1 / (1 + ranked.argmax(axis=1)), 0)
     worse = found[found.mean(axis=1).argmax()] - found
@@ -215,7 +224,7 @@ def _look(
     """`score(query, its first answers)` of every query, float (Q, depth); queries on all cores."""
     scene, ranking = _present(found.scene), found.ranking
     positions = ranking.positions[:, :depth]
-    gallery = _Gallery(scene, detector)
+    gallery = _GalleryKeypoints(scene, detector)
     paths = dict(zip(scene.asked.ids, scene.asked.paths, strict=True))
 
     def look(row: int) -> np.ndarray:
@@ -239,7 +248,7 @@ def _look(
         cv2.setNumThreads(before)
 
 
-class _Gallery:
+class _GalleryKeypoints:
     """Keypoints of gallery pictures by id, described when first asked for, kept on disk, read through memory maps."""
 
     def __init__(self, scene: Scene, detector: Detector) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -192,6 +193,16 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
     assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
     assert "geometry weighs 0.0:" not in printed
     assert ranked.answers(0)[0] == "p4"
+
+
+def test_distances_are_no_likeness(shop: Callable[..., Found]) -> None:
+    """Under another metric geometry is added to inner products, as its weight is chosen for them."""
+    found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
+    by_distance = ExactIndex("l2", "cpu").fit(found.index.vectors, found.index.ids)
+    other = replace(found, index=by_distance, ranking=by_distance.search(found.queries.vectors, found.queries.ids, 6))
+    first, second = (rerank_sift_verified(f, 6, 0.9, DETECTOR, 0.1, 0, None, None).ranking for f in (found, other))  # type: ignore[arg-type]
+    assert first.as_answers() == second.as_answers()
+    np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
 
 
 def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Found]) -> None:
