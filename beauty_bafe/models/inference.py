@@ -21,7 +21,7 @@ MASK_SIZE = 56  # stride 4 at 224 px: the finest grid a mask is predicted on
 GPU_BATCH = 256  # pictures
 # On a CPU the maps of four pictures of 224 px stay in its caches: 1.7 times as fast as 16, 2 times as 64 (EfficientNet-Lite0).
 CPU_PIXELS = 4 * 224**2
-COMPILE_ABOVE = 60.0  # seconds of eager work per network; compiling takes 12 to 30 and halves the rest
+COMPILE_ABOVE = 60.0  # seconds of eager work per network and size; compiling takes 12 to 30 and halves the rest
 FEW = 500  # pictures that are not worth planning for
 
 
@@ -123,6 +123,11 @@ class Describer(nn.Module):
         """The side S of the pictures it takes, pixels: its largest scale's."""
         return max([self.extractor.size, *self.sides])
 
+    @property
+    def passes(self) -> int:
+        """Times a picture goes through the network; each size is compiled for itself."""
+        return len(self.sides) * (2 if self.flip else 1) + (self.view is not None)
+
     def forward(self, pictures: Tensor) -> list[Tensor]:
         size = self.extractor.size
         whole = self.extractor(resize(pictures, size))
@@ -177,7 +182,7 @@ class Engine:
             self._try()
             seconds = (time.perf_counter() - start) / self.batch * pictures
         if self.compiled is None:
-            self.compiled = seconds > COMPILE_ABOVE and _compiler_is_there(self.device)
+            self.compiled = seconds > COMPILE_ABOVE * self.describer.passes and _compiler_is_there(self.device)
         return seconds
 
     def describe(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def pictures(size: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_scales_and_flips_are_added_at_length_one(extractor: BackgroundAgnosticExtractor) -> None:
     describer = Describer(extractor, POOLINGS, masks=True, scales=(0.5, 1.5), flip=True)
-    assert describer.canvas == 96
+    assert (describer.canvas, describer.passes) == (96, 4)
     seen = pictures(96)
     outputs = describer(seen)
     for pooling, output in zip(POOLINGS, outputs, strict=False):
