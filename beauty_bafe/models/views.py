@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.compiler.disable  # inductor takes many minutes over smoothed resizing
 def resize(pictures: Tensor, side: int) -> Tensor:
     """uint8 (B, 3, S, S) -> uint8 (B, 3, side, side), smoothed before shrinking."""
     if pictures.shape[-1] == side:
