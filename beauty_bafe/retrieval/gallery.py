@@ -129,7 +129,8 @@ class Gallery:
         return Found(index.search(queries.vectors, queries.ids, depth), queries, index, scene)
 
     def _about(self) -> dict[str, object]:
-        return self.ensemble.describe() | {"members": describe_members(self.members)}
+        seen = {"scales": list(self.extraction.scales), "flip": self.extraction.flip}
+        return self.ensemble.describe() | seen | {"members": describe_members(self.members)}
 
     def _load(self, place: Path, index: Index) -> list[Index]:
         """The kept indexes, one a view; the ensemble takes up what it had learned."""

@@ -78,6 +78,13 @@ def test_what_is_kept_is_refused_to_others(shop: Shop) -> None:
         shop.answer()
 
 
+def test_queries_are_looked_at_as_the_gallery_was(shop: Shop) -> None:
+    shop.answer()
+    shop.extraction.flip = True
+    with pytest.raises(ValueError, match="made with flip=False, now it is flip=True; type another index_dir"):
+        shop.answer(gallery=False)
+
+
 def test_nothing_kept_and_no_gallery(shop: Shop) -> None:
     with pytest.raises(ValueError, match="holds no index yet; give gallery=DIR_OR_CSV"):
         shop.answer(gallery=False)
