@@ -7,10 +7,8 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from ..retrieval.submission import read_submission
-from .metrics import evaluate, read_truth, resample
+from .metrics import evaluate, interval, read_truth
 
 
 class Comparison(NamedTuple):
@@ -30,14 +28,12 @@ def compare(
 ) -> list[Comparison]:
     """Each metric of `evaluate`: b against a by a paired bootstrap (2,000 samples, seed 0); queries b won and lost."""
     first, second = evaluate(a, truth, k), evaluate(b, truth, k)
-    rows = resample(len(first.query_ids))
     results = []
     for metric in first.values:
         change = second.values[metric] - first.values[metric]
-        low, high = np.percentile(change[rows].mean(axis=1), [2.5, 97.5])
         won, lost = int((change > 0).sum()), int((change < 0).sum())
         means = float(first.values[metric].mean()), float(second.values[metric].mean())
-        results.append(Comparison(metric, *means, float(change.mean()), (float(low), float(high)), won, lost))
+        results.append(Comparison(metric, *means, float(change.mean()), interval(change), won, lost))
     return results
 
 

@@ -52,7 +52,6 @@ class Evaluation:
 
         `median_rank` is that of the first match, None where half of the queries or more have none among their answers.
         """
-        rows = resample(len(self.query_ids))
         median = float(np.median(self.ranks))
         result: dict[str, float | list[float] | None] = {
             "queries": len(self.query_ids),
@@ -61,7 +60,7 @@ class Evaluation:
         }
         for name, values in self.values.items():
             result[name] = float(values.mean())
-            result[f"{name}_interval"] = np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
+            result[f"{name}_interval"] = list(interval(values))
         return result
 
     def write_per_query(self, file: str | Path) -> None:
@@ -74,9 +73,14 @@ class Evaluation:
                 writer.writerow([query, rank, *(f"{values[row]:.6f}" for values in self.values.values())])
 
 
-def resample(queries: int) -> np.ndarray:
-    """Rows of 2,000 bootstrap samples over queries, int (2000, Q); seed 0, so that two systems meet the same samples."""
-    return np.random.default_rng(0).integers(queries, size=(BOOTSTRAP, queries))
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of float (Q,): 2,000 bootstrap samples over queries, seed 0.
+
+    Two systems of as many queries meet the same samples, so that of their differences it is the paired one.
+    """
+    rows = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP, len(values)))
+    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collection[str]], k: int) -> Evaluation:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .metrics import DIVISIONS, resample
+from .metrics import DIVISIONS, interval
 
 COLUMNS = {
     "run": "run",
@@ -59,8 +59,7 @@ def difference(run: dict[str, Any], against: dict[str, Any]) -> tuple[float, flo
     if run["ap"].keys() != against["ap"].keys():
         raise ValueError("runs over different queries cannot be compared; leave --against out, or name runs of one truth file")
     change = np.array([value - against["ap"][query] for query, value in run["ap"].items()])
-    low, high = np.percentile(change[resample(len(change))].mean(axis=1), [2.5, 97.5])
-    return float(change.mean()), float(low), float(high)
+    return float(change.mean()), *interval(change)
 
 
 def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, str]]:
