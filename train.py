@@ -23,7 +23,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     from beauty_bafe.models.callbacks import History
     from beauty_bafe.models.module import check_resumable
-    from beauty_bafe.models.precision import fastest_precision
+    from beauty_bafe.models.precision import fastest_precision, keep_memory
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
@@ -31,6 +31,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     output = Path(cfg.output_dir)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    keep_memory()
     pl.seed_everything(cfg.seed, verbose=False)
 
     module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")

@@ -60,6 +60,8 @@ def configure() -> Callable[..., DictConfig]:
     """Compose conf/NAME.yaml with overrides, as the scripts do."""
 
     def configure(name: str, *overrides: str) -> DictConfig:
+        if name == "train":
+            overrides = ("data.cache=null", *overrides)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return compose(name, list(overrides))
 

@@ -92,7 +92,8 @@ class PaperAugmentation:
 class StreetAugmentation:
     """What a phone sees: any angle, perspective, scale, light, shadow, clutter, occlusion, blur, noise, JPEG.
 
-    Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo.
+    Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
+    `zoom` the share of a background photograph that is seen.
     """
 
     def __init__(
@@ -100,7 +101,10 @@ class StreetAugmentation:
         scale: tuple[float, float],
         shift: float,
         perspective: float,
+        zoom: tuple[float, float],
         photo_share: float,
+        camouflage: float,
+        white: float,
         clutter: float,
         occlusion: float,
         shadow: float,
@@ -110,7 +114,9 @@ class StreetAugmentation:
         jpeg: float,
         bars: float,
     ) -> None:
-        self.photo_share, self.clutter, self.occlusion = photo_share, clutter, occlusion
+        self.zoom = (zoom[0], zoom[1])
+        self.photo_share, self.camouflage, self.white = photo_share, camouflage, white
+        self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
         self.warp = A.Compose(
             [
@@ -135,8 +141,7 @@ class StreetAugmentation:
         )
 
     def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
-        size = photo.shape[0]
-        canvas = self._background(surroundings, rng, size)
+        canvas = self._background(Sample(photo, mask), surroundings, rng)
         for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
             canvas = self._paste_shaded(canvas, _run(self.small_warp, rng, *surroundings.product(rng)), rng)
 
@@ -155,10 +160,14 @@ class StreetAugmentation:
             canvas, mask = _letterbox_bars(canvas, mask, rng)
         return Sample(canvas, mask)
 
-    def _background(self, surroundings: Surroundings, rng: np.random.Generator, size: int) -> np.ndarray:
-        kind = rng.random()
-        if kind < self.photo_share:
-            canvas = surroundings.background(rng, size)
+    def _background(self, product: Sample, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
+        size, kind = product.photo.shape[0], rng.random()
+        if rng.random() < self.white:
+            return np.full((size, size, 3), 255, np.uint8)
+        if rng.random() < self.camouflage:
+            canvas = _enlarge_product(product if rng.random() < 0.3 else surroundings.product(rng), rng)
+        elif kind < self.photo_share:
+            canvas = surroundings.background(rng, size, self.zoom)
         elif kind < self.photo_share + 0.75 * (1 - self.photo_share):
             canvas = procedural_background(rng, size)
         else:
@@ -197,6 +206,19 @@ class StreetAugmentation:
         if visible.sum(dtype=np.int64) < 0.6 * mask.sum(dtype=np.int64):
             return canvas, mask
         return _paste(canvas, cover), visible
+
+
+def _enlarge_product(product: Sample, rng: np.random.Generator) -> np.ndarray:
+    """A background of a product's own colours and textures: a part of it, blown up, its mean colour around it."""
+    size = product.photo.shape[0]
+    inside = np.argwhere(product.mask > 127)
+    if not len(inside):  # the product of a photo can be too thin for that
+        return product.photo
+    mean = product.photo[product.mask > 127].mean(axis=0)
+    filled = _paste(np.broadcast_to(mean.astype(np.uint8), product.photo.shape), product)
+    side = int(size * rng.uniform(0.1, 0.5))
+    top, left = np.clip(inside[rng.integers(len(inside))] - side // 2, 0, size - side)
+    return cv2.resize(filled[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def _affine(**ranges: object) -> A.Affine:

@@ -85,6 +85,15 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
     return Catalog(tuple(ids), tuple(where.get(name, Path(root) / f"{name}.jpg") for name in ids))
 
 
+def stamp(path: Path) -> str:
+    """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "missing"
+    return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
+
+
 class Skipped:
     """Pictures left out as (id, path, reason); `unreadable` are those among them that nothing can read."""
 

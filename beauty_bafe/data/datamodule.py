@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
-from .foreground import find_foreground
-from .pictures import UnreadablePicture, letterbox, read_picture
+from .photos import Look, PhotoCache, load_photo, look_at_photo
+from .pictures import UnreadablePicture, read_picture
 
 VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from an epoch training never reaches
 
@@ -26,20 +26,27 @@ VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, 
 class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
     """Item (epoch, index): the letterboxed photo and its augmented version with their masks.
 
-    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255. Drawn from a generator
-    seeded by (seed, epoch, index) alone, so the number of workers and the order of reading change nothing.
+    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255. `index`: int64 (1,). Drawn from a
+    generator seeded by (seed, epoch, index) alone, so the number of workers and the order of reading change nothing.
     """
 
-    def __init__(self, catalog: Catalog, augmentation: Augmentation, backgrounds: Backgrounds, size: int, seed: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        augmentation: Augmentation,
+        backgrounds: Backgrounds,
+        load: Callable[[Path], Sample],
+        seed: int,
+    ) -> None:
         self.catalog, self.augmentation, self.backgrounds = catalog, augmentation, backgrounds
-        self.size, self.seed = size, seed
+        self.load, self.seed = load, seed
 
     def __len__(self) -> int:
         return len(self.catalog)
 
     def sample(self, index: int) -> Sample:
         """Photo `index` and its mask, letterboxed; raises as `load_photo`."""
-        return load_photo(self.catalog.paths[index], self.size)
+        return self.load(self.catalog.paths[index])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key
@@ -49,20 +56,26 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         augmented = self.augmentation(*original, surroundings, rng)
         pictures = np.stack([original.photo, augmented.photo]).transpose(0, 3, 1, 2)
         masks = np.stack([original.mask, augmented.mask])[:, None]
-        return {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
+        pair = {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
+        return pair | {"index": torch.tensor([index])}
 
 
-def load_photo(path: Path, size: int) -> Sample:
-    """A catalogue photo and its foreground mask on a `size` canvas. Raises UnreadablePicture or ValueError (untrusted mask)."""
-    picture = read_picture(path, size)
-    foreground = find_foreground(picture)
-    if not foreground.trusted:
-        raise ValueError(foreground.reason)
-    return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
+class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
+    """Item i: photo i as it is; `pictures`: uint8 (1, 3, S, S)."""
+
+    def __init__(self, catalog: Catalog, load: Callable[[Path], Sample]) -> None:
+        self.catalog, self.load = catalog, load
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        photo = self.load(self.catalog.paths[index]).photo
+        return {"pictures": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))[None]}
 
 
 def join_samples(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """B items -> 2B pictures and masks, item by item."""
+    """B items -> 2B pictures and masks, item by item, and B numbers."""
     return {key: torch.cat([item[key] for item in items]) for key in items[0]}
 
 
@@ -97,29 +110,38 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(order[offset])
 
 
-class _Scan(Dataset[tuple[str, bool]]):
-    """Item i: why file i cannot be used ("" where it can), and whether it is because nothing can read it."""
+class _Scan(Dataset[Look]):
+    """Item i: what was found in file i."""
 
-    def __init__(self, catalog: Catalog, load: Callable[[Path], object]) -> None:
-        self.catalog, self.load = catalog, load
+    def __init__(self, catalog: Catalog, look: Callable[[Path], Look]) -> None:
+        self.catalog, self.look = catalog, look
 
     def __len__(self) -> int:
         return len(self.catalog)
 
-    def __getitem__(self, index: int) -> tuple[str, bool]:
-        try:
-            self.load(self.catalog.paths[index])
-        except UnreadablePicture as error:
-            return str(error), True
-        except ValueError as error:
-            return f"mask not trusted: {error}", False
-        return "", False
+    def __getitem__(self, index: int) -> Look:
+        return self.look(self.catalog.paths[index])
+
+
+def look_at_background(path: Path) -> Look:
+    """Whether a photograph can be read."""
+    try:
+        read_picture(path, BACKGROUND_LONGEST)
+    except UnreadablePicture as error:
+        return Look(str(error), unreadable=True)
+    return Look()
+
+
+def look_without_pixels(path: Path, size: int) -> Look:
+    """`look_at_photo` where nothing keeps the pixels, so that workers need not send them."""
+    return look_at_photo(path, size)._replace(pixels=None)
 
 
 class SaliencyDataModule(pl.LightningDataModule):
     """Catalogue photos and backgrounds, looked through once; what cannot be used is listed in `skipped`.
 
-    `root` is a Catalog or what `open_catalog` takes; `backgrounds` likewise, or None for procedural scenes.
+    `root` is a Catalog or what `open_catalog` takes; `backgrounds` likewise, or None for procedural scenes. `cache`: folder
+    of decoded photos, None for reading the files every time, as happens where they would take more than `cache_gb` GB.
     """
 
     def __init__(
@@ -134,6 +156,8 @@ class SaliencyDataModule(pl.LightningDataModule):
         val_max: int,
         epoch_size: int | None,
         num_workers: int | None,
+        cache: str | Path | None,
+        cache_gb: float,
     ) -> None:
         super().__init__()
         self.catalog = root if isinstance(root, Catalog) else open_catalog(root)
@@ -141,6 +165,8 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.augmentation, self.size, self.seed = augmentation, size, seed
         self.batch_size, self.val_share, self.val_max, self.epoch_size = batch_size, val_share, val_max, epoch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
+        fits = len(self.catalog) * size * size * 4 <= cache_gb * 1e9
+        self.cache = PhotoCache(cache, size) if cache is not None and fits else None
         self.skipped, self.looked_at = Skipped(), 0
         self.train_set: ForegroundDataset | None = None
         self.val_set: ForegroundDataset | None = None
@@ -149,10 +175,14 @@ class SaliencyDataModule(pl.LightningDataModule):
         """Look through every file once and split off the validation photos. Raises ValueError when too few are usable."""
         if self.train_set is not None:
             return
-        usable = self._scan(self.catalog, partial(load_photo, size=self.size), "catalogue photos")
+        if self.cache is not None:
+            looks = self.cache.fill(self.catalog, partial(self._scan, look=partial(look_at_photo, size=self.size)))
+        else:
+            looks = list(self._scan(self.catalog, partial(look_without_pixels, size=self.size)))
+        usable = self._note(self.catalog, looks)
         photos = self.photos
         if photos is not None:
-            photos = photos.subset(self._scan(photos, partial(read_picture, longest=BACKGROUND_LONGEST), "backgrounds"))
+            photos = photos.subset(self._note(photos, self._scan(photos, look_at_background, "backgrounds")))
             if not len(photos):
                 raise ValueError("no background can be read, see skipped.csv; data.backgrounds=null draws scenes instead")
         if len(usable) < 2:
@@ -163,8 +193,9 @@ class SaliencyDataModule(pl.LightningDataModule):
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
         held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
         backgrounds = Backgrounds(photos)
+        load = self.cache or partial(load_photo, size=self.size)
         self.val_set, self.train_set = (
-            ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, self.size, self.seed)
+            ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed)
             for part in (shuffled[:held_back], shuffled[held_back:])
         )
 
@@ -178,18 +209,25 @@ class SaliencyDataModule(pl.LightningDataModule):
             f"backgrounds: {f'{len(photos)} photographs' if photos else 'procedural'}"
         )
 
-    def _scan(self, catalog: Catalog, load: Callable[[Path], object], what: str) -> list[int]:
+    def _scan(self, catalog: Catalog, look: Callable[[Path], Look], what: str = "catalogue photos") -> Iterator[Look]:
         from rich.progress import track
 
         scan = DataLoader(
-            _Scan(catalog, load), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
+            _Scan(catalog, look), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
         )
-        results = [result for batch in track(scan, f"looking through {len(catalog)} {what}") for result in batch]
-        self.looked_at += len(results)
-        for index, (reason, unreadable) in enumerate(results):
-            if reason:
-                self.skipped.add(catalog, index, reason, unreadable)
-        return [index for index, (reason, _) in enumerate(results) if not reason]
+        for batch in track(scan, f"looking through {len(catalog)} {what}"):
+            yield from batch
+
+    def _note(self, catalog: Catalog, looks: Iterable[Look]) -> list[int]:
+        """The usable ones' numbers; the others go to `skipped`."""
+        usable = []
+        for index, found in enumerate(looks):
+            self.looked_at += 1
+            if found.reason:
+                self.skipped.add(catalog, index, found.reason, found.unreadable)
+            else:
+                usable.append(index)
+        return usable
 
     def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
         assert self.train_set is not None
@@ -204,13 +242,18 @@ class SaliencyDataModule(pl.LightningDataModule):
         batches = BatchSampler(sampler, batch_size, drop_last=True)  # type: ignore[arg-type]
         return self._loader(self.train_set, batches)
 
-    def val_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+    def val_dataloader(self) -> list[DataLoader[dict[str, torch.Tensor]]]:
+        """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them."""
         assert self.val_set is not None
+        assert self.train_set is not None
         keys = [(VALIDATION_EPOCH, index) for index in range(len(self.val_set))]
-        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        return self._loader(self.val_set, batches)
+        others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
+        return [
+            self._loader(self.val_set, cut(keys, self.batch_size)),
+            self._loader(others, cut(range(len(others)), 2 * self.batch_size)),
+        ]
 
-    def _loader(self, dataset: ForegroundDataset, batches: object) -> DataLoader[dict[str, torch.Tensor]]:
+    def _loader(self, dataset: Dataset[dict[str, torch.Tensor]], batches: object) -> DataLoader[dict[str, torch.Tensor]]:
         return DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
@@ -225,6 +268,11 @@ class SaliencyDataModule(pl.LightningDataModule):
 def perfect500k_datamodule(root: str, titles: str, **options: Any) -> SaliencyDataModule:
     """SaliencyDataModule on the challenge's layout; see `from_perfect500k`."""
     return SaliencyDataModule(from_perfect500k(root, titles), **options)
+
+
+def cut(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Into batches of `size`, the last one shorter."""
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
 def default_workers() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import Backgrounds
 from .catalog import Catalog
-from .datamodule import load_photo
+from .photos import load_photo
 from .pictures import UnreadablePicture
 
 

@@ -19,29 +19,29 @@ from .extractor import resize_mask
 
 
 class Checkpoints(Checkpoint):
-    """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the lowest `monitor`.
+    """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
 
     Each is written whole or not at all, so that a kill or a full disk leaves the earlier one.
     """
 
     def __init__(self, folder: str, monitor: str) -> None:
         self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
-        self.monitor, self.lowest = monitor, float("inf")
+        self.monitor, self.highest = monitor, float("-inf")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lowest": self.lowest}
+        return {"highest": self.highest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.lowest = state_dict["lowest"]
+        self.highest = state_dict["highest"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == 0 and trainer.global_step == 0:
             self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, float("-inf")))  # without validation the newest is best
-        better = value < self.lowest or value == float("-inf") or not self.best.exists()
-        self.lowest = min(value, self.lowest)
+        value = float(trainer.callback_metrics.get(self.monitor, float("inf")))  # without validation the newest is best
+        better = value >= self.highest or not self.best.exists()
+        self.highest = max(value, self.highest)
         # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
         self.save(trainer, [self.best, self.last] if better else [self.last])
 
@@ -122,7 +122,10 @@ class History(Callback):
 def _draw_curves(epochs: list[dict[str, float]], file: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    panels = {"loss (sum of MSEs)": ["train/loss", "val/loss"], "mask, held-back photos": ["val/iou", "val/f_beta", "val/mae"]}
+    panels = {
+        "loss (val: the mask's)": ["train/loss", "val/loss"],
+        "held-back photos, augmented": ["val/mAP@7", "val/iou", "val/f_beta", "val/mae"],
+    }
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key in keys:
@@ -137,7 +140,7 @@ def _draw_curves(epochs: list[dict[str, float]], file: Path) -> None:
 
 
 class SamplePictures(Callback):
-    """Every epoch a picture of a few validation samples: photo, label, one mask per tap; to RUN/samples/ and the loggers."""
+    """Every epoch a few validation samples: photo, label, its mask or one per tap; to RUN/samples/ and the loggers."""
 
     def __init__(self, folder: str, count: int) -> None:
         self.folder, self.count = Path(folder), count
@@ -146,10 +149,12 @@ class SamplePictures(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         pictures, labels = batch["pictures"][1::2][: self.count], batch["masks"][1::2][: self.count]
-        masks = [resize_mask(mask, labels.shape[-1]) for mask in pl_module.extractor(pictures).masks]
+        extraction, size = pl_module.extractor(pictures), labels.shape[-1]
+        one = extraction.logits is not None  # a decoder draws one mask from all taps
+        masks = [extraction.saliency(size)] if one else [resize_mask(mask, size) for mask in extraction.masks]
         columns = [labels.float() / 255, *masks]
         grey = [(column * 255).round().byte().expand(-1, 3, -1, -1) for column in columns]
         grid = torch.cat([torch.cat([pictures, *grey], dim=3)[row] for row in range(len(pictures))], dim=1)

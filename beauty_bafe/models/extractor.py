@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone
+from .decoder import TopDownDecoder
 from .pooling import EPSILON, spoc
+from .precision import spare_depthwise
 
 
 class Extraction(NamedTuple):
@@ -20,18 +22,23 @@ class Extraction(NamedTuple):
     `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep; fewer, the deepest ones, from an extractor whose
     `shallowest` is above 0. `taps`: the maps they were read from (gated).
     `last`: float (B, C, H, W), the map that descriptors pool. `pictures`: uint8 (B, 3, S, S), what was looked at.
+    `logits`: where a decoder drew one mask from all taps, its logits, float32 (B, 1, H_l, W_l), shallow to deep; `masks` are
+    then the finest one at each tap's size.
     """
 
     masks: list[Tensor]
     taps: list[Tensor]
     last: Tensor
     pictures: Tensor
+    logits: list[Tensor] | None = None
 
     def saliency(self, size: int | Sequence[int]) -> Tensor:
-        """The taps' masks as one at the given size (pixels): float32 (B, 1, H, W), 0..1.
+        """The mask at the given size (pixels): float32 (B, 1, H, W), 0..1; the decoder's finest, or the taps' as one.
 
         Their logits are added, as evidence from independent witnesses is; measured in benchmarks/dev.md against their mean.
         """
+        if self.logits is not None:
+            return resize_mask(self.logits[0].sigmoid(), size)
         logits = [resize_mask(mask, size).clamp(EPSILON, 1 - EPSILON).logit() for mask in self.masks]
         return torch.stack(logits).sum(dim=0).sigmoid()
 
@@ -88,26 +95,33 @@ class BackgroundAgnosticExtractor(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
+        decoder: str = "taps",
     ) -> None:
         super().__init__()
+        if decoder not in ("taps", "topdown"):
+            raise ValueError(f"model.decoder={decoder}: type taps (BAFE's, a mask a tap) or topdown (one from all)")
         self.size, self.pad, self.frozen = size, pad, frozen
         self.shallowest = 0  # the first tap that gets a mask; who needs only the deepest ones saves the others' time
         self.backbone = Backbone(name, taps, last, size, pretrained, weights, options)
         self.register_buffer("mean", torch.tensor(mean or self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self.backbone.std).view(1, 3, 1, 1))
         channels = self.backbone.channels
-        self.encoders = nn.ModuleList(MaskEncoder(width, hidden) for width in channels)
-        self.gates = nn.ModuleList(ChannelGate(deep, shallow, gate_layers) for shallow, deep in itertools.pairwise(channels))
+        self.decoder = TopDownDecoder(channels, hidden) if decoder == "topdown" else None
+        if self.decoder is None:
+            self.encoders = nn.ModuleList(MaskEncoder(width, hidden) for width in channels)
+            pairs = itertools.pairwise(channels)
+            self.gates = nn.ModuleList(ChannelGate(deep, shallow, gate_layers) for shallow, deep in pairs)
         if frozen:
             self.backbone.requires_grad_(False)
+        else:
+            spare_depthwise(self.backbone)
         self.to(memory_format=torch.channels_last)  # 1.6 times faster on CPUs, needed for tensor cores on GPUs
         self.train()
 
     def train(self, mode: bool = True) -> BackgroundAgnosticExtractor:
-        """As nn.Module.train, but a frozen backbone keeps its batch statistics."""
+        """As nn.Module.train, but the backbone keeps its batch statistics: half of a batch is white catalogue photos."""
         super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        self.backbone.eval()
         return self
 
     def forward(self, pictures: Tensor) -> Extraction:
@@ -118,6 +132,12 @@ class BackgroundAgnosticExtractor(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(inputs.contiguous(memory_format=torch.channels_last))
         taps = list(maps.taps)
+        if self.decoder is not None:
+            if self.shallowest == len(taps):
+                return Extraction([], taps, maps.last, pictures)
+            logits = self.decoder(taps)
+            fine = logits[0].sigmoid()
+            return Extraction([resize_mask(fine, tap.shape[-2:]) for tap in taps], taps, maps.last, pictures, logits)
         masks: list[Tensor] = []
         for level in reversed(range(self.shallowest, len(taps))):
             if level + 1 < len(taps):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .descriptor import Pooling
-from .extractor import BackgroundAgnosticExtractor
-from .views import resize
+from .extractor import BackgroundAgnosticExtractor, Extraction
+from .views import View, resize
 
 MASK_SIZE = 56  # stride 4 at 224 px: the finest grid a mask is predicted on
 GPU_BATCH = 256  # pictures
@@ -92,7 +92,7 @@ class Describer(nn.Module):
     """An extractor and the poolings asked of it: uint8 (B, 3, S, S) -> one descriptor each, float32 (B, D), length 1.
 
     `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
-    added at length 1. `view(pictures, saliency, pad)` changes what is looked at once the saliency is known (views.py).
+    added at length 1. `view` changes what is looked at once the saliency is known.
     With `masks` the last output is the saliency of the picture as it came, uint8 (B, 56, 56), 0 to 255. Raises ValueError
     for scales of a network that takes one size alone.
     """
@@ -104,7 +104,7 @@ class Describer(nn.Module):
         masks: bool,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
-        view: Callable[..., Tensor] | None = None,
+        view: View | None = None,
     ) -> None:
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
@@ -121,31 +121,42 @@ class Describer(nn.Module):
     @property
     def canvas(self) -> int:
         """The side S of the pictures it takes, pixels: its largest scale's."""
-        return max([self.extractor.size, *self.sides])
+        detail = round(self.extractor.size * self.view.detail) if self.view is not None else 0
+        return max([self.extractor.size, *self.sides, detail])
 
     @property
     def passes(self) -> int:
         """Times a picture goes through the network; each size is compiled for itself."""
-        return len(self.sides) * (2 if self.flip else 1) + (self.view is not None)
+        views = 2 if self.view is not None and self.view.whole > 0 else 1
+        return len(self.sides) * (2 if self.flip else 1) * views + (self.view is not None)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        size = self.extractor.size
-        whole = self.extractor(resize(pictures, size))
-        if self.view is not None:
-            pictures = self.view(pictures, whole.saliency(self.canvas), self.extractor.pad)
+        whole = self.extractor(resize(pictures, self.extractor.size))
+        if self.view is None:
+            outputs = self._describe(pictures, whole)
+        else:
+            changed = self.view.change(pictures, whole.saliency(self.canvas), self.extractor.pad)
+            outputs = self._describe(changed, None)
+            if self.view.whole > 0:
+                share = self.view.whole
+                both = zip(outputs, self._describe(pictures, whole), strict=True)
+                outputs = [F.normalize((1 - share) * one + share * other) for one, other in both]
+        if self.masks:
+            outputs.append((whole.saliency(MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
+        return outputs
+
+    def _describe(self, pictures: Tensor, known: Extraction | None) -> list[Tensor]:
+        """A descriptor for each pooling; `known`: what the network said of these pictures at its own size already."""
         extractions = []
         for side in self.sides:
             seen = resize(pictures, side)
-            known = side == size and self.view is None
-            extractions.append(whole if known else self.extractor(seen))
+            extractions.append(known if known is not None and side == self.extractor.size else self.extractor(seen))
             if self.flip:
                 extractions.append(self.extractor(seen.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]
             outputs.append(vectors[0] if len(vectors) == 1 else F.normalize(torch.stack(vectors).sum(dim=0)))
-        if self.masks:
-            outputs.append((whole.saliency(MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
         return outputs
 
 
@@ -162,7 +173,7 @@ class Engine:
         self.batch = batch or suits
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
         if not describer.masks and describer.view is None:
-            taps = len(describer.extractor.encoders)
+            taps = len(describer.extractor.backbone.channels)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
         if precision == "bf16-mixed":
             size = describer.extractor.size

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .extractor import BackgroundAgnosticExtractor
-from .objectives import mask_metrics, saliency_loss
+from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
+from .objectives import average_precision, mask_metrics, saliency_loss
+from .pooling import spoc
 
 
 class SaliencyModule(pl.LightningModule):
@@ -27,20 +29,51 @@ class SaliencyModule(pl.LightningModule):
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def describe(self, extraction: Extraction) -> Tensor:
+        """Descriptors of the kind this objective is for, float (B, D) of length 1."""
+        weight = resize_mask(extraction.masks[-1], extraction.last.shape[-2:])
+        return F.normalize(spoc(extraction.last.float(), weight))
+
+    def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
+        """What is minimised, of 2B pictures (original and augmented in turn), their masks, float (2B, 1, H, W) in 0..1, and
+        the numbers of the B photos."""
+        return saliency_loss(extraction.masks, label)
+
+    def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
+        """The mask's loss alone, for curves."""
+        return saliency_loss(extraction.masks, label)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = saliency_loss(self.extractor(batch["pictures"]).masks, batch["masks"].float() / 255)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch["masks"]))
+        label = batch["masks"].float() / 255
+        loss = self.training_loss(self.extractor(batch["pictures"]), label, batch["index"])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        label = batch["masks"].float() / 255
+    def on_validation_epoch_start(self) -> None:
+        self._seen = {"street": [], "clean": [], "others": []}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Held-back photos and their street views (first loader); photos of the training set to mistake them for (second)."""
         extraction = self.extractor(batch["pictures"])
+        vectors = self.describe(extraction)
+        if dataloader_idx:
+            self._seen["others"].append(vectors)
+            return
         # Originals stand at even places; only the augmented pictures tell something.
+        self._seen["clean"].append(vectors[0::2])
+        self._seen["street"].append(vectors[1::2])
+        label = batch["masks"].float() / 255
         metrics = {key: value[1::2].mean() for key, value in mask_metrics(extraction.saliency(label.shape[-1]), label).items()}
-        metrics["loss"] = saliency_loss(extraction.masks, label)
+        metrics["loss"] = self.validation_loss(extraction, label)
         for key, value in metrics.items():
-            self.log(f"val/{key}", value, prog_bar=key == "iou", batch_size=len(label) // 2, sync_dist=True)
+            self.log(f"val/{key}", value, batch_size=len(label) // 2, sync_dist=True, add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        street, gallery = torch.cat(self._seen["street"]), torch.cat(self._seen["clean"] + self._seen["others"])
+        self.log("val/mAP@7", average_precision(street, gallery).mean(), prog_bar=True, sync_dist=True)
+        self._seen.clear()
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
@@ -61,7 +94,8 @@ def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
-        state = {key.removeprefix("extractor."): value for key, value in content["state_dict"].items()}
+        named = content["state_dict"].items()  # an objective may keep more than the network
+        state = {key.removeprefix("extractor."): value for key, value in named if key.startswith("extractor.")}
     except Exception as error:
         raise ValueError(
             f"'{checkpoint}' is no checkpoint of this project ({type(error).__name__}: {str(error)[:200]}); "

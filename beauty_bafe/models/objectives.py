@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,44 @@ def saliency_loss(masks: Sequence[Tensor], label: Tensor) -> Tensor:
     `masks`: float (B, 1, H_l, W_l) in 0..1. `label`: float (B, 1, H, W) in 0..1. Gives a scalar.
     """
     return sum((F.mse_loss(mask, resize_mask(label, mask.shape[-2:])) for mask in masks), label.new_zeros(()))
+
+
+def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
+    """Cross entropy + Dice (Milletari et al., 3DV 2016): of the finest logits, a quarter of the coarser ones.
+
+    `logits`: float32 (B, 1, H_l, W_l), shallow to deep. `label`: float (B, 1, H, W) in 0..1. Gives a scalar.
+    """
+    total = label.new_zeros(())
+    for level, logit in enumerate(logits):
+        wanted, mask = resize_mask(label, logit.shape[-2:]), logit.sigmoid()
+        both = (mask * wanted).sum(dim=(1, 2, 3))
+        dice = 1 - (2 * both + 1) / (mask.sum(dim=(1, 2, 3)) + wanted.sum(dim=(1, 2, 3)) + 1)
+        loss = F.binary_cross_entropy_with_logits(logit, wanted) + dice.mean()
+        total = total + (loss if level == 0 else loss / 4)
+    return total
+
+
+def contrast_loss(street: Tensor, clean: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (Oord et al., 2018) both ways between float (B, D) of length 1: row i of each shows product i. Gives a scalar.
+
+    `others`: (M, D), clean photos of other products, which street views are told from as well.
+    """
+    own = torch.arange(len(street), device=street.device)
+    finds = F.cross_entropy(street @ torch.cat([clean, others]).T / temperature, own)
+    return (finds + F.cross_entropy(clean @ street.T / temperature, own)) / 2
+
+
+def average_precision(queries: Tensor, gallery: Tensor, k: int = 7) -> Tensor:
+    """AP@k of each query i whose only match is row i of the gallery: 1 / rank, 0 below rank k; float (N,).
+
+    `queries`: float (N, D), `gallery`: (M, D) with M >= N, both of length 1. Ties count against the query.
+
+    >>> average_precision(torch.eye(2), torch.tensor([[0.0, 1], [0.6, 0.8], [0.8, 0.6]])).tolist()
+    [0.3333333432674408, 0.5]
+    """
+    scores = queries @ gallery.T
+    rank = (scores >= scores.diagonal()[:, None]).sum(dim=1).float()
+    return (1 / rank).where(rank <= k, 0.0)
 
 
 def mask_metrics(mask: Tensor, label: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import FEW, MASK_SIZE, Describer, Engine
+from ..models.views import View
 from .store import Picture, Store
 
 LOT = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
@@ -69,7 +70,7 @@ class Pass:
         lacking: Sequence[int],
         what: str,
         masks: bool,
-        view: Callable[..., Tensor] | None = None,
+        view: View | None = None,
     ) -> None:
         self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
         self.lacking, self.what, self.masks, self.view = lacking, what, masks, view

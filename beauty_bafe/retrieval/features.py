@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ..data.catalog import Catalog, Skipped
-from ..models.descriptor import Pooling, describe_partial
+from ..data.catalog import Catalog, Skipped, stamp
+from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor
 from ..models.precision import fastest_precision, pick_device
+from ..models.views import View
 from .describing import Pass
 from .manifest import digest
 from .store import Store
@@ -145,7 +144,7 @@ class FeatureExtraction:
         what: str,
         skipped: Skipped,
         masks: bool = False,
-        view: Callable[..., Tensor] | None = None,
+        view: View | None = None,
     ) -> list[Features]:
         """Features of each member over the catalogue, from disk where they are there; unreadable pictures go to `skipped`.
 
@@ -177,7 +176,7 @@ class FeatureExtraction:
             result.append(Features(arrays["vectors"], ids, shown))
         return result
 
-    def _store(self, member: Member, source: str, masks: bool, view: Callable[..., Tensor] | None) -> Store:
+    def _store(self, member: Member, source: str, masks: bool, view: View | None) -> Store:
         key = {
             "checkpoint": member.source,
             "pooling": str(member.pooling),
@@ -187,21 +186,12 @@ class FeatureExtraction:
             "dtype": str(self.dtype),
             "scales": str(self.scales),
             "flip": self.flip,
-            "view": describe_partial(view),
+            "view": str(view),
         }
         name = f"{Path(source).stem}-{digest(*map(str, key.values()))}"
         size = f"{member.extractor.size} px on {member.extractor.pad}"
         rest = {"size": size, "preprocessing": PREPROCESSING, "versions": {name: version(name) for name in PACKAGES}}
         return Store(self.root / name, key | rest)
-
-
-def stamp(path: Path) -> str:
-    """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return "missing"
-    return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from torch import Tensor
-
 from ..data.catalog import Catalog, Skipped, open_catalog
+from ..models.views import View
 from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Features, Member, describe_members
@@ -34,7 +33,7 @@ class Gallery:
         members: Sequence[Member],
         extraction: FeatureExtraction,
         ensemble: Concatenation | Fusion,
-        view: Callable[..., Tensor] | None = None,
+        view: View | None = None,
     ) -> None:
         self.members, self.extraction, self.ensemble, self.view = members, extraction, ensemble, view
         self.catalog = Catalog((), ())

@@ -74,9 +74,27 @@ def test_split_is_seeded_disjoint_and_complete(module) -> None:
 
 def test_validation_pictures_never_change(module) -> None:
     data = module()
-    first, second = (torch.cat([batch["pictures"] for batch in data.val_dataloader()]) for _ in range(2))
+    first, second = (torch.cat([batch["pictures"] for batch in data.val_dataloader()[0]]) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first[:2], data.val_set[(VALIDATION_EPOCH, 0)]["pictures"])
+
+
+def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
+    data = module("data.val_max=3")
+    held_back, others = data.val_dataloader()
+    assert sum(len(batch["index"]) for batch in held_back) == 3
+    pictures = torch.cat([batch["pictures"] for batch in others])
+    assert len(pictures) == 3, "as many as val_max"
+    assert torch.equal(pictures[1], data.train_set[(0, 1)]["pictures"][0]), "as they are"
+
+
+def test_with_a_cache_the_same_samples_come_from_one_file(module, tmp_path: Path) -> None:
+    plain, cached = (epoch(module(f"data.cache={cache}"), 0) for cache in ("null", tmp_path))
+    for one, other in zip(plain, cached, strict=True):
+        assert torch.equal(one["pictures"], other["pictures"])
+        assert torch.equal(one["masks"], other["masks"])
+    assert (tmp_path / "photos-64-v1" / "photos.u8").stat().st_size == 48 * 64 * 64 * 4
+    assert module(f"data.cache={tmp_path}", "data.cache_gb=0").cache is None
 
 
 def test_unusable_photos_are_counted_and_left_out(toy: Path, tmp_path: Path, configure) -> None:

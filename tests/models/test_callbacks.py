@@ -20,7 +20,7 @@ class Pictures(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         pictures = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
-        return {"pictures": pictures, "masks": pictures[:1]}
+        return {"pictures": pictures, "masks": pictures[:1], "index": torch.tensor(index)}
 
 
 def fit(
@@ -39,7 +39,7 @@ def fit(
             History(str(folder)),
             SamplePictures(str(folder / "samples"), 2),
             *(extra or []),
-            Checkpoints(str(folder), "val/loss"),
+            Checkpoints(str(folder), "val/mAP@7"),
         ],
         enable_checkpointing=True,
         default_root_dir=folder,
@@ -96,22 +96,22 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert not [*tmp_path.glob("*.part"), *tmp_path.glob("*.copy")]
 
 
-def test_best_is_the_epoch_of_the_lowest_loss(tmp_path: Path) -> None:
+def test_best_is_the_epoch_of_the_highest_score_the_newest_of_equals(tmp_path: Path) -> None:
     class Trainer:
         is_global_zero = True
 
-        def __init__(self, loss: float) -> None:
-            self.callback_metrics = {"val/loss": torch.tensor(loss)}
+        def __init__(self, score: float, epoch: int) -> None:
+            self.callback_metrics, self.epoch = {"val/mAP@7": torch.tensor(score)}, epoch
 
         def save_checkpoint(self, path: Path) -> None:
-            Path(path).write_text(str(self.callback_metrics["val/loss"].item()))
+            Path(path).write_text(str(self.epoch))
 
-    callback = Checkpoints(str(tmp_path), "val/loss")
-    for loss in (0.5, 0.25, 0.75):
-        callback.on_train_epoch_end(Trainer(loss), None)  # type: ignore[arg-type]
-    assert (tmp_path / "best.ckpt").read_text() == "0.25"
-    assert (tmp_path / "last.ckpt").read_text() == "0.75"
-    resumed = Checkpoints(str(tmp_path), "val/loss")
+    callback = Checkpoints(str(tmp_path), "val/mAP@7")
+    for epoch, score in enumerate((0.5, 0.75, 0.75, 0.25)):
+        callback.on_train_epoch_end(Trainer(score, epoch), None)  # type: ignore[arg-type]
+    assert (tmp_path / "best.ckpt").read_text() == "2"
+    assert (tmp_path / "last.ckpt").read_text() == "3"
+    resumed = Checkpoints(str(tmp_path), "val/mAP@7")
     resumed.load_state_dict(callback.state_dict())
-    resumed.on_train_epoch_end(Trainer(0.5), None)  # type: ignore[arg-type]
-    assert (tmp_path / "best.ckpt").read_text() == "0.25"
+    resumed.on_train_epoch_end(Trainer(0.5, 4), None)  # type: ignore[arg-type]
+    assert (tmp_path / "best.ckpt").read_text() == "2"

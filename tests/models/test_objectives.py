@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from beauty_bafe.models.objectives import mask_metrics, saliency_loss
+from beauty_bafe.evaluation.metrics import evaluate
+from beauty_bafe.models.objectives import average_precision, contrast_loss, mask_metrics, overlap_loss, saliency_loss
 
 
 def test_loss_is_the_sum_of_the_taps_errors() -> None:
@@ -30,3 +34,36 @@ def test_empty_masks() -> None:
     empty, full = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
     assert all(mask_metrics(empty, empty)[key] == value for key, value in {"mae": 0, "iou": 1, "f_beta": 1}.items())
     assert all(mask_metrics(full, empty)[key] == value for key, value in {"mae": 1, "iou": 0, "f_beta": 0}.items())
+
+
+def test_overlap_loss_by_hand() -> None:
+    label = torch.zeros(1, 1, 2, 2)
+    label[..., 0] = 1
+    fine, coarse = torch.tensor([[[[2.0, -2.0], [2.0, 2.0]]]]), torch.zeros(1, 1, 1, 1)
+    right, wrong = torch.tensor(2.0).sigmoid().item(), torch.tensor(-2.0).sigmoid().item()
+    entropy = -(3 * math.log(right) + math.log(wrong)) / 4
+    dice = 1 - (2 * 2 * right + 1) / (3 * right + wrong + 2 + 1)
+    at_coarse = math.log(2) + 1 - (2 * 0.25 + 1) / (0.5 + 0.5 + 1)
+    assert overlap_loss([fine, coarse], label).item() == pytest.approx(entropy + dice + at_coarse / 4, rel=1e-5)
+
+
+def test_contrast_loss_against_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    street, clean, others = (F.normalize(torch.randn(n, 8, generator=generator)) for n in (4, 4, 6))
+    total = 0.0
+    for i in range(4):
+        finds = [math.exp(float(street[i] @ row) / 0.1) for row in [*clean, *others]]
+        found = [math.exp(float(clean[i] @ row) / 0.1) for row in street]
+        total -= (math.log(finds[i] / sum(finds)) + math.log(found[i] / sum(found))) / 2
+    assert contrast_loss(street, clean, others, 0.1).item() == pytest.approx(total / 4, rel=1e-4)
+    assert contrast_loss(clean, clean, others, 0.01).item() < 0.1 < contrast_loss(street, clean, others, 0.01).item()
+
+
+def test_average_precision_against_the_evaluation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (F.normalize(torch.randn(n, 3, generator=generator)) for n in (20, 30))
+    answers = {str(i): [str(j) for j in row.argsort(descending=True)[:7].tolist()] for i, row in enumerate(queries @ gallery.T)}
+    truth = {str(i): {str(i)} for i in range(20)}
+    wanted = evaluate(answers, truth, 7).summary()["mAP@7_by_min"]
+    assert average_precision(queries, gallery).mean().item() == pytest.approx(wanted)
+    assert 0 < wanted < 1

@@ -1,0 +1,110 @@
+"""Catalogue photos with their masks as augmentation takes them: from their files, or decoded once into one large file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from .augmentation import Sample
+from .catalog import Catalog, stamp
+from .foreground import find_foreground
+from .pictures import UnreadablePicture, letterbox, read_picture
+
+VERSION = 1  # counts up when the same file gives other pixels or another mask
+
+
+class Look(NamedTuple):
+    """What was found in a file: `reason` why it cannot be used ("" where it can), and whether nothing can read it.
+
+    `pixels`: uint8 (S, S, 4), photo and mask, of a usable catalogue photo.
+    """
+
+    reason: str = ""
+    unreadable: bool = False
+    pixels: np.ndarray | None = None
+
+
+def load_photo(path: Path, size: int) -> Sample:
+    """A catalogue photo and its foreground mask on a `size` canvas. Raises UnreadablePicture or ValueError (untrusted mask)."""
+    picture = read_picture(path, size)
+    foreground = find_foreground(picture)
+    if not foreground.trusted:
+        raise ValueError(foreground.reason)
+    return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
+
+
+def look_at_photo(path: Path, size: int) -> Look:
+    """`load_photo`, its errors as reasons."""
+    try:
+        photo, mask = load_photo(path, size)
+    except UnreadablePicture as error:
+        return Look(str(error), unreadable=True)
+    except ValueError as error:
+        return Look(f"mask not trusted: {error}")
+    return Look(pixels=np.dstack([photo, mask]))
+
+
+class PhotoCache:
+    """Photos and masks of one size in `folder`: photos.u8, uint8 (N, S, S, 4) read through a memory map, and photos.jsonl.
+
+    A photo is known by its path and stamp, so that a changed file is looked at again; several catalogues share a cache.
+    """
+
+    def __init__(self, folder: str | Path, size: int) -> None:
+        self.folder, self.size = Path(folder) / f"photos-{size}-v{VERSION}", size
+        self.pixels, self.list = self.folder / "photos.u8", self.folder / "photos.jsonl"
+        self.looks: dict[str, Look] = {}
+        self.rows: dict[str, int] = {}
+
+    def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[Look]]) -> list[Look]:
+        """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
+
+        A photo is listed once its pixels are on disk, so that a killed run goes on where it was. Processes take turns.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{path.resolve()} {stamp(path)}" for path in catalog.paths]
+        with FileLock(self.folder / "lock"):
+            self._read()
+            lacking = [index for index, name in enumerate(names) if name not in self.looks]
+            if lacking:
+                with self.pixels.open("r+b" if self.pixels.exists() else "wb") as pixels, self.list.open("ab") as lines:
+                    for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
+                        row = None
+                        if found.pixels is not None:
+                            row = len(self.rows)
+                            pixels.seek(row * found.pixels.nbytes)
+                            pixels.write(found.pixels.tobytes())
+                            pixels.flush()
+                        lines.write((json.dumps([names[index], row, found.reason, found.unreadable]) + "\n").encode())
+                        lines.flush()
+                        self._add(names[index], row, found.reason, found.unreadable)
+        return [self.looks[name] for name in names]
+
+    def __call__(self, path: Path) -> Sample:
+        """The photo and its mask. Raises ValueError where it is not in the cache, or not usable."""
+        name = f"{path.resolve()} {stamp(path)}"
+        if name not in self.rows:
+            raise ValueError(f"'{path}' changed while it was trained on; start again, it will be looked at anew")
+        shape = (self.size, self.size, 4)
+        # Mapped anew each time: it costs microseconds, and nothing has to travel to worker processes.
+        pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
+        return Sample(np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3]))
+
+    def _read(self) -> None:
+        self.looks, self.rows = {}, {}
+        lines = self.list.read_bytes() if self.list.exists() else b""
+        whole = lines[: lines.rfind(b"\n") + 1]
+        if len(whole) < len(lines):  # a kill cut the last line short
+            self.list.write_bytes(whole)
+        for line in whole.splitlines():
+            self._add(*json.loads(line))
+
+    def _add(self, name: str, row: int | None, reason: str, unreadable: bool) -> None:
+        self.looks[name] = Look(reason, unreadable)
+        if row is not None:
+            self.rows[name] = row

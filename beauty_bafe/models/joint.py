@@ -1,0 +1,94 @@
+"""Training network, mask and descriptor together, from pairs of a catalogue photo and a street view of the same product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .extractor import Extraction, resize_mask
+from .module import SaliencyModule
+from .objectives import contrast_loss, overlap_loss
+from .pooling import gem
+
+
+class JointModule(SaliencyModule):
+    """The mask by overlap loss on a top-down decoder, the descriptor by InfoNCE between catalogue photo and street view.
+
+    The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
+    `backbone_lr`: of the network; both rise for `warmup` steps, then fall along a cosine. `contrast`: weight of InfoNCE at
+    `temperature`; the descriptor is GeM of power `p` under the predicted mask. `memory`: catalogue photos seen before that are
+    negatives as well (cross-batch memory, Wang et al., CVPR 2020), 0 for the batch's own alone.
+    """
+
+    memory: Tensor
+    memory_ids: Tensor
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        lr: float,
+        warmup: int,
+        width: int,
+        backbone_lr: float,
+        contrast: float,
+        temperature: float,
+        p: float,
+        memory: int,
+    ) -> None:
+        super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
+        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p, "memory_size": memory}
+        self.save_hyperparameters(extra)
+        self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
+        self.register_buffer("memory", torch.zeros(memory, self.extractor.backbone.last_channels))
+        self.register_buffer("memory_ids", torch.full((memory,), -1))
+
+    def describe(self, extraction: Extraction) -> Tensor:
+        # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
+        weight = resize_mask(extraction.masks[-1].detach(), extraction.last.shape[-2:])
+        return F.normalize(gem(extraction.last.float(), weight, self.p))
+
+    def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
+        mask = overlap_loss(extraction.logits or [], label)
+        vectors = self.describe(extraction)
+        clean, street = vectors[0::2], vectors[1::2]
+        contrast = contrast_loss(street, clean, self.memory[self._others(index)], self.temperature)
+        self._remember(clean.detach(), index)
+        for name, value in {"mask": mask, "contrast": contrast}.items():
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(index))
+        return mask + self.contrast * contrast
+
+    def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
+        return overlap_loss(extraction.logits or [], label)
+
+    def _others(self, index: Tensor) -> Tensor:
+        """Which rows of the memory show a product that is not in this batch."""
+        return (self.memory_ids >= 0) & ~torch.isin(self.memory_ids, index)
+
+    def _remember(self, clean: Tensor, index: Tensor) -> None:
+        """The newest come first; a product's older descriptor goes, so that none counts twice."""
+        kept = self._others(index)
+        ids = torch.cat([index, self.memory_ids[kept]])[: len(self.memory_ids)]
+        rows = torch.cat([clean, self.memory[kept]])[: len(self.memory_ids)]
+        self.memory_ids.fill_(-1)[: len(ids)] = ids
+        self.memory[: len(rows)] = rows
+
+    def configure_optimizers(self) -> Any:
+        decoder = self.extractor.decoder
+        assert decoder is not None
+        groups = [
+            {"params": list(decoder.parameters()), "lr": self.lr},
+            {"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
+        steps = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,160 @@
+"""Images per second of training, ours beside a plain eager float32 loop over the files doing the same work, in one run.
+
+python benchmarks/train.py --photos GALLERY --backgrounds PHOTOS --objectives saliency joint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from beauty_bafe.models.precision import fastest_precision, keep_memory
+
+CONF = (Path(__file__).parents[1] / "conf").resolve()
+WARM_UP = 3  # batches
+
+
+def rate(batches: Iterable[dict[str, torch.Tensor]], count: int) -> float:
+    """Images per second of drawing `count` batches after a few that warm up."""
+    times, seen = [], 0
+    for number, batch in enumerate(batches):
+        times.append(time.perf_counter())
+        seen += len(batch["pictures"]) if number > WARM_UP else 0
+        if len(times) == WARM_UP + count + 1:
+            break
+    return seen / (times[-1] - times[WARM_UP])
+
+
+class Clock(pl.Callback):
+    """Images per second of the steps after the first few."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.seen = 0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += len(batch["pictures"]) if len(self.times) > WARM_UP else 0
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        self.times.append(time.perf_counter())
+
+    @property
+    def rate(self) -> float:
+        return self.seen / (self.times[-1] - self.times[WARM_UP])
+
+
+def ours(module: pl.LightningModule, batches: Iterable[Any], count: int) -> float:
+    """As train.py does it."""
+    clock = Clock()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        limit_train_batches=WARM_UP + count + 1,
+        precision=fastest_precision(),
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, batches)
+    return clock.rate
+
+
+def plain(module: Any, batches: Iterable[dict[str, torch.Tensor]], count: int) -> float:
+    """What one would write first: eager, float32, PyTorch's own memory layout."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.to(device).train()
+    module.extractor.to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+
+    def steps() -> Iterable[dict[str, torch.Tensor]]:
+        for number, batch in enumerate(batches):
+            loss = module.training_step({key: value.to(device) for key, value in batch.items()}, number)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            yield batch
+
+    return rate(steps(), count)
+
+
+def measure(arguments: argparse.Namespace, objective: str, way: str) -> dict[str, float]:
+    """Images per second of loader, step and both; in a process of its own, as one keeps memory that the other gives back."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONF), version_base="1.3"):
+        words = [
+            f"objective={objective}",
+            f"model={arguments.model}",
+            "data=folder",
+            f"data.root={arguments.photos}",
+            f"data.backgrounds={arguments.backgrounds or 'null'}",
+            f"data.cache={folder if way == 'ours' else 'null'}",
+            f"data.batch_size={arguments.batch_size}",
+        ]
+        cfg = compose("train", words)
+        if way == "ours":
+            keep_memory()
+        pl.seed_everything(cfg.seed, verbose=False)
+        model = {**cfg.model, "pretrained": False, "weights": None}  # speed needs no weights
+        data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
+        data.setup()
+        loader = data.train_dataloader()
+        one = next(iter(loader))
+        runs: dict[str, float] = {"loader": rate(loader, arguments.count)}
+        for name, batches in {"step": [one] * (WARM_UP + arguments.count + 1), "both": loader}.items():
+            module = instantiate(cfg.objective, model=model, _recursive_=False, _convert_="all")
+            runs[name] = ours(module, batches, arguments.count) if way == "ours" else plain(module, batches, arguments.count)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", required=True, help="a folder of catalogue photos, or a csv of id,path")
+    parser.add_argument("--backgrounds", help="a folder of photographs; without it scenes are drawn")
+    parser.add_argument("--objectives", nargs="+", default=["saliency", "joint"], help="names in conf/objective")
+    parser.add_argument("--model", default="efficientnet_lite0", help="a name in conf/model; random weights")
+    parser.add_argument("--batch-size", type=int, default=32, help="photos; each brings its augmented version")
+    parser.add_argument("--count", type=int, default=12, help="batches that are timed")
+    parser.add_argument("--rounds", type=int, default=2, help="turns that plain and ours take; the median counts")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments, *arguments.child.split())))
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {fastest_precision()}; images per second")
+    for objective in arguments.objectives:
+        rows: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
+        for _ in range(arguments.rounds):  # in turns, as the machine may be shared
+            for way, results in rows.items():
+                words = [sys.executable, *sys.argv, "--child", f"{objective} {way}"]
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{arguments.model}, objective={objective}")
+        middle = {way: {key: statistics.median(r[key] for r in results) for key in results[0]} for way, results in rows.items()}
+        for part, ours_rate in middle["ours"].items():
+            plain_rate = middle["plain"][part]
+            print(
+                f"  {part:7s} plain {plain_rate:7.1f}   ours {ours_rate:7.1f}   {ours_rate / plain_rate:5.2f} times", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

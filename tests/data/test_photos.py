@@ -1,0 +1,74 @@
+"""Photos decoded once: the same as from their files, after a kill and after a change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beauty_bafe.data.catalog import Catalog, from_folder
+from beauty_bafe.data.photos import Look, PhotoCache, load_photo, look_at_photo
+
+
+class Looker:
+    """Looks at photos one by one, counts them, and dies when told to."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.after, self.seen = after, [""] * 0
+
+    def __call__(self, catalog: Catalog) -> Iterable[Look]:
+        for name, path in zip(catalog.ids, catalog.paths, strict=True):
+            if len(self.seen) == self.after:
+                raise KeyboardInterrupt
+            self.seen.append(name)
+            yield look_at_photo(path, 64)
+
+
+@pytest.fixture
+def shop(toy: Path, tmp_path: Path) -> Catalog:
+    (tmp_path / "shop").mkdir()
+    for file in sorted((toy / "gallery").iterdir())[:6]:
+        (tmp_path / "shop" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "shop" / "broken.jpg").write_bytes(b"no picture")
+    return from_folder(tmp_path / "shop")
+
+
+def test_cached_photos_are_the_files(shop: Catalog, tmp_path: Path) -> None:
+    cache, look = PhotoCache(tmp_path / "cache", 64), Looker()
+    looks = cache.fill(shop, look)
+    assert [name for name, found in zip(shop.ids, looks, strict=True) if found.unreadable] == ["broken"]
+    for path, found in zip(shop.paths, looks, strict=True):
+        if not found.reason:
+            for one, other in zip(cache(path), load_photo(path, 64), strict=True):
+                assert np.array_equal(one, other)
+                assert one.flags.writeable
+    again, idle = PhotoCache(tmp_path / "cache", 64), Looker(0)
+    assert [found[:2] for found in again.fill(shop, idle)] == [found[:2] for found in looks], "nothing is looked at twice"
+
+
+def test_a_killed_run_goes_on(shop: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        PhotoCache(tmp_path / "cache", 64).fill(shop, Looker(4))
+    cache, rest = PhotoCache(tmp_path / "cache", 64), Looker()
+    with cache.list.open("ab") as lines:
+        lines.write(b'["cut sh')  # the kill came while a line was written
+    cache.fill(shop, rest)
+    assert rest.seen == list(shop.ids[4:])
+    assert np.array_equal(cache(shop.paths[5]).photo, load_photo(shop.paths[5], 64).photo)
+    assert np.array_equal(PhotoCache(tmp_path / "cache", 64).fill(shop, Looker(0)), cache.fill(shop, Looker(0)))
+
+
+def test_a_changed_photo_is_looked_at_again(shop: Catalog, tmp_path: Path) -> None:
+    cache = PhotoCache(tmp_path / "cache", 64)
+    cache.fill(shop, Looker())
+    shop.paths[2].write_bytes(shop.paths[3].read_bytes())
+    os.utime(shop.paths[2], (1, 1))
+    with pytest.raises(ValueError, match="changed while it was trained on"):
+        cache(shop.paths[2])
+    look = Looker()
+    cache.fill(shop, look)
+    assert look.seen == [shop.ids[2]]
+    assert np.array_equal(cache(shop.paths[2]).photo, cache(shop.paths[3]).photo)

@@ -1,0 +1,133 @@
+"""The joint objective: what it trains, what it remembers, and its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+
+from beauty_bafe.models.decoder import TopDownDecoder
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
+from beauty_bafe.models.joint import JointModule
+from beauty_bafe.models.module import load_extractor
+
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-2,
+    "warmup": 0,
+    "width": 8,
+    "backbone_lr": 1e-3,
+    "contrast": 0.5,
+    "temperature": 0.1,
+    "p": 3.0,
+    "memory": 6,
+}
+
+
+class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """A bright square on white, and the same on noise."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        pictures, masks = torch.stack([torch.full_like(noise, 255), noise]), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
+        pictures[:, :, 16:48, 16:48] = torch.tensor([40 * index, 200, 90], dtype=torch.uint8)[:, None, None]
+        masks[:, :, 16:48, 16:48] = 255
+        return {"pictures": pictures, "masks": masks, "index": torch.tensor([index])}
+
+
+def join(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([item[key] for item in items]) for key in items[0]}
+
+
+def fit(module: JointModule, folder: Path, epochs: int) -> pl.Trainer:
+    loader = torch.utils.data.DataLoader(Pairs(), batch_size=2, collate_fn=join)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, loader, loader)
+    return trainer
+
+
+def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network(tiny: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = JointModule(tiny, **SETTINGS)
+    before = {key: value.clone() for key, value in module.extractor.state_dict().items()}
+    losses = [fit(JointModule(tiny, **SETTINGS), tmp_path, 1).callback_metrics["train/loss"].item()]
+    trainer = fit(module, tmp_path, 8)
+    losses.append(trainer.callback_metrics["train/loss"].item())
+    assert losses[1] < losses[0]
+    assert set(trainer.callback_metrics) >= {"train/mask", "train/contrast", "val/loss", "val/iou", "val/mAP@7"}
+    changed = {key for key, value in module.extractor.state_dict().items() if not torch.equal(before[key], value)}
+    assert any(key.startswith("decoder.") for key in changed)
+    assert "backbone.net.conv_stem.weight" in changed, "the whole network learns"
+    assert not any(key.startswith("backbone") and "running" in key for key in changed), "batch statistics stay"
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    extractor = load_extractor(tmp_path / "a.ckpt")
+    pictures = Pairs()[1]["pictures"]
+    with torch.inference_mode():
+        one, other = extractor(pictures), module.extractor.eval()(pictures)
+    assert torch.equal(one.last, other.last)
+    assert torch.equal(one.saliency(64), other.saliency(64))
+
+
+def test_the_memory_holds_each_product_once_the_newest_first(tiny: dict[str, Any]) -> None:
+    module = JointModule(tiny, **SETTINGS)
+    width = module.memory.shape[1]
+    for products in ([0, 1], [2, 3], [1, 4], [5, 6]):
+        rows = torch.tensor(products)[:, None].expand(-1, width).float()
+        assert not set(module.memory_ids[module._others(torch.tensor(products))].tolist()) & {-1, *products}
+        module._remember(rows, torch.tensor(products))
+    assert module.memory_ids.tolist() == [5, 6, 1, 4, 2, 3], "the oldest, 0, went for want of room"
+    assert module.memory[:, 0].tolist() == [5, 6, 1, 4, 2, 3]
+
+
+def test_without_a_memory_the_batch_alone_is_told_apart(tiny: dict[str, Any], tmp_path: Path) -> None:
+    fit(JointModule(tiny, **SETTINGS | {"memory": 0}), tmp_path, 1)
+
+
+def test_the_descriptor_does_not_move_the_mask(tiny: dict[str, Any]) -> None:
+    module = JointModule(tiny, **SETTINGS)
+    module.describe(module.extractor(Pairs()[0]["pictures"])).sum().backward()
+    assert module.extractor.decoder is not None
+    assert all(p.grad is None for p in module.extractor.decoder.parameters())
+
+
+def test_the_decoder_follows_its_description() -> None:
+    torch.manual_seed(0)
+    decoder = TopDownDecoder([3, 5], 4).eval()
+    shallow, deep = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
+    with torch.no_grad():
+        at_deep = decoder.smooth[1](decoder.lateral[1](deep))
+        raised = F.interpolate(at_deep, (8, 8), mode="bilinear", align_corners=False)
+        at_shallow = decoder.smooth[0](decoder.lateral[0](shallow) + raised)
+        fine, coarse = decoder([shallow, deep])
+        torch.testing.assert_close(fine, decoder.heads[0](at_shallow))
+        torch.testing.assert_close(coarse, decoder.heads[1](at_deep))
+
+
+def test_every_tap_gets_the_finest_mask(tiny: dict[str, Any]) -> None:
+    extractor = BackgroundAgnosticExtractor(**tiny | {"decoder": "topdown"}).eval()
+    with torch.inference_mode():
+        result = extractor(Pairs()[0]["pictures"])
+        assert result.logits is not None
+        for mask, tap in zip(result.masks, result.taps, strict=True):
+            torch.testing.assert_close(mask, resize_mask(result.logits[0].sigmoid(), tap.shape[-2:]))
+        extractor.shallowest = len(result.taps)
+        assert extractor(Pairs()[0]["pictures"]).masks == [], "whoever needs no mask does not wait for one"
+    with pytest.raises(ValueError, match=r"model.decoder=sideways: type taps.*or topdown"):
+        BackgroundAgnosticExtractor(**tiny | {"decoder": "sideways"})
