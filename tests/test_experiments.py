@@ -22,7 +22,7 @@ from retrieve import retrieve
 from train import train
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
-TRAINED = {"demo", "bafe_paper", "whitened_query_2020"}  # systems that need masks
+TRAINED = {"demo", "bafe_paper", "whitened_query_2020", "best_single", "best"}  # systems that need masks
 
 
 @pytest.fixture(scope="module")

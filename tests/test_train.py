@@ -66,22 +66,22 @@ def stop_in_second_epoch(words: list[str], folder: Path, with_signal: signal.Sig
     raise AssertionError(f"it was to be stopped in mid-epoch: {output}")
 
 
-def test_a_stopped_run_resumes_to_the_same_result(toy: Path, tmp_path: Path) -> None:
-    run(command(toy, tmp_path / "whole"))
-    for with_signal in (signal.SIGINT, signal.SIGKILL):
-        folder = tmp_path / with_signal.name
-        output = stop_in_second_epoch(command(toy, folder), folder, with_signal)
-        last = folder / "checkpoints" / "last.ckpt"
-        assert (f"ckpt_path={last} goes on" in output) == (with_signal == signal.SIGINT)
-        run(command(toy, folder, f"ckpt_path={last}"))
-        for name in ("last.ckpt", "best.ckpt"):
-            states = [
-                torch.load(path / "checkpoints" / name, weights_only=True)["state_dict"]
-                for path in (tmp_path / "whole", folder)
-            ]
-            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), (with_signal.name, name)
-        epochs = [json.loads((path / "metrics.json").read_text())["epochs"] for path in (tmp_path / "whole", folder)]
-        assert [row["val/loss"] for row in epochs[0]] == [row["val/loss"] for row in epochs[1]]
+@pytest.mark.parametrize(("objective", "with_signal"), [("saliency", signal.SIGINT), ("joint", signal.SIGKILL)])
+def test_a_stopped_run_resumes_to_the_same_result(
+    toy: Path, tmp_path: Path, objective: str, with_signal: signal.Signals
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    words = (f"objective={objective}", f"data.cache={tmp_path / 'cache'}")
+    run(command(toy, whole, *words))
+    output = stop_in_second_epoch(command(toy, folder, *words), folder, with_signal)
+    last = folder / "checkpoints" / "last.ckpt"
+    assert (f"ckpt_path={last} goes on" in output) == (with_signal == signal.SIGINT)
+    run(command(toy, folder, *words, f"ckpt_path={last}"))
+    for name in ("last.ckpt", "best.ckpt"):
+        states = [torch.load(path / "checkpoints" / name, weights_only=True)["state_dict"] for path in (whole, folder)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+    epochs = [json.loads((path / "metrics.json").read_text())["epochs"] for path in (whole, folder)]
+    assert [row["val/mAP@7"] for row in epochs[0]] == [row["val/mAP@7"] for row in epochs[1]]
 
 
 def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
@@ -93,8 +93,19 @@ def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "1" / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_two_processes_train_together(toy: Path, tmp_path: Path) -> None:
-    run(command(toy, tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=1"))
+@pytest.mark.parametrize("objective", ["saliency", "joint"])
+def test_two_processes_train_together(toy: Path, tmp_path: Path, objective: str) -> None:
+    run(
+        command(
+            toy,
+            tmp_path,
+            f"objective={objective}",
+            "trainer=ddp",
+            "trainer.accelerator=cpu",
+            "trainer.devices=2",
+            "trainer.max_epochs=1",
+        )
+    )
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     assert len(json.loads((tmp_path / "metrics.json").read_text())["epochs"]) == 1
 

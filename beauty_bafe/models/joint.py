@@ -85,10 +85,14 @@ class JointModule(SaliencyModule):
             {"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
-        steps = self.trainer.estimated_stepping_batches
+        trainer = self.trainer
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+            # Asked at every step: trainer.estimated_stepping_batches would make the loader now, before a resumed run knows
+            # its epoch, and so with the first epoch's order.
+            steps = (trainer.max_epochs or 0) * trainer.num_training_batches / trainer.accumulate_grad_batches
+            done = min(1.0, step / steps) if steps > 0 else 0.0
+            return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

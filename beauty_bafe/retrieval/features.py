@@ -14,7 +14,6 @@ import numpy as np
 from ..data.catalog import Catalog, Skipped, stamp
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor
 from ..models.precision import fastest_precision, pick_device
 from ..models.views import View
@@ -149,7 +148,7 @@ class FeatureExtraction:
         """Features of each member over the catalogue, from disk where they are there; unreadable pictures go to `skipped`.
 
         `source` is where the catalogue came from: its stores are found again by it. `what` names the pictures in messages.
-        With `masks` the members' saliency is kept, or everything (255) where a pooling takes none. `view`: see Describer.
+        With `masks` the saliency is kept of members whose pooling takes it. `view`: see Describer.
         Raises ValueError where too many pictures cannot be read, or the work will not fit on disk or in memory.
         """
         pictures = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
@@ -172,8 +171,7 @@ class FeatureExtraction:
         result = []
         for store in stores:
             arrays = store.read(readable)
-            shown = arrays.get("masks", np.full((len(ids), MASK_SIZE, MASK_SIZE), 255, np.uint8) if masks else None)
-            result.append(Features(arrays["vectors"], ids, shown))
+            result.append(Features(arrays["vectors"], ids, arrays.get("masks")))
         return result
 
     def _store(self, member: Member, source: str, masks: bool, view: View | None) -> Store:
@@ -200,11 +198,12 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def mean_masks(members: Sequence[Features]) -> Features:
-    """What an ensemble looks at: the first member's features with the mean of all members' masks."""
-    if members[0].masks is None:
-        return members[0]
-    total = sum(features.masks.astype(np.float32) for features in members if features.masks is not None)
-    return Features(members[0].vectors, members[0].ids, (np.asarray(total) / len(members) + 0.5).astype(np.uint8))
+    """What an ensemble looks at: the first member's features with the mean of the masks of those that take one."""
+    masks = [features.masks for features in members if features.masks is not None]
+    if not masks:
+        return Features(members[0].vectors, members[0].ids)
+    mean = np.asarray(masks, np.float32).mean(axis=0) + 0.5
+    return Features(members[0].vectors, members[0].ids, np.asarray(mean, np.uint8))
 
 
 def describe_members(members: Sequence[Member]) -> list[Mapping[str, Any]]:

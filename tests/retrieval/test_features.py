@@ -71,8 +71,7 @@ def test_row_i_is_picture_i(folder: Path, describe: Callable[..., list[Features]
             np.testing.assert_allclose(features.vectors[row], expected, atol=1e-5)
         mask = extraction.saliency(MASK_SIZE)[0, 0].numpy() * 255
         assert np.abs(attention.masks[row] - mask).max() < 1
-    assert plain.masks is not None
-    assert plain.masks.min() == 255, "without saliency the mask is everything"
+    assert plain.masks is None, "it looks at everything"
 
 
 @pytest.mark.parametrize("pooling", [ATTENTION, GEM, Pooling(mac, saliency=True, map=2)])
@@ -214,7 +213,10 @@ def test_work_that_will_not_fit_says_so_at_once(
 def test_an_ensemble_looks_at_the_mean_mask() -> None:
     masks = [np.full((1, 2, 2), value, np.uint8) for value in (0, 255)]
     members = [Features(np.ones((1, 3), np.float32), ("a",), mask) for mask in masks]
-    assert mean_masks(members).masks.tolist() == [[[128, 128], [128, 128]]]  # type: ignore[union-attr]
+    without = Features(np.ones((1, 3), np.float32), ("a",))
+    for shown in (members, [without, *members]):
+        assert mean_masks(shown).masks.tolist() == [[[128, 128], [128, 128]]]  # type: ignore[union-attr]
+    assert mean_masks([without, without]).masks is None
 
 
 def test_features_prove_themselves() -> None:
