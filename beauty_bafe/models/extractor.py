@@ -70,11 +70,13 @@ class ChannelGate(nn.Sequential):
 
 
 class BackgroundAgnosticExtractor(nn.Module):
-    """Frozen backbone, a mask encoder per tap, attention pooling and channel gates from deep to shallow (BAFE, 2019).
+    """A backbone whose taps are read for saliency masks, and its last map.
 
+    `decoder`: "taps" for BAFE's (2019) mask encoder per tap, attention pooling and channel gates from deep to shallow, or
+    "topdown" for one sharp mask from all taps (decoder.py); `hidden`: its channels. `frozen`: the backbone does not learn.
     `name`, `taps`, `last`, `pretrained`, `weights` and `options` go to `Backbone`; `size` is the input's side in pixels,
     `pad` the canvas value around oblong pictures; `mean` and `std` (0..1 scale) default to the backbone's own.
-    All arguments are plain values, so that a checkpoint rebuilds the network alone.
+    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for another decoder.
     """
 
     mean: Tensor
