@@ -70,7 +70,8 @@ class PhotoCache:
         names = [f"{path.resolve()} {stamp(path)}" for path in catalog.paths]
         with FileLock(self.folder / "lock"):
             self._read()
-            lacking = [index for index, name in enumerate(names) if name not in self.looks]
+            # A file is kept once, whatever the number of its ids: the next free row is counted by them.
+            lacking = list({name: index for index, name in enumerate(names) if name not in self.looks}.values())
             if lacking:
                 with self.pixels.open("r+b" if self.pixels.exists() else "wb") as pixels, self.list.open("ab") as lines:
                     for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):

@@ -41,7 +41,7 @@ class JointModule(SaliencyModule):
         memory: int,
     ) -> None:
         super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
-        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p, "memory_size": memory}
+        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p, "memory": memory}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
         self.register_buffer("memory", torch.zeros(memory, self.extractor.backbone.last_channels))
@@ -53,7 +53,7 @@ class JointModule(SaliencyModule):
         return F.normalize(gem(extraction.last.float(), weight, self.p))
 
     def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
-        mask = overlap_loss(extraction.logits or [], label)
+        mask = self.validation_loss(extraction, label)
         vectors = self.describe(extraction)
         clean, street = vectors[0::2], vectors[1::2]
         contrast = contrast_loss(street, clean, self.memory[self._others(index)], self.temperature)
@@ -63,7 +63,8 @@ class JointModule(SaliencyModule):
         return mask + self.contrast * contrast
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        return overlap_loss(extraction.logits or [], label)
+        assert extraction.logits is not None, "the decoder is topdown"
+        return overlap_loss(extraction.logits, label)
 
     def _others(self, index: Tensor) -> Tensor:
         """Which rows of the memory show a product that is not in this batch."""

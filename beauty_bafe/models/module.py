@@ -39,7 +39,7 @@ class SaliencyModule(pl.LightningModule):
     def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
         """What is minimised, of 2B pictures (original and augmented in turn), their masks, float (2B, 1, H, W) in 0..1, and
         the numbers of the B photos."""
-        return saliency_loss(extraction.masks, label)
+        return self.validation_loss(extraction, label)
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         """The mask's loss alone, for curves."""

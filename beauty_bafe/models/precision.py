@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -34,8 +35,8 @@ def pick_device(device: str) -> str:
 def spare_depthwise(network: nn.Module) -> None:
     """Under autocast on a CPU, let depthwise convolutions compute in float32, in place.
 
-    oneDNN's bfloat16 gradients of theirs take three times as long as its float32 ones: two thirds of EfficientNet-Lite0's
-    whole training step (benchmarks/train.md).
+    oneDNN's bfloat16 gradients of theirs take up to five times as long as its float32 ones, and about half of a training step
+    of EfficientNet-Lite0 (benchmarks/train.md).
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
@@ -50,8 +51,10 @@ def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory for the next step instead of handing it back: new pages cost a training step a fifth."""
+    """Let glibc keep freed memory for the next step instead of handing it back: new pages cost time (benchmarks/train.md)."""
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for large tensors
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor any trimming of the heap

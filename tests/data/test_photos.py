@@ -49,6 +49,15 @@ def test_cached_photos_are_the_files(shop: Catalog, tmp_path: Path) -> None:
     assert [found[:2] for found in again.fill(shop, idle)] == [found[:2] for found in looks], "nothing is looked at twice"
 
 
+def test_a_file_with_two_ids_takes_one_row(shop: Catalog, tmp_path: Path) -> None:
+    double = Catalog(("one", "two", "three"), (shop.paths[1], shop.paths[1], shop.paths[2]))
+    cache = PhotoCache(tmp_path / "cache", 64)
+    assert len(cache.fill(double, Looker())) == 3
+    for path in double.paths:
+        assert np.array_equal(cache(path).photo, load_photo(path, 64).photo)
+    assert cache.pixels.stat().st_size == 2 * 64 * 64 * 4
+
+
 def test_a_killed_run_goes_on(shop: Catalog, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         PhotoCache(tmp_path / "cache", 64).fill(shop, Looker(4))

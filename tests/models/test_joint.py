@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
+from beauty_bafe.data.datamodule import join_samples
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
@@ -42,12 +43,8 @@ class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"pictures": pictures, "masks": masks, "index": torch.tensor([index])}
 
 
-def join(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.cat([item[key] for item in items]) for key in items[0]}
-
-
 def fit(module: JointModule, folder: Path, epochs: int) -> pl.Trainer:
-    loader = torch.utils.data.DataLoader(Pairs(), batch_size=2, collate_fn=join)
+    loader = torch.utils.data.DataLoader(Pairs(), batch_size=2, collate_fn=join_samples)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
