@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from .backgrounds import procedural_background, random_color
+from .foreground import find_holes
 
 
 class Sample(NamedTuple):
@@ -102,6 +103,7 @@ class StreetAugmentation:
         shift: float,
         perspective: float,
         zoom: tuple[float, float],
+        holes: float,
         photo_share: float,
         camouflage: float,
         white: float,
@@ -115,7 +117,7 @@ class StreetAugmentation:
         bars: float,
     ) -> None:
         self.zoom = (zoom[0], zoom[1])
-        self.photo_share, self.camouflage, self.white = photo_share, camouflage, white
+        self.holes, self.photo_share, self.camouflage, self.white = holes, photo_share, camouflage, white
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
         self.warp = A.Compose(
@@ -145,6 +147,8 @@ class StreetAugmentation:
         for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
             canvas = self._paste_shaded(canvas, _run(self.small_warp, rng, *surroundings.product(rng)), rng)
 
+        if rng.random() < self.holes:
+            mask = np.where(cv2.dilate(find_holes(photo, mask).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0, 0, mask)
         # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
         warped = _run(self.warp, rng, photo, cut)

@@ -17,17 +17,19 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
+from .foreground import find_holes
 from .photos import Look, PhotoCache, load_photo, look_at_photo
 from .pictures import UnreadablePicture, read_picture
 
-VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from an epoch training never reaches
+VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
 
 
 class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
     """Item (epoch, index): the letterboxed photo and its augmented version with their masks.
 
-    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255. `index`: int64 (1,). Drawn from a
-    generator seeded by (seed, epoch, index) alone, so the number of workers and the order of reading change nothing.
+    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255, and 128 where the original does not
+    tell (`find_holes`). `index`: int64 (1,). Drawn from a generator seeded by (seed, epoch, index) alone, so the number of
+    workers and the order of reading change nothing.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(int(rng.integers(len(self)))))
         augmented = self.augmentation(*original, surroundings, rng)
         pictures = np.stack([original.photo, augmented.photo]).transpose(0, 3, 1, 2)
-        masks = np.stack([original.mask, augmented.mask])[:, None]
+        # Half: a photo does not tell whether what is enclosed is a hole, its street views show it as either.
+        label = np.where(find_holes(*original), np.uint8(128), original.mask)
+        masks = np.stack([label, augmented.mask])[:, None]
         pair = {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
         return pair | {"index": torch.tensor([index])}
 
@@ -154,6 +158,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         batch_size: int,
         val_share: float,
         val_max: int,
+        val_views: int,
         epoch_size: int | None,
         num_workers: int | None,
         cache: str | Path | None,
@@ -163,7 +168,8 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.catalog = root if isinstance(root, Catalog) else open_catalog(root)
         self.photos = backgrounds if isinstance(backgrounds, Catalog | None) else open_catalog(backgrounds)
         self.augmentation, self.size, self.seed = augmentation, size, seed
-        self.batch_size, self.val_share, self.val_max, self.epoch_size = batch_size, val_share, val_max, epoch_size
+        self.val_share, self.val_max, self.val_views = val_share, val_max, val_views
+        self.batch_size, self.epoch_size = batch_size, epoch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
         fits = len(self.catalog) * size * size * 4 <= cache_gb * 1e9
         self.cache = PhotoCache(cache, size) if cache is not None and fits else None
@@ -246,7 +252,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them."""
         assert self.val_set is not None
         assert self.train_set is not None
-        keys = [(VALIDATION_EPOCH, index) for index in range(len(self.val_set))]
+        keys = [(VALIDATION_EPOCH - view, index) for index in range(len(self.val_set)) for view in range(self.val_views)]
         others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
         return [
             self._loader(self.val_set, cut(keys, self.batch_size)),

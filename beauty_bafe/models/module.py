@@ -52,7 +52,7 @@ class SaliencyModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._seen = {"street": [], "clean": [], "others": []}
+        self._seen = {"street": [], "clean": [], "index": [], "others": []}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Held-back photos and their street views (first loader); photos of the training set to mistake them for (second)."""
@@ -64,6 +64,7 @@ class SaliencyModule(pl.LightningModule):
         # Originals stand at even places; only the augmented pictures tell something.
         self._seen["clean"].append(vectors[0::2])
         self._seen["street"].append(vectors[1::2])
+        self._seen["index"].append(batch["index"])
         label = batch["masks"].float() / 255
         metrics = {key: value[1::2].mean() for key, value in mask_metrics(extraction.saliency(label.shape[-1]), label).items()}
         metrics["loss"] = self.validation_loss(extraction, label)
@@ -71,8 +72,12 @@ class SaliencyModule(pl.LightningModule):
             self.log(f"val/{key}", value, batch_size=len(label) // 2, sync_dist=True, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
-        street, gallery = torch.cat(self._seen["street"]), torch.cat(self._seen["clean"] + self._seen["others"])
-        self.log("val/mAP@7", average_precision(street, gallery).mean(), prog_bar=True, sync_dist=True)
+        street, clean, index = (torch.cat(self._seen[key]) for key in ("street", "clean", "index"))
+        # A photo comes once with each of its street views; the gallery holds it once.
+        ids, own = index.unique(return_inverse=True)
+        once = clean.new_zeros(len(ids), clean.shape[1]).index_copy(0, own, clean)
+        gallery = torch.cat([once, *self._seen["others"]])
+        self.log("val/mAP@7", average_precision(street, gallery, own).mean(), prog_bar=True, sync_dist=True)
         self._seen.clear()
 
     def configure_optimizers(self) -> Any:

@@ -20,12 +20,14 @@ def saliency_loss(masks: Sequence[Tensor], label: Tensor) -> Tensor:
 
 
 def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
-    """Cross entropy + Dice (Milletari et al., 3DV 2016): of the finest logits, a quarter of the coarser ones.
+    """Cross entropy + Dice (Milletari et al., 3DV 2016): of the finest logits at the label's size, a quarter of the coarser.
 
     `logits`: float32 (B, 1, H_l, W_l), shallow to deep. `label`: float (B, 1, H, W) in 0..1. Gives a scalar.
     """
     total = label.new_zeros(())
     for level, logit in enumerate(logits):
+        if level == 0:  # an edge may run through a cell
+            logit = resize_mask(logit, label.shape[-2:])
         wanted, mask = resize_mask(label, logit.shape[-2:]), logit.sigmoid()
         both = (mask * wanted).sum(dim=(1, 2, 3))
         dice = 1 - (2 * both + 1) / (mask.sum(dim=(1, 2, 3)) + wanted.sum(dim=(1, 2, 3)) + 1)
@@ -44,16 +46,16 @@ def contrast_loss(street: Tensor, clean: Tensor, others: Tensor, temperature: fl
     return (finds + F.cross_entropy(clean @ street.T / temperature, own)) / 2
 
 
-def average_precision(queries: Tensor, gallery: Tensor, k: int = 7) -> Tensor:
-    """AP@k of each query i whose only match is row i of the gallery: 1 / rank, 0 below rank k; float (N,).
+def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:
+    """AP@k of each query i whose only match is row own[i] of the gallery: 1 / rank, 0 below rank k; float (N,).
 
-    `queries`: float (N, D), `gallery`: (M, D) with M >= N, both of length 1. Ties count against the query.
+    `queries`: float (N, D), `gallery`: (M, D), both of length 1. `own`: int64 (N,). Ties count against the query.
 
-    >>> average_precision(torch.eye(2), torch.tensor([[0.0, 1], [0.6, 0.8], [0.8, 0.6]])).tolist()
+    >>> average_precision(torch.eye(2), torch.tensor([[0.0, 1], [0.6, 0.8], [0.8, 0.6]]), torch.tensor([0, 1])).tolist()
     [0.3333333432674408, 0.5]
     """
     scores = queries @ gallery.T
-    rank = (scores >= scores.diagonal()[:, None]).sum(dim=1).float()
+    rank = (scores >= scores.gather(1, own[:, None])).sum(dim=1).float()
     return (1 / rank).where(rank <= k, 0.0)
 
 

@@ -11,31 +11,57 @@ from torch import Tensor
 
 from .descriptor import describe_partial
 
+MOST = 0.9  # of the picture; a mask that covers more has found nothing
+
 
 @dataclass(frozen=True)
 class View:
     """How a query is looked at once its mask is known (conf/query).
 
-    `change(pictures, saliency, pad)` makes the picture that is described: uint8 (B, 3, S, S) and float (B, 1, S, S), 0..1, to
-    uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times the network's
-    size S is, so that what is enlarged stays sharp.
+    `closer`: the network looks again through a window of that many times the product's longer side, for a finer mask and for
+    the descriptor. `change(pictures, saliency, pad)` makes another picture to describe: uint8 (B, 3, S, S) and float
+    (B, 1, S, S), 0..1, to uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how
+    many times the network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask
+    covers less, or nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
+    Raises ValueError for values outside these.
     """
 
-    change: Callable[[Tensor, Tensor, int], Tensor]
+    closer: float | None = None
+    change: Callable[[Tensor, Tensor, int], Tensor] | None = None
     whole: float = 0.0
     detail: float = 1.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.closer is None and self.change is None:
+            raise ValueError("query.view has neither closer nor change; type query=whole for the picture as it is")
+        if self.closer is not None and self.closer < 1:
+            raise ValueError(f"query.view.closer={self.closer}: type 1 or more times the product, or null")
+        if not 0 <= self.whole < 1:
+            raise ValueError(f"query.view.whole={self.whole}: type a share from 0 to below 1, or query=whole for it alone")
+        if self.detail < 1:
+            raise ValueError(f"query.view.detail={self.detail}: type 1 or more times the network's size")
 
     def __str__(self) -> str:
         """What tells its descriptors from another view's."""
-        return f"{describe_partial(self.change)} at {self.detail}, {self.whole} whole"
+        change = None if self.change is None else describe_partial(self.change)
+        return f"closer {self.closer}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
+
+    def trusts(self, saliency: Tensor) -> Tensor:
+        """Which masks, float (B, 1, S, S), can be right: bool (B, 1, 1, 1)."""
+        share = (saliency > 0.5).float().mean(dim=(1, 2, 3), keepdim=True)
+        return ((share > self.least) & (share < MOST)) | (self.least == 0)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return (values + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def resize(pictures: Tensor, side: int) -> Tensor:
     """uint8 (B, 3, S, S) -> uint8 (B, 3, side, side), smoothed before shrinking."""
     if pictures.shape[-1] == side:
         return pictures
-    resized = F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return (resized + 0.5).clamp(0, 255).to(torch.uint8)
+    return _bytes(F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False))
 
 
 def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None) -> Tensor:
@@ -48,27 +74,53 @@ def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None
     ([[55, 175]], [[55, 255]])
     """
     weight = saliency if threshold is None else (saliency > threshold).to(saliency.dtype)
-    return (pictures.float() * weight + pad * (1 - weight) + 0.5).clamp(0, 255).to(torch.uint8)
+    return _bytes(pictures.float() * weight + pad * (1 - weight))
 
 
-def cut_out(pictures: Tensor, saliency: Tensor, pad: int, fill: float, least: float) -> Tensor:
-    """`whiten`, then move and scale the product so that its longer side fills `fill` of the canvas, as in catalogue photos.
+def cut_out(pictures: Tensor, saliency: Tensor, pad: int, fill: float) -> Tensor:
+    """`whiten`, then move and scale the product so that its longer side fills `fill` of the canvas, as in catalogue photos."""
+    return look_through(whiten(pictures, saliency, pad, None), product_window(saliency, 1 / fill), pad)
 
-    Pictures whose mask covers less than `least` of them, or nearly everything, stay as they are: such a mask is wrong.
+
+def product_window(saliency: Tensor, margin: float) -> Tensor:
+    """The square of `margin` times the product's longer side around its middle: float (B, 3), x and y of the middle, -1 to 1,
+    and the side as a share of the canvas; of an empty mask the canvas, `margin` times.
+
+    >>> mask = torch.zeros(1, 1, 8, 8)
+    >>> mask[..., 2:6, 0:2] = 1
+    >>> product_window(mask, 1.5).tolist()
+    [[-0.75, 0.0, 0.75]]
     """
-    size = pictures.shape[-1]
+    height, width = saliency.shape[-2:]
     inside = saliency[:, 0] > 0.5
-    share = inside.float().mean(dim=(1, 2))
     # First and last row (column) that the product touches; of none, the whole canvas.
     rows, columns = inside.any(dim=2).float(), inside.any(dim=1).float()
     top, left = (edge.argmax(dim=1).float() for edge in (rows, columns))
-    bottom, right = (size - edge.flip(1).argmax(dim=1).float() for edge in (rows, columns))
-    zoom = torch.maximum(bottom - top, right - left) / (fill * size)
-    theta = pictures.new_zeros(len(pictures), 2, 3, dtype=torch.float32)
-    theta[:, 0, 0] = theta[:, 1, 1] = zoom
-    theta[:, 0, 2], theta[:, 1, 2] = (left + right) / size - 1, (top + bottom) / size - 1
-    white = whiten(pictures, saliency, pad, None)
+    bottom, right = (edge.shape[1] - edge.flip(1).argmax(dim=1).float() for edge in (rows, columns))
+    side = torch.maximum((bottom - top) / height, (right - left) / width) * margin
+    return torch.stack([(left + right) / width - 1, (top + bottom) / height - 1, side], dim=1)
+
+
+def move_inside(window: Tensor) -> Tensor:
+    """The window moved, and made smaller if need be, so that it does not reach beyond the canvas."""
+    side = window[:, 2:].clamp(max=1)
+    return torch.cat([torch.minimum(torch.maximum(window[:, :2], side - 1), 1 - side), side], dim=1)
+
+
+def look_back(window: Tensor) -> Tensor:
+    """The window through which what was seen through `window` is put back to its place."""
+    middle, side = window[:, :2], window[:, 2:]
+    return torch.cat([-middle, torch.ones_like(side)], dim=1) / side
+
+
+def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
+    """What is seen through a window (see `product_window`), enlarged to the canvas: of (B, C, S, S), uint8 or float, the same.
+
+    `outside`: the value beyond the canvas.
+    """
+    theta = window.new_zeros(len(window), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
+    theta[:, :, 2] = window[:, :2]
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    moved = F.grid_sample(white.float() - pad, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + pad
-    trusted = ((share > least) & (share < 0.9))[:, None, None, None]
-    return torch.where(trusted, (moved + 0.5).clamp(0, 255).to(torch.uint8), pictures)
+    seen = F.grid_sample(pictures.float() - outside, grid, padding_mode="zeros", align_corners=False) + outside
+    return _bytes(seen) if pictures.dtype == torch.uint8 else seen

@@ -14,6 +14,7 @@ import numpy as np
 from ..data.catalog import Catalog, Skipped, stamp
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
+from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor
 from ..models.precision import fastest_precision, pick_device
 from ..models.views import View
@@ -179,7 +180,7 @@ class FeatureExtraction:
             "checkpoint": member.source,
             "pooling": str(member.pooling),
             "source": str(Path(source).expanduser().resolve()),
-            "masks": masks,
+            "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
             "dtype": str(self.dtype),
             "scales": str(self.scales),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from PIL import Image
 
 from beauty_bafe.data.datamodule import VALIDATION_EPOCH, EpochSampler, SaliencyDataModule
 
@@ -82,10 +83,25 @@ def test_validation_pictures_never_change(module) -> None:
 def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
     data = module("data.val_max=3")
     held_back, others = data.val_dataloader()
-    assert sum(len(batch["index"]) for batch in held_back) == 3
+    assert torch.cat([batch["index"] for batch in held_back]).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    seen = next(iter(held_back))["pictures"]
+    assert torch.equal(seen[0], seen[2]), "the photo again"
+    assert not torch.equal(seen[1], seen[3]), "with another street view"
     pictures = torch.cat([batch["pictures"] for batch in others])
     assert len(pictures) == 3, "as many as val_max"
     assert torch.equal(pictures[1], data.train_set[(0, 1)]["pictures"][0]), "as they are"
+
+
+def test_what_a_photo_cannot_tell_is_labelled_half(module, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photo = np.full((64, 64, 3), 255, np.uint8)
+        photo[10:54, 10:54] = (40, 70, 160)
+        photo[20:40, 20:40] = 255  # a hole or a white label
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    data = module(f"data.root={tmp_path}")
+    label = data.train_set[(0, 0)]["masks"][0, 0]
+    assert label[30, 30] == 128
+    assert (label[15, 15], label[5, 5]) == (255, 0)
 
 
 def test_with_a_cache_the_same_samples_come_from_one_file(module, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe.data.backgrounds import procedural_background
-from beauty_bafe.data.foreground import find_foreground
+from beauty_bafe.data.foreground import find_foreground, find_holes
 from beauty_bafe.data.pictures import Picture
 from beauty_bafe.data.toy_products import draw_product
 
@@ -59,6 +59,20 @@ def test_soft_shadow_is_backdrop() -> None:
     result = find_foreground(Picture(rgb, None))
     assert result.trusted
     assert iou(result.mask, true) > 0.9
+
+
+@pytest.mark.parametrize("name", ["white", "off-white", "coloured"])
+def test_holes_are_enclosed_and_of_the_backdrops_colour(name: str) -> None:
+    rgb, true = product_on(BACKDROPS[name])
+    rgb[90:130, 75:125] = BACKDROPS[name][90:130, 75:125]
+    for y in range(140, 165):  # a spot that shades off
+        rgb[y, 70:130] = np.linspace(BACKDROPS[name][y, 70], (40, 70, 160), 60)
+    rgb[50:53, 70:73] = 255  # a speck
+    expected = np.zeros((SIZE, SIZE), bool)
+    expected[90:130, 75:125] = True
+    holes = find_holes(rgb, true)
+    assert np.array_equal(holes, expected)
+    assert not find_holes(rgb, np.full_like(true, 255)).any(), "no backdrop, no colour to compare with"
 
 
 def test_alpha_brings_its_own_mask() -> None:

@@ -47,6 +47,13 @@ def test_overlap_loss_by_hand() -> None:
     assert overlap_loss([fine, coarse], label).item() == pytest.approx(entropy + dice + at_coarse / 4, rel=1e-5)
 
 
+def test_an_edge_through_a_cell_is_learned() -> None:
+    label = torch.zeros(1, 1, 8, 8)
+    label[..., :3] = 1  # the edge runs through the first of two cells
+    sharp, blind = (torch.tensor([left, -9.0]).view(1, 1, 1, 2).repeat(1, 1, 2, 1) for left in (4.0, 9.0))
+    assert overlap_loss([sharp], label) < overlap_loss([blind], label)
+
+
 def test_contrast_loss_against_loops() -> None:
     generator = torch.Generator().manual_seed(0)
     street, clean, others = (F.normalize(torch.randn(n, 8, generator=generator)) for n in (4, 4, 6))
@@ -62,8 +69,9 @@ def test_contrast_loss_against_loops() -> None:
 def test_average_precision_against_the_evaluation() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, gallery = (F.normalize(torch.randn(n, 3, generator=generator)) for n in (20, 30))
+    own = torch.randint(0, 30, (20,), generator=generator)
     answers = {str(i): [str(j) for j in row.argsort(descending=True)[:7].tolist()] for i, row in enumerate(queries @ gallery.T)}
-    truth = {str(i): {str(i)} for i in range(20)}
+    truth = {str(i): {str(j)} for i, j in enumerate(own.tolist())}
     wanted = evaluate(answers, truth, 7).summary()["mAP@7_by_min"]
-    assert average_precision(queries, gallery).mean().item() == pytest.approx(wanted)
+    assert average_precision(queries, gallery, own).mean().item() == pytest.approx(wanted)
     assert 0 < wanted < 1

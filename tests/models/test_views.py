@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from beauty_bafe.models.descriptor import Pooling
-from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.models.views import View, cut_out, resize, whiten
+from beauty_bafe.models.views import View, cut_out, look_back, look_through, move_inside, product_window, resize, whiten
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
 
@@ -40,7 +40,7 @@ def test_scales_and_flips_are_added_at_length_one(extractor: BackgroundAgnosticE
             for picture in (resize(seen, side), resize(seen, side).flip(3)):
                 total += F.normalize(pooling(extractor(picture)))
         torch.testing.assert_close(output, F.normalize(total))
-    saliency = extractor(resize(seen, 64)).saliency(56)[:, 0] * 255
+    saliency = extractor(resize(seen, 64)).saliency(112)[:, 0] * 255
     assert (outputs[-1].float() - saliency).abs().max() < 1, "the mask shown is of the network's own size"
 
 
@@ -53,7 +53,7 @@ def test_one_scale_is_the_plain_descriptor(extractor: BackgroundAgnosticExtracto
 
 @torch.inference_mode()
 def test_a_whitened_picture_is_described_without_its_background(extractor: BackgroundAgnosticExtractor) -> None:
-    view = View(partial(whiten, threshold=0.5))
+    view = View(change=partial(whiten, threshold=0.5))
     seen = pictures(64)
     engine = Engine(Describer(extractor, POOLINGS, masks=False, view=view), "cpu", "32-true", 4, False)
     white = view.change(seen, extractor(seen).saliency(64), 255)
@@ -92,7 +92,7 @@ def scene(size: int, top: int, left: int, height: int, width: int) -> tuple[torc
 def test_a_cut_out_product_fills_the_canvas_wherever_it_was() -> None:
     expected = None
     for size, top, left, height, width in ((64, 8, 16, 16, 32), (64, 40, 30, 16, 32), (64, 2, 2, 8, 16)):
-        (cut,) = cut_out(*scene(size, top, left, height, width), pad=255, fill=0.75, least=0.005)
+        (cut,) = cut_out(*scene(size, top, left, height, width), pad=255, fill=0.75)
         assert (cut[:, :19] == 255).all(), "white above: 0.75 of 64 wide is 48, half as high 24, so 20 rows are left"
         inside = cut[0, 23:41, 12:52].float()
         expected = inside if expected is None else expected
@@ -100,23 +100,83 @@ def test_a_cut_out_product_fills_the_canvas_wherever_it_was() -> None:
         assert [int(cut[0, y, x]) for y, x in ((24, 12), (24, 50), (40, 12), (40, 50))] == [10, 60, 120, 200]
 
 
-@pytest.mark.parametrize(("height", "width"), [(0, 0), (2, 2), (64, 64)])
-def test_a_mask_that_must_be_wrong_leaves_the_picture_as_it_is(height: int, width: int) -> None:
-    picture, mask = scene(64, 0, 0, height, width)
-    assert torch.equal(cut_out(picture, mask, pad=255, fill=0.9, least=0.005), picture)
+def test_what_a_window_shows_can_be_put_back() -> None:
+    picture, mask = scene(64, 44, 4, 8, 16)
+    window = move_inside(product_window(mask, 2.0))
+    assert window.tolist() == [[-0.5, 0.5, 0.5]], "32 of 64 pixels, moved into the lower left corner"
+    seen = look_through(picture, window, 255)
+    expected = F.interpolate(picture[..., 32:, :32].float(), scale_factor=2, mode="bilinear", align_corners=False)
+    inner = (..., slice(1, -1), slice(1, -1))
+    assert (seen[inner].float() - expected[inner]).abs().max() <= 1
+    back = look_through(seen, look_back(window), 0)
+    assert not back[..., :31, :].any(), "nothing was seen there"
+    assert (back[..., 33:, :31].float() - picture[..., 33:, :31]).abs().mean() < 3
+
+
+@pytest.mark.parametrize(("height", "width", "trusted"), [(0, 0, False), (2, 2, False), (64, 64, False), (8, 8, True)])
+def test_a_mask_that_must_be_wrong_is_not_trusted(height: int, width: int, trusted: bool) -> None:
+    _, mask = scene(64, 0, 0, height, width)
+    assert View(closer=1.3, least=0.005).trusts(mask).tolist() == [[[[trusted]]]]
+    assert View(closer=1.3).trusts(mask).all(), "0 trusts all"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ({}, "query.view has neither"),
+        ({"closer": 0.9}, "view.closer"),
+        ({"closer": 2, "whole": 1}, "view.whole=1:"),
+        ({"closer": 2, "detail": 0.5}, "view.detail"),
+    ],
+)
+def test_views_out_of_range_are_refused(words: dict[str, float], error: str) -> None:
+    with pytest.raises(ValueError, match=rf"{error}.*type"):
+        View(**words)
+
+
+class Grey(torch.nn.Module):
+    """An extractor that takes all that is not grey for the product."""
+
+    def __init__(self, extractor: BackgroundAgnosticExtractor) -> None:
+        super().__init__()
+        self.extractor, self.seen = extractor, list[torch.Tensor]()
+        self.size, self.pad, self.mean = extractor.size, extractor.pad, extractor.mean
+
+    def forward(self, pictures: torch.Tensor) -> Extraction:
+        self.seen.append(pictures)
+        logits = ((pictures[:, :1] != 90).float() - 0.5) * 40
+        return self.extractor(pictures)._replace(logits=[logits])
+
+
+@torch.inference_mode()
+def test_the_network_looks_again_from_close_by(extractor: BackgroundAgnosticExtractor) -> None:
+    picture, mask = scene(128, 80, 16, 16, 32)
+    nothing = torch.full_like(picture, 90)
+    network = Grey(extractor)
+    describer = Describer(network, POOLINGS, True, view=View(closer=1.25, detail=2, least=0.005))  # type: ignore[arg-type]
+    assert describer.canvas == 128
+    *vectors, saliency = describer(torch.cat([picture, nothing]))
+    rough = Grey(extractor)(resize(picture, 64)).saliency(128)
+    closer = resize(look_through(picture, move_inside(product_window(rough, 1.25)), 255), 64)
+    assert torch.equal(network.seen[1][0], closer[0])
+    assert torch.equal(network.seen[1][1], resize(nothing, 64)[0]), "where nothing was found it looks at all again"
+    for pooling, output in zip(POOLINGS, vectors, strict=True):
+        torch.testing.assert_close(output, F.normalize(pooling(extractor(network.seen[1]))))
+    wanted = F.interpolate(mask, (112, 112), mode="area")
+    finer, coarser = ((found - wanted[0, 0]).abs().mean() for found in (saliency[0] / 255, resize_mask(rough, 112)[0, 0]))
+    assert finer < 0.7 * coarser
 
 
 @torch.inference_mode()
 def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor) -> None:
-    change = partial(cut_out, fill=0.9, least=0.005)
+    change = partial(cut_out, fill=0.9)
     seen = pictures(128)
     seen[:, :, 30:60, 40:90] //= 8
-    alone, mixed, plain = (
-        Describer(extractor, POOLINGS, True, view=view) for view in (View(change, detail=2), View(change, 0.25, 2), None)
-    )
-    assert (alone.canvas, alone.passes, mixed.passes) == (128, 2, 3)
+    views = (View(1.25, change, detail=2), View(1.25, change, 0.25, 2), None)
+    alone, mixed, plain = (Describer(extractor, POOLINGS, True, view=view) for view in views)
+    assert (alone.canvas, alone.passes, mixed.passes) == (128, 3, 4)
     whole = plain(resize(seen, 64))
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole[:2], strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
-    assert torch.equal(mixed(seen)[2], whole[2]), "the mask shown is of the picture as it came"
-    assert str(View(change, 0.25, 2)) == "cut_out(fill=0.9, least=0.005) at 2, 0.25 whole"
+    assert torch.equal(alone(seen)[2], mixed(seen)[2])
+    assert str(views[1]) == "closer 1.25, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0"
