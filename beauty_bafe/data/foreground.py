@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import cv2
@@ -76,9 +77,11 @@ def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
     if not len(outside):
         return np.zeros(mask.shape, bool)
     backdrop = np.median(outside, axis=0)
-    distance = np.abs(photo.astype(np.int16) - backdrop.astype(np.int16)).max(axis=2)
-    similar = ((distance < HOLE_EDGE) & (mask > 127)).astype(np.uint8)
+    distance = reduce(cv2.max, cv2.split(cv2.absdiff(photo, np.append(backdrop, 0.0))))
+    similar = ((distance < HOLE_EDGE) & (mask > 127)).view(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(similar, connectivity=4)
+    if count == 1:
+        return np.zeros(mask.shape, bool)
     same = np.bincount(labels[distance < HOLE_NOISE], minlength=count)
     area = stats[:, cv2.CC_STAT_AREA]
     holes = (area > MIN_HOLE * mask.size) & (same > 0.5 * area)
