@@ -18,16 +18,16 @@ export HF_HUB_OFFLINE = 1
 	@touch $@
 
 demo: .venv/installed
-	@rm -rf $(DEMO)/train $(DEMO)/average $(DEMO)/attention $(DEMO)/features
+	@rm -rf $(DEMO)/train $(DEMO)/frozen $(DEMO)/trained $(DEMO)/features
 	$(BIN)/python -m beauty_bafe.data.toy --root $(DEMO)/toy --products 240 --queries 120 --seed 7
 	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
-	$(BIN)/python retrieve.py pooling=spoc report=false checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
-	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/average
-	$(BIN)/python retrieve.py pooling=attention checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
-	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/attention
-	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/average $(DEMO)/attention --against $(DEMO)/average
-	@echo "submission  $(DEMO)/attention/submission.csv"
-	@echo "report      $(DEMO)/attention/report.html"
+	$(BIN)/python retrieve.py model=efficientnet_lite0 pooling=spoc report=false \
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/frozen
+	$(BIN)/python retrieve.py experiment=best_single checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/trained
+	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/frozen $(DEMO)/trained --against $(DEMO)/frozen
+	@echo "submission  $(DEMO)/trained/submission.csv"
+	@echo "report      $(DEMO)/trained/report.html"
 
 test: .venv/installed
 	$(BIN)/ruff format --check .

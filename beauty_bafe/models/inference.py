@@ -136,13 +136,20 @@ class Describer(nn.Module):
     def forward(self, pictures: Tensor) -> list[Tensor]:
         whole = self.extractor(resize(pictures, self.extractor.size))
         if self.view is None:
-            outputs = self._describe(pictures, whole)
-            return [*outputs, self._keep(whole.saliency(MASK_SIZE))] if self.masks else outputs
-        view, pad, saliency = self.view, self.extractor.pad, whole.saliency(self.canvas)
+            outputs, saliency = self._describe(pictures, whole), whole.saliency(MASK_SIZE)
+        else:
+            outputs, saliency = self._look(self.view, pictures, whole)
+        if self.masks:
+            outputs.append((resize_mask(saliency, MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
+        return outputs
+
+    def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
+        """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
+        saliency, pad = whole.saliency(self.canvas), self.extractor.pad
         trusted = view.trusts(saliency)
         seen, known = pictures, whole
         if view.closer is not None:
-            canvas = torch.tensor([[0.0, 0.0, 1.0]], device=pictures.device)
+            canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
             seen = look_through(pictures, window, pad)
             known = self.extractor(resize(seen, self.extractor.size))
@@ -154,11 +161,7 @@ class Describer(nn.Module):
         if view.whole > 0:
             both = zip(outputs, self._describe(pictures, whole), strict=True)
             outputs = [F.normalize((1 - view.whole) * one + view.whole * other) for one, other in both]
-        return [*outputs, self._keep(resize_mask(saliency, MASK_SIZE))] if self.masks else outputs
-
-    @staticmethod
-    def _keep(saliency: Tensor) -> Tensor:
-        return (saliency[:, 0] * 255 + 0.5).to(torch.uint8)
+        return outputs, saliency
 
     def _describe(self, pictures: Tensor, known: Extraction | None) -> list[Tensor]:
         """A descriptor for each pooling; `known`: what the network said of these pictures at its own size already."""

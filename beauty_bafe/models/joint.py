@@ -21,12 +21,8 @@ class JointModule(SaliencyModule):
 
     The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
     `backbone_lr`: of the network; both rise for `warmup` steps, then fall along a cosine. `contrast`: weight of InfoNCE at
-    `temperature`; the descriptor is GeM of power `p` under the predicted mask. `memory`: catalogue photos seen before that are
-    negatives as well (cross-batch memory, Wang et al., CVPR 2020), 0 for the batch's own alone.
+    `temperature`, between the products of a batch; the descriptor is GeM of power `p` under the predicted mask.
     """
-
-    memory: Tensor
-    memory_ids: Tensor
 
     def __init__(
         self,
@@ -38,45 +34,30 @@ class JointModule(SaliencyModule):
         contrast: float,
         temperature: float,
         p: float,
-        memory: int,
     ) -> None:
         super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
-        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p, "memory": memory}
+        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
-        self.register_buffer("memory", torch.zeros(memory, self.extractor.backbone.last_channels))
-        self.register_buffer("memory_ids", torch.full((memory,), -1))
 
     def describe(self, extraction: Extraction) -> Tensor:
         # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
         weight = resize_mask(extraction.masks[-1].detach(), extraction.last.shape[-2:])
         return F.normalize(gem(extraction.last.float(), weight, self.p))
 
-    def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
+    def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
         vectors = self.describe(extraction)
         clean, street = vectors[0::2], vectors[1::2]
-        contrast = contrast_loss(street, clean, self.memory[self._others(index)], self.temperature)
-        self._remember(clean.detach(), index)
+        # The batch alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
+        contrast = contrast_loss(street, clean, self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(index))
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(clean))
         return mask + self.contrast * contrast
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         assert extraction.logits is not None, "the decoder is topdown"
         return overlap_loss(extraction.logits, label)
-
-    def _others(self, index: Tensor) -> Tensor:
-        """Which rows of the memory show a product that is not in this batch."""
-        return (self.memory_ids >= 0) & ~torch.isin(self.memory_ids, index)
-
-    def _remember(self, clean: Tensor, index: Tensor) -> None:
-        """The newest come first; a product's older descriptor goes, so that none counts twice."""
-        kept = self._others(index)
-        ids = torch.cat([index, self.memory_ids[kept]])[: len(self.memory_ids)]
-        rows = torch.cat([clean, self.memory[kept]])[: len(self.memory_ids)]
-        self.memory_ids.fill_(-1)[: len(ids)] = ids
-        self.memory[: len(rows)] = rows
 
     def configure_optimizers(self) -> Any:
         decoder = self.extractor.decoder

@@ -36,9 +36,8 @@ class SaliencyModule(pl.LightningModule):
         weight = resize_mask(extraction.masks[-1], extraction.last.shape[-2:])
         return F.normalize(spoc(extraction.last.float(), weight))
 
-    def training_loss(self, extraction: Extraction, label: Tensor, index: Tensor) -> Tensor:
-        """What is minimised, of 2B pictures (original and augmented in turn), their masks, float (2B, 1, H, W) in 0..1, and
-        the numbers of the B photos."""
+    def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
+        """What is minimised, of 2B pictures (original and augmented in turn) and their masks, float (2B, 1, H, W) in 0..1."""
         return self.validation_loss(extraction, label)
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class SaliencyModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         label = batch["masks"].float() / 255
-        loss = self.training_loss(self.extractor(batch["pictures"]), label, batch["index"])
+        loss = self.training_loss(self.extractor(batch["pictures"]), label)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
         return loss
 

@@ -36,14 +36,11 @@ def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
     return total
 
 
-def contrast_loss(street: Tensor, clean: Tensor, others: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (Oord et al., 2018) both ways between float (B, D) of length 1: row i of each shows product i. Gives a scalar.
-
-    `others`: (M, D), clean photos of other products, which street views are told from as well.
-    """
+def contrast_loss(street: Tensor, clean: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (Oord et al., 2018) both ways between float (B, D) of length 1: row i of each shows product i. Gives a scalar."""
     own = torch.arange(len(street), device=street.device)
-    finds = F.cross_entropy(street @ torch.cat([clean, others]).T / temperature, own)
-    return (finds + F.cross_entropy(clean @ street.T / temperature, own)) / 2
+    scores = street @ clean.T / temperature
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
 def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:

@@ -1,4 +1,4 @@
-"""The joint objective: what it trains, what it remembers, and its checkpoint."""
+"""The joint objective: what it trains, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ SETTINGS: dict[str, Any] = {
     "contrast": 0.5,
     "temperature": 0.1,
     "p": 3.0,
-    "memory": 6,
 }
 
 
@@ -80,21 +79,6 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
         one, other = extractor(pictures), module.extractor.eval()(pictures)
     assert torch.equal(one.last, other.last)
     assert torch.equal(one.saliency(64), other.saliency(64))
-
-
-def test_the_memory_holds_each_product_once_the_newest_first(tiny: dict[str, Any]) -> None:
-    module = JointModule(tiny, **SETTINGS)
-    width = module.memory.shape[1]
-    for products in ([0, 1], [2, 3], [1, 4], [5, 6]):
-        rows = torch.tensor(products)[:, None].expand(-1, width).float()
-        assert not set(module.memory_ids[module._others(torch.tensor(products))].tolist()) & {-1, *products}
-        module._remember(rows, torch.tensor(products))
-    assert module.memory_ids.tolist() == [5, 6, 1, 4, 2, 3], "the oldest, 0, went for want of room"
-    assert module.memory[:, 0].tolist() == [5, 6, 1, 4, 2, 3]
-
-
-def test_without_a_memory_the_batch_alone_is_told_apart(tiny: dict[str, Any], tmp_path: Path) -> None:
-    fit(JointModule(tiny, **SETTINGS | {"memory": 0}), tmp_path, 1)
 
 
 def test_the_descriptor_does_not_move_the_mask(tiny: dict[str, Any]) -> None:

@@ -56,14 +56,14 @@ def test_an_edge_through_a_cell_is_learned() -> None:
 
 def test_contrast_loss_against_loops() -> None:
     generator = torch.Generator().manual_seed(0)
-    street, clean, others = (F.normalize(torch.randn(n, 8, generator=generator)) for n in (4, 4, 6))
+    street, clean = (F.normalize(torch.randn(4, 8, generator=generator)) for _ in range(2))
     total = 0.0
     for i in range(4):
-        finds = [math.exp(float(street[i] @ row) / 0.1) for row in [*clean, *others]]
+        finds = [math.exp(float(street[i] @ row) / 0.1) for row in clean]
         found = [math.exp(float(clean[i] @ row) / 0.1) for row in street]
         total -= (math.log(finds[i] / sum(finds)) + math.log(found[i] / sum(found))) / 2
-    assert contrast_loss(street, clean, others, 0.1).item() == pytest.approx(total / 4, rel=1e-4)
-    assert contrast_loss(clean, clean, others, 0.01).item() < 0.1 < contrast_loss(street, clean, others, 0.01).item()
+    assert contrast_loss(street, clean, 0.1).item() == pytest.approx(total / 4, rel=1e-4)
+    assert contrast_loss(clean, clean, 0.01).item() < 0.1 < contrast_loss(street, clean, 0.01).item()
 
 
 def test_average_precision_against_the_evaluation() -> None:
