@@ -135,12 +135,10 @@ class Describer(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         whole = self.extractor(resize(pictures, self.extractor.size))
-        if self.view is None:
-            outputs, saliency = self._describe(pictures, whole), whole.saliency(MASK_SIZE)
-        else:
-            outputs, saliency = self._look(self.view, pictures, whole)
+        outputs, saliency = self._look(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
         if self.masks:
-            outputs.append((resize_mask(saliency, MASK_SIZE)[:, 0] * 255 + 0.5).to(torch.uint8))
+            drawn = whole.saliency(MASK_SIZE) if saliency is None else resize_mask(saliency, MASK_SIZE)
+            outputs.append((drawn[:, 0] * 255 + 0.5).to(torch.uint8))
         return outputs
 
     def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
