@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from torch.utils.data import DataLoader
 
 from beauty_bafe.models.precision import fastest_precision, keep_memory
 
@@ -116,9 +117,9 @@ def measure(arguments: argparse.Namespace, objective: str, way: str) -> dict[str
         data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
         data.setup()
         loader = data.train_dataloader()
-        one = next(iter(loader))
+        same = DataLoader([next(iter(loader))] * (WARM_UP + arguments.count + 1), batch_size=None)
         runs: dict[str, float] = {"loader": rate(loader, arguments.count)}
-        for name, batches in {"step": [one] * (WARM_UP + arguments.count + 1), "both": loader}.items():
+        for name, batches in {"step": same, "both": loader}.items():
             module = instantiate(cfg.objective, model=model, _recursive_=False, _convert_="all")
             runs[name] = ours(module, batches, arguments.count) if way == "ours" else plain(module, batches, arguments.count)
     return runs
