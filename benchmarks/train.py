@@ -35,7 +35,7 @@ def rate(batches: Iterable[dict[str, torch.Tensor]], count: int) -> float:
     times, seen = [], 0
     for number, batch in enumerate(batches):
         times.append(time.perf_counter())
-        seen += len(batch["pictures"]) if number > WARM_UP else 0
+        seen += batch["pictures"].shape[:2].numel() if number > WARM_UP else 0
         if len(times) == WARM_UP + count + 1:
             break
     return seen / (times[-1] - times[WARM_UP])
@@ -49,7 +49,7 @@ class Clock(pl.Callback):
         self.seen = 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen += len(batch["pictures"]) if len(self.times) > WARM_UP else 0
+        self.seen += batch["pictures"].shape[:2].numel() if len(self.times) > WARM_UP else 0
         torch.cuda.synchronize() if torch.cuda.is_available() else None
         self.times.append(time.perf_counter())
 

@@ -35,6 +35,10 @@ class Surroundings(NamedTuple):
 
 
 class Augmentation(Protocol):
+    """`holes`: the share of views, 0 to 1, that see through what a product encloses (`find_holes`)."""
+
+    holes: float
+
     def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample: ...
 
 
@@ -45,6 +49,8 @@ class PaperAugmentation:
     blurred), on one colour, on white; colour jitter on the result. The mask is warped with the photo, which on clean
     pictures equals the authors' thresholding after the warp and spares its faults on near-white products.
     """
+
+    holes = 0.0
 
     def __init__(
         self,

@@ -25,11 +25,11 @@ VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, 
 
 
 class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
-    """Item (epoch, index): the letterboxed photo and its augmented version with their masks.
+    """Item (epoch, index): the letterboxed photo and `views` street views of it, with their masks.
 
-    `pictures`: uint8 (2, 3, S, S), original first. `masks`: uint8 (2, 1, S, S), 0 to 255, and 128 where the original does not
-    tell (`find_holes`). `index`: int64 (1,). Drawn from a generator seeded by (seed, epoch, index) alone, so the number of
-    workers and the order of reading change nothing.
+    `pictures`: uint8 (1 + views, 3, S, S), the photo first. `masks`: uint8 (1 + views, 1, S, S), 0 to 255, and 128 where the
+    photo does not tell (`find_holes`) and the augmentation shows it either way. Drawn from generators seeded by
+    (seed, epoch, index, view) alone, so the number of workers and the order of reading change nothing.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         backgrounds: Backgrounds,
         load: Callable[[Path], Sample],
         seed: int,
+        views: int = 1,
     ) -> None:
         self.catalog, self.augmentation, self.backgrounds = catalog, augmentation, backgrounds
-        self.load, self.seed = load, seed
+        self.load, self.seed, self.views = load, seed, views
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -52,16 +53,15 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        original = self.sample(index)
+        photo, mask = self.sample(index)
         surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(int(rng.integers(len(self)))))
-        augmented = self.augmentation(*original, surroundings, rng)
-        pictures = np.stack([original.photo, augmented.photo]).transpose(0, 3, 1, 2)
-        # Half: a photo does not tell whether what is enclosed is a hole, its street views show it as either.
-        label = np.where(find_holes(*original), np.uint8(128), original.mask)
-        masks = np.stack([label, augmented.mask])[:, None]
-        pair = {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
-        return pair | {"index": torch.tensor([index])}
+        draws = (np.random.default_rng((self.seed, epoch, index, view)) for view in range(self.views))
+        views = [self.augmentation(photo, mask, surroundings, rng) for rng in draws]
+        # Half: the photo does not tell whether what is enclosed is a hole, its street views show it as either.
+        label = np.where(find_holes(photo, mask), np.uint8(128), mask) if self.augmentation.holes else mask
+        pictures = np.stack([photo, *(view.photo for view in views)]).transpose(0, 3, 1, 2)
+        masks = np.stack([label, *(view.mask for view in views)])[:, None]
+        return {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
 
 
 class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
@@ -76,11 +76,6 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         photo = self.load(self.catalog.paths[index]).photo
         return {"pictures": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))[None]}
-
-
-def join_samples(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """B items -> 2B pictures and masks, item by item, and B numbers."""
-    return {key: torch.cat([item[key] for item in items]) for key in items[0]}
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -201,8 +196,8 @@ class SaliencyDataModule(pl.LightningDataModule):
         backgrounds = Backgrounds(photos)
         load = self.cache or partial(load_photo, size=self.size)
         self.val_set, self.train_set = (
-            ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed)
-            for part in (shuffled[:held_back], shuffled[held_back:])
+            ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed, views)
+            for part, views in ((shuffled[:held_back], self.val_views), (shuffled[held_back:], 1))
         )
 
     def describe(self) -> str:
@@ -252,10 +247,11 @@ class SaliencyDataModule(pl.LightningDataModule):
         """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them."""
         assert self.val_set is not None
         assert self.train_set is not None
-        keys = [(VALIDATION_EPOCH - view, index) for index in range(len(self.val_set)) for view in range(self.val_views)]
+        keys = [(VALIDATION_EPOCH, index) for index in range(len(self.val_set))]
         others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
         return [
-            self._loader(self.val_set, cut(keys, self.batch_size)),
+            # As many pictures at once as in training.
+            self._loader(self.val_set, cut(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
             self._loader(others, cut(range(len(others)), 2 * self.batch_size)),
         ]
 
@@ -264,7 +260,6 @@ class SaliencyDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            collate_fn=join_samples,
             worker_init_fn=quiet_worker,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -93,7 +93,7 @@ class History(Callback):
         self._pictures, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._pictures += len(batch["pictures"]) * trainer.world_size
+        self._pictures += batch["pictures"].shape[:2].numel() * trainer.world_size
         self._seconds = time.perf_counter() - self._since
 
     @property
@@ -151,7 +151,7 @@ class SamplePictures(Callback):
     ) -> None:
         if batch_idx or dataloader_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        pictures, labels = batch["pictures"][1::2][: self.count], batch["masks"][1::2][: self.count]
+        pictures, labels = (batch[key][: self.count, 1] for key in ("pictures", "masks"))
         extraction, size = pl_module.extractor(pictures), labels.shape[-1]
         one = extraction.logits is not None  # a decoder draws one mask from all taps
         masks = [extraction.saliency(size)] if one else [resize_mask(mask, size) for mask in extraction.masks]

@@ -47,8 +47,7 @@ class JointModule(SaliencyModule):
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
-        vectors = self.describe(extraction)
-        clean, street = vectors[0::2], vectors[1::2]
+        clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
         # The batch alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
         contrast = contrast_loss(street, clean, self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():

@@ -29,7 +29,8 @@ class SaliencyModule(pl.LightningModule):
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
-        self._seen: dict[str, list[Tensor]] = {}
+        self._held_back: list[Tensor] = []
+        self._others: list[Tensor] = []
 
     def describe(self, extraction: Extraction) -> Tensor:
         """Descriptors of the kind this objective is for, float (B, D) of length 1."""
@@ -37,7 +38,7 @@ class SaliencyModule(pl.LightningModule):
         return F.normalize(spoc(extraction.last.float(), weight))
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        """What is minimised, of 2B pictures (original and augmented in turn) and their masks, float (2B, 1, H, W) in 0..1."""
+        """What is minimised, of 2B pictures (photo and street view in turn) and their masks, float (2B, 1, H, W) in 0..1."""
         return self.validation_loss(extraction, label)
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
@@ -45,39 +46,37 @@ class SaliencyModule(pl.LightningModule):
         return saliency_loss(extraction.masks, label)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        label = batch["masks"].float() / 255
-        loss = self.training_loss(self.extractor(batch["pictures"]), label)
+        label = batch["masks"].flatten(0, 1).float() / 255
+        loss = self.training_loss(self.extractor(batch["pictures"].flatten(0, 1)), label)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._seen = {"street": [], "clean": [], "index": [], "others": []}
+        self._held_back, self._others = [], []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Held-back photos and their street views (first loader); photos of the training set to mistake them for (second)."""
-        extraction = self.extractor(batch["pictures"])
-        vectors = self.describe(extraction)
+        pictures = batch["pictures"]
+        extraction = self.extractor(pictures.flatten(0, 1))
+        vectors = self.describe(extraction).unflatten(0, pictures.shape[:2])
         if dataloader_idx:
-            self._seen["others"].append(vectors)
+            self._others.append(vectors)
             return
-        # Originals stand at even places; only the augmented pictures tell something.
-        self._seen["clean"].append(vectors[0::2])
-        self._seen["street"].append(vectors[1::2])
-        self._seen["index"].append(batch["index"])
-        label = batch["masks"].float() / 255
-        metrics = {key: value[1::2].mean() for key, value in mask_metrics(extraction.saliency(label.shape[-1]), label).items()}
+        self._held_back.append(vectors)
+        label = batch["masks"].flatten(0, 1).float() / 255
+        found = mask_metrics(extraction.saliency(label.shape[-1]), label)
+        # Of the street views: on a photo the mask is easy.
+        metrics = {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean() for key, value in found.items()}
         metrics["loss"] = self.validation_loss(extraction, label)
         for key, value in metrics.items():
-            self.log(f"val/{key}", value, batch_size=len(label) // 2, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"val/{key}", value, batch_size=len(pictures), sync_dist=True, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
-        street, clean, index = (torch.cat(self._seen[key]) for key in ("street", "clean", "index"))
-        # A photo comes once with each of its street views; the gallery holds it once.
-        ids, own = index.unique(return_inverse=True)
-        once = clean.new_zeros(len(ids), clean.shape[1]).index_copy(0, own, clean)
-        gallery = torch.cat([once, *self._seen["others"]])
-        self.log("val/mAP@7", average_precision(street, gallery, own).mean(), prog_bar=True, sync_dist=True)
-        self._seen.clear()
+        held_back = torch.cat(self._held_back)
+        clean, street = held_back[:, 0], held_back[:, 1:]
+        gallery = torch.cat([clean, *(vectors[:, 0] for vectors in self._others)])
+        own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
+        self.log("val/mAP@7", average_precision(street.flatten(0, 1), gallery, own).mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)

@@ -9,7 +9,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from beauty_bafe.data.datamodule import join_samples
 from beauty_bafe.models.callbacks import Checkpoints, History, SamplePictures
 from beauty_bafe.models.module import SaliencyModule
 
@@ -21,14 +20,14 @@ class Pictures(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
-        return {"pictures": pictures, "masks": pictures[:, :1], "index": torch.tensor([index])}
+        return {"pictures": pictures, "masks": pictures[:, :1]}
 
 
 def fit(
     folder: Path, tiny: dict[str, Any], epochs: int, ckpt_path: Path | None = None, extra: list[Any] | None = None
 ) -> pl.Trainer:
     torch.manual_seed(0)
-    loader = torch.utils.data.DataLoader(Pictures(), batch_size=1, collate_fn=join_samples)
+    loader = torch.utils.data.DataLoader(Pictures(), batch_size=1)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

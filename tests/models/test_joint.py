@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
-from beauty_bafe.data.datamodule import join_samples
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
@@ -39,11 +38,11 @@ class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         pictures, masks = torch.stack([torch.full_like(noise, 255), noise]), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
         pictures[:, :, 16:48, 16:48] = torch.tensor([40 * index, 200, 90], dtype=torch.uint8)[:, None, None]
         masks[:, :, 16:48, 16:48] = 255
-        return {"pictures": pictures, "masks": masks, "index": torch.tensor([index])}
+        return {"pictures": pictures, "masks": masks}
 
 
 def fit(module: JointModule, folder: Path, epochs: int) -> pl.Trainer:
-    loader = torch.utils.data.DataLoader(Pairs(), batch_size=2, collate_fn=join_samples)
+    loader = torch.utils.data.DataLoader(Pairs(), batch_size=2)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
