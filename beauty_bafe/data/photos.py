@@ -65,6 +65,7 @@ class PhotoCache:
         """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
 
         A photo is listed once its pixels are on disk, so that a killed run goes on where it was. Processes take turns.
+        Raises OSError where the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [f"{path.resolve()} {stamp(path)}" for path in catalog.paths]
@@ -73,17 +74,8 @@ class PhotoCache:
             # A file is kept once, whatever the number of its ids: the next free row is counted by them.
             lacking = list({name: index for index, name in enumerate(names) if name not in self.looks}.values())
             if lacking:
-                with self.pixels.open("r+b" if self.pixels.exists() else "wb") as pixels, self.list.open("ab") as lines:
-                    for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
-                        row = None
-                        if found.pixels is not None:
-                            row = len(self.rows)
-                            pixels.seek(row * found.pixels.nbytes)
-                            pixels.write(found.pixels.tobytes())
-                            pixels.flush()
-                        lines.write((json.dumps([names[index], row, found.reason, found.unreadable]) + "\n").encode())
-                        lines.flush()
-                        self._add(names[index], row, found.reason, found.unreadable)
+                for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
+                    self._keep(names[index], found)
         return [self.looks[name] for name in names]
 
     def __call__(self, path: Path) -> Sample:
@@ -95,6 +87,23 @@ class PhotoCache:
         # Mapped anew each time: it costs microseconds, and nothing has to travel to worker processes.
         pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
         return Sample(np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3]))
+
+    def _keep(self, name: str, found: Look) -> None:
+        row = None
+        try:
+            if found.pixels is not None:
+                row = len(self.rows)
+                with self.pixels.open("r+b" if self.pixels.exists() else "wb") as pixels:
+                    pixels.seek(row * found.pixels.nbytes)
+                    pixels.write(found.pixels.tobytes())
+            with self.list.open("ab") as lines:
+                lines.write((json.dumps([name, row, found.reason, found.unreadable]) + "\n").encode())
+        except OSError as error:
+            raise OSError(
+                f"could not write '{self.folder}' ({error}); what it holds is kept. Type data.cache=FOLDER on a disk with more "
+                "room, or data.cache=null to read the files every time"
+            ) from error
+        self._add(name, row, found.reason, found.unreadable)
 
     def _read(self) -> None:
         self.looks, self.rows = {}, {}

@@ -70,6 +70,14 @@ def test_a_killed_run_goes_on(shop: Catalog, tmp_path: Path) -> None:
     assert np.array_equal(PhotoCache(tmp_path / "cache", 64).fill(shop, Looker(0)), cache.fill(shop, Looker(0)))
 
 
+def test_a_full_disk_says_what_to_type(shop: Catalog, tmp_path: Path) -> None:
+    cache = PhotoCache(tmp_path / "cache", 64)
+    cache.folder.mkdir(parents=True)
+    cache.pixels.symlink_to("/dev/full")  # takes nothing
+    with pytest.raises(OSError, match=r"could not write '.*cache.*'.*data.cache=null"):
+        cache.fill(shop, Looker())
+
+
 def test_a_changed_photo_is_looked_at_again(shop: Catalog, tmp_path: Path) -> None:
     cache = PhotoCache(tmp_path / "cache", 64)
     cache.fill(shop, Looker())
