@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
-from .views import View, look_back, look_through, move_inside, product_window, resize
+from .views import View, follow_edges, look_back, look_through, move_inside, product_window, resize
 
 MASK_SIZE = 112  # kept of queries alone; coarser grids blur edges
 GPU_BATCH = 256  # pictures
@@ -145,13 +145,17 @@ class Describer(nn.Module):
         """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
         saliency, pad = whole.saliency(self.canvas), self.extractor.pad
         trusted = view.trusts(saliency)
-        seen, known = pictures, whole
+        seen, known, window = pictures, whole, None
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
             seen = look_through(pictures, window, pad)
             known = self.extractor(resize(seen, self.extractor.size))
-            saliency = look_through(known.saliency(self.canvas), look_back(window), 0)
+            saliency = known.saliency(self.canvas)
+        if view.edges > 0:
+            saliency = follow_edges(saliency, seen, view.edges)
+        if window is not None:
+            saliency = look_through(saliency, look_back(window), 0)
         if view.change is None:
             outputs = self._describe(seen, known)
         else:

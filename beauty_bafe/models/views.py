@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .descriptor import describe_partial
+from .extractor import resize_mask
 
 MOST = 0.9  # of the picture; a mask that covers more has found nothing
+EDGE_STRIDE = 8  # pixels a cell of the grid on which edges are looked for
+FAINT = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge
+STEEPNESS = 3.0  # what colours can tell apart only in part comes out between 0 and 1
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,16 @@ class View:
     """How a query is looked at once its mask is known (conf/query).
 
     `closer`: the network looks again through a window of that many times the product's longer side, for a finer mask and for
-    the descriptor. `change(pictures, saliency, pad)` makes another picture to describe: uint8 (B, 3, S, S) and float
-    (B, 1, S, S), 0..1, to uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how
-    many times the network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask
-    covers less, or nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
+    the descriptor. `edges`: share of what is seen, 0..1, within which the mask follows the colours (`follow_edges`); 0: as
+    drawn. `change(pictures, saliency, pad)` makes another picture to describe: uint8 (B, 3, S, S) and float (B, 1, S, S), 0..1,
+    to uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times the
+    network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask covers less, or
+    nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
     Raises ValueError for values outside these.
     """
 
     closer: float | None = None
+    edges: float = 0.0
     change: Callable[[Tensor, Tensor, int], Tensor] | None = None
     whole: float = 0.0
     detail: float = 1.0
@@ -37,6 +43,8 @@ class View:
             raise ValueError("query.view has neither closer nor change; type query=whole for the picture as it is")
         if self.closer is not None and self.closer < 1:
             raise ValueError(f"query.view.closer={self.closer}: type 1 or more times the product, or null")
+        if not 0 <= self.edges <= 1:
+            raise ValueError(f"query.view.edges={self.edges}: type a share from 0 (the mask as drawn) to 1")
         if not 0 <= self.whole < 1:
             raise ValueError(f"query.view.whole={self.whole}: type a share from 0 to below 1, or query=whole for it alone")
         if self.detail < 1:
@@ -45,7 +53,7 @@ class View:
     def __str__(self) -> str:
         """What tells its descriptors from another view's."""
         change = None if self.change is None else describe_partial(self.change)
-        return f"closer {self.closer}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
+        return f"closer {self.closer}, edges {self.edges}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
 
     def trusts(self, saliency: Tensor) -> Tensor:
         """Which masks, float (B, 1, S, S), can be right: bool (B, 1, 1, 1)."""
@@ -62,6 +70,37 @@ def resize(pictures: Tensor, side: int) -> Tensor:
     if pictures.shape[-1] == side:
         return pictures
     return _bytes(F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False))
+
+
+def follow_edges(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
+    """The mask moved to the edges that the picture's colours show: a guided filter (He et al., TPAMI 2013), steepened.
+
+    Around each place, `reach` of the side to each direction, the mask is fitted as a linear function of the colour (on a
+    coarser grid: He and Sun, 2015); all fits that cover a pixel then speak for it by its own colour.
+    `saliency`: float (B, 1, S, S), 0..1. `pictures`: uint8 (B, 3, S, S). Gives the like of `saliency`.
+    """
+    colour, cells = pictures.float() / 255, max(1, pictures.shape[-1] // EDGE_STRIDE)
+    radius = round(reach * cells)
+
+    def mean(values: Tensor) -> Tensor:
+        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+    guide, mask = F.adaptive_avg_pool2d(colour, cells), resize_mask(saliency, cells)
+    middle, level = mean(guide), mean(mask)
+    x, y, z = guide.split(1, dim=1)
+    shared = [
+        mean(guide * channel) - middle * average for channel, average in zip((x, y, z), middle.split(1, dim=1), strict=True)
+    ]
+    # The covariance's rows; its inverse is made of their cross products.
+    rows = [row + FAINT * torch.eye(3, device=row.device)[i].view(1, 3, 1, 1) for i, row in enumerate(shared)]
+    crossed = [torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)]
+    determinant = (rows[0] * crossed[0]).sum(dim=1, keepdim=True)
+    with_mask = (mean(guide * mask) - middle * level).split(1, dim=1)
+    slope = torch.stack([one * other for one, other in zip(crossed, with_mask, strict=True)]).sum(dim=0) / determinant
+    offset = level - (slope * middle).sum(dim=1, keepdim=True)
+    fit = F.interpolate(mean(torch.cat([slope, offset], dim=1)), saliency.shape[-2:], mode="bilinear", align_corners=False)
+    fitted = (fit[:, :3] * colour).sum(dim=1, keepdim=True) + fit[:, 3:]
+    return (STEEPNESS * (fitted - 0.5) + 0.5).clamp(0, 1)
 
 
 def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None) -> Tensor:

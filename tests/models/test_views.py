@@ -13,7 +13,17 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.models.views import View, cut_out, look_back, look_through, move_inside, product_window, resize, whiten
+from beauty_bafe.models.views import (
+    View,
+    cut_out,
+    follow_edges,
+    look_back,
+    look_through,
+    move_inside,
+    product_window,
+    resize,
+    whiten,
+)
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
 
@@ -125,6 +135,7 @@ def test_a_mask_that_must_be_wrong_is_not_trusted(height: int, width: int, trust
     [
         ({}, "query.view has neither"),
         ({"closer": 0.9}, "view.closer"),
+        ({"closer": 2, "edges": 1.5}, "view.edges=1.5:"),
         ({"closer": 2, "whole": 1}, "view.whole=1:"),
         ({"closer": 2, "detail": 0.5}, "view.detail"),
     ],
@@ -172,11 +183,57 @@ def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor
     change = partial(cut_out, fill=0.9)
     seen = pictures(128)
     seen[:, :, 30:60, 40:90] //= 8
-    views = (View(1.25, change, detail=2), View(1.25, change, 0.25, 2), None)
+    views = (View(1.25, 0.0, change, detail=2), View(1.25, 0.0, change, 0.25, 2), None)
     alone, mixed, plain = (Describer(extractor, POOLINGS, True, view=view) for view in views)
     assert (alone.canvas, alone.passes, mixed.passes) == (128, 3, 4)
     whole = plain(resize(seen, 64))
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole[:2], strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
     assert torch.equal(alone(seen)[2], mixed(seen)[2])
-    assert str(views[1]) == "closer 1.25, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0"
+    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0"
+
+
+def guided_slowly(mask: torch.Tensor, guide: torch.Tensor, radius: int, faint: float) -> torch.Tensor:
+    """Window by window: ridge regression of the mask (H, W) on the colours (3, H, W); the mean of all fits at each cell."""
+    height, width = mask.shape
+    fits = torch.zeros(4, height, width, dtype=torch.float64)
+    windows = [
+        [(slice(max(0, y - radius), y + radius + 1), slice(max(0, x - radius), x + radius + 1)) for x in range(width)]
+        for y in range(height)
+    ]
+    for y, row in enumerate(windows):
+        for x, window in enumerate(row):
+            colours, wanted = guide[:, *window].flatten(1).double(), mask[window].flatten().double()
+            centred = colours - colours.mean(dim=1, keepdim=True)
+            covariance = centred @ centred.T / centred.shape[1] + faint * torch.eye(3)
+            slope = torch.linalg.solve(covariance, centred @ (wanted - wanted.mean()) / centred.shape[1])
+            fits[:, y, x] = torch.cat([slope, (wanted.mean() - slope @ colours.mean(dim=1))[None]])
+    mean = torch.stack([torch.stack([fits[:, *window].flatten(1).mean(dim=1) for window in row]) for row in windows])
+    return (mean[..., :3].permute(2, 0, 1) * guide).sum(dim=0) + mean[..., 3]
+
+
+def test_a_mask_follows_edges_as_its_slow_twin() -> None:
+    generator = torch.Generator().manual_seed(3)
+    small = torch.randint(0, 256, (1, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    # Cells of one colour each, so that the coarse grid sees just them.
+    picture = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    mask = torch.rand(1, 1, 12, 12, generator=generator)
+    found = follow_edges(mask.repeat_interleave(8, 2).repeat_interleave(8, 3), picture, 0.25)
+    wanted = (3 * (guided_slowly(mask[0, 0], small[0] / 255, 3, 1e-4) - 0.5) + 0.5).clamp(0, 1)
+    # In a cell's middle the enlarged fit is the cell's own, up to half a pixel.
+    middle = found[0, 0, 4::8, 4::8]
+    assert (middle - wanted).abs().max() < 0.06
+    assert ((middle > 0.5) == (wanted > 0.5)).float().mean() > 0.97
+
+
+def test_a_mask_two_pixels_off_comes_to_the_products_edge() -> None:
+    picture, mask = scene(128, 40, 30, 48, 64)
+    picture[:, 2] = 255 - picture[:, 2]
+    off = F.interpolate(mask.roll((2, -2), (2, 3)), (32, 32), mode="area")  # and blurred
+    off = F.interpolate(off, (128, 128), mode="bilinear")
+    found = follow_edges(off, picture, 0.1)
+    assert (found - mask).abs().mean() < 0.5 * (off - mask).abs().mean()
+    wrong, was = (((drawn > 0.5) != (mask > 0.5)).float().mean() for drawn in (found, off))
+    assert wrong < 0.35 * was, (wrong, was)
+    grey = torch.full_like(picture, 90)
+    assert ((follow_edges(off, grey, 0.02) > 0.5) == (off > 0.5)).float().mean() > 0.98, "without colours it hardly moves"
