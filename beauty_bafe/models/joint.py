@@ -20,8 +20,9 @@ class JointModule(SaliencyModule):
     """The mask by overlap loss on a top-down decoder, the descriptor by InfoNCE between catalogue photo and street view.
 
     The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
-    `backbone_lr`: of the network; both rise for `warmup` steps, then fall along a cosine. `contrast`: weight of InfoNCE at
-    `temperature`, between the products of a batch; the descriptor is GeM of power `p` under the predicted mask.
+    `backbone_lr`: of the network; both rise for `warmup` steps, or a tenth of all if those are fewer, then fall along a cosine.
+    `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
+    the predicted mask.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class JointModule(SaliencyModule):
             # its epoch, and so with the first epoch's order.
             steps = (trainer.max_epochs or 0) * trainer.num_training_batches / trainer.accumulate_grad_batches
             done = min(1.0, step / steps) if steps > 0 else 0.0
-            return min(1.0, (step + 1) / (self.warmup + 1)) * 0.5 * (1 + math.cos(math.pi * done))
+            rise = min(self.warmup, steps / 10) if steps > 0 else self.warmup  # small catalogues make few steps
+            return min(1.0, (step + 1) / (rise + 1)) * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

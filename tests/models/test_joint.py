@@ -80,6 +80,13 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
     assert torch.equal(one.saliency(64), other.saliency(64))
 
 
+def test_a_short_run_comes_to_full_steps_as_well(tiny: dict[str, Any], tmp_path: Path) -> None:
+    trainer = fit(JointModule(tiny, **SETTINGS | {"warmup": 1000}), tmp_path, 8)  # two steps each
+    factor = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
+    assert 0 < factor(0) < factor(1) < factor(2) > factor(8) > factor(16) == 0
+    assert factor(2) > 0.9
+
+
 def test_the_descriptor_does_not_move_the_mask(tiny: dict[str, Any]) -> None:
     module = JointModule(tiny, **SETTINGS)
     module.describe(module.extractor(Pairs()[0]["pictures"])).sum().backward()
