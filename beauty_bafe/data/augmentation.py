@@ -111,8 +111,6 @@ class StreetAugmentation:
         zoom: tuple[float, float],
         holes: float,
         photo_share: float,
-        camouflage: float,
-        white: float,
         clutter: float,
         occlusion: float,
         shadow: float,
@@ -123,7 +121,7 @@ class StreetAugmentation:
         bars: float,
     ) -> None:
         self.zoom = (zoom[0], zoom[1])
-        self.holes, self.photo_share, self.camouflage, self.white = holes, photo_share, camouflage, white
+        self.holes, self.photo_share = holes, photo_share
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
         self.warp = A.Compose(
@@ -149,7 +147,7 @@ class StreetAugmentation:
         )
 
     def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
-        canvas = self._background(Sample(photo, mask), surroundings, rng)
+        canvas = self._background(photo.shape[0], surroundings, rng)
         for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
             canvas = self._paste_shaded(canvas, _run(self.small_warp, rng, *surroundings.product(rng)), rng)
 
@@ -170,13 +168,9 @@ class StreetAugmentation:
             canvas, mask = _letterbox_bars(canvas, mask, rng)
         return Sample(canvas, mask)
 
-    def _background(self, product: Sample, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
-        size, kind = product.photo.shape[0], rng.random()
-        if rng.random() < self.white:
-            return np.full((size, size, 3), 255, np.uint8)
-        if rng.random() < self.camouflage:
-            canvas = _enlarge_product(product if rng.random() < 0.3 else surroundings.product(rng), rng)
-        elif kind < self.photo_share:
+    def _background(self, size: int, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
+        kind = rng.random()
+        if kind < self.photo_share:
             canvas = surroundings.background(rng, size, self.zoom)
         elif kind < self.photo_share + 0.75 * (1 - self.photo_share):
             canvas = procedural_background(rng, size)
@@ -216,19 +210,6 @@ class StreetAugmentation:
         if visible.sum(dtype=np.int64) < 0.6 * mask.sum(dtype=np.int64):
             return canvas, mask
         return _paste(canvas, cover), visible
-
-
-def _enlarge_product(product: Sample, rng: np.random.Generator) -> np.ndarray:
-    """A background of a product's own colours and textures: a part of it, blown up, its mean colour around it."""
-    size = product.photo.shape[0]
-    inside = np.argwhere(product.mask > 127)
-    if not len(inside):  # the product of a photo can be too thin for that
-        return product.photo
-    mean = product.photo[product.mask > 127].mean(axis=0)
-    filled = _paste(np.broadcast_to(mean.astype(np.uint8), product.photo.shape), product)
-    side = int(size * rng.uniform(0.1, 0.5))
-    top, left = np.clip(inside[rng.integers(len(inside))] - side // 2, 0, size - side)
-    return cv2.resize(filled[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def _affine(**ranges: object) -> A.Affine:

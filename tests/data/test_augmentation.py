@@ -25,7 +25,7 @@ def green(rng: np.random.Generator, size: int, zoom: tuple[float, float] = (0.4,
 SURROUNDINGS = Surroundings(green, lambda _: product((200, 40, 40)))
 
 
-@pytest.fixture(params=["paper", "street", "hard"])
+@pytest.fixture(params=["paper", "street"])
 def augmentation(request: pytest.FixtureRequest, configure) -> Augmentation:
     return instantiate(configure("train", f"augmentation={request.param}").augmentation)
 
@@ -110,27 +110,6 @@ def test_street_bars_are_white_and_no_product(configure) -> None:
 
 
 QUIET = [f"augmentation.{name}=0" for name in ("clutter", "occlusion", "shadow", "light", "blur", "noise", "jpeg", "bars")]
-
-
-def test_hard_backgrounds_are_white_or_look_like_products(configure) -> None:
-    def background(*overrides: str) -> list[np.ndarray]:
-        made = instantiate(configure("train", "augmentation=hard", *QUIET, *overrides).augmentation)
-        made.camera = A.Compose([])
-        samples = [run(made, seed) for seed in range(20)]
-        return [sample.photo[sample.mask == 0] for sample in samples]
-
-    assert all((pixels == 255).all() for pixels in background("augmentation.white=1"))
-    for pixels in background("augmentation.white=0", "augmentation.camouflage=1"):
-        own, other = (np.abs(pixels.astype(int) - color).max() for color in ((40, 70, 160), (200, 40, 40)))
-        assert min(own, other) < 20, "no colour but a product's"
-
-
-def test_a_product_too_thin_for_camouflage_is_no_error(configure) -> None:
-    made = instantiate(
-        configure("train", "augmentation=hard", "augmentation.white=0", "augmentation.camouflage=1").augmentation
-    )
-    nothing = Sample(product().photo, np.zeros((SIZE, SIZE), np.uint8))
-    made(*nothing, Surroundings(green, lambda _: nothing), np.random.default_rng(0))
 
 
 def test_what_a_product_encloses_is_seen_through_at_times(configure) -> None:
