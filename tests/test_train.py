@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,15 @@ def stop_in_second_epoch(words: list[str], folder: Path, with_signal: signal.Sig
     """Stop a run in mid-epoch; on a busy machine it can be over before the signal arrives, then it starts again."""
     for _ in range(5):
         shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            # A shell's background jobs are born deaf to SIGINT, and so would be what they start.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
         assert process.stdout is not None
         output = ""
         for line in process.stdout:
