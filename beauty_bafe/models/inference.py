@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
-from .views import View, follow_edges, look_back, look_through, move_inside, product_window, resize
+from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
 
 MASK_SIZE = 112  # kept of queries alone; coarser grids blur edges
 GPU_BATCH = 256  # pictures
@@ -153,7 +153,7 @@ class Describer(nn.Module):
             known = self.extractor(resize(seen, self.extractor.size))
             saliency = known.saliency(self.canvas)
         if view.edges > 0:
-            saliency = follow_edges(saliency, seen, view.edges)
+            saliency = guided_filter(saliency, seen, view.edges)
         if window is not None:
             saliency = look_through(saliency, look_back(window), 0)
         if view.change is None:

@@ -23,7 +23,7 @@ class View:
     """How a query is looked at once its mask is known (conf/query).
 
     `closer`: the network looks again through a window of that many times the product's longer side, for a finer mask and for
-    the descriptor. `edges`: share of what is seen, 0..1, within which the mask follows the colours (`follow_edges`); 0: as
+    the descriptor. `edges`: share of what is seen, 0..1, within which the mask follows the colours (`guided_filter`); 0: as
     drawn. `change(pictures, saliency, pad)` makes another picture to describe: uint8 (B, 3, S, S) and float (B, 1, S, S), 0..1,
     to uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times the
     network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask covers less, or
@@ -72,7 +72,7 @@ def resize(pictures: Tensor, side: int) -> Tensor:
     return _bytes(F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False))
 
 
-def follow_edges(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
+def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
     """The mask moved to the edges that the picture's colours show: a guided filter (He et al., TPAMI 2013), steepened.
 
     Around each place, `reach` of the side to each direction, the mask is fitted as a linear function of the colour (on a

@@ -16,7 +16,7 @@ from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.models.views import (
     View,
     cut_out,
-    follow_edges,
+    guided_filter,
     look_back,
     look_through,
     move_inside,
@@ -218,7 +218,7 @@ def test_a_mask_follows_edges_as_its_slow_twin() -> None:
     # Cells of one colour each, so that the coarse grid sees just them.
     picture = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
     mask = torch.rand(1, 1, 12, 12, generator=generator)
-    found = follow_edges(mask.repeat_interleave(8, 2).repeat_interleave(8, 3), picture, 0.25)
+    found = guided_filter(mask.repeat_interleave(8, 2).repeat_interleave(8, 3), picture, 0.25)
     wanted = (3 * (guided_slowly(mask[0, 0], small[0] / 255, 3, 1e-4) - 0.5) + 0.5).clamp(0, 1)
     # In a cell's middle the enlarged fit is the cell's own, up to half a pixel.
     middle = found[0, 0, 4::8, 4::8]
@@ -231,9 +231,21 @@ def test_a_mask_two_pixels_off_comes_to_the_products_edge() -> None:
     picture[:, 2] = 255 - picture[:, 2]
     off = F.interpolate(mask.roll((2, -2), (2, 3)), (32, 32), mode="area")  # and blurred
     off = F.interpolate(off, (128, 128), mode="bilinear")
-    found = follow_edges(off, picture, 0.1)
+    found = guided_filter(off, picture, 0.1)
     assert (found - mask).abs().mean() < 0.5 * (off - mask).abs().mean()
     wrong, was = (((drawn > 0.5) != (mask > 0.5)).float().mean() for drawn in (found, off))
     assert wrong < 0.35 * was, (wrong, was)
     grey = torch.full_like(picture, 90)
-    assert ((follow_edges(off, grey, 0.02) > 0.5) == (off > 0.5)).float().mean() > 0.98, "without colours it hardly moves"
+    assert ((guided_filter(off, grey, 0.02) > 0.5) == (off > 0.5)).float().mean() > 0.98, "without colours it hardly moves"
+
+
+@torch.inference_mode()
+def test_the_mask_that_is_shown_has_followed_edges(extractor: BackgroundAgnosticExtractor) -> None:
+    picture, _ = scene(128, 80, 16, 16, 32)
+    view = View(closer=1.25, edges=0.1, detail=2)
+    *_, shown = Describer(Grey(extractor), POOLINGS, True, view=view)(picture)  # type: ignore[arg-type]
+    window = move_inside(product_window(Grey(extractor)(resize(picture, 64)).saliency(128), 1.25))
+    seen = look_through(picture, window, 255)
+    drawn = guided_filter(Grey(extractor)(resize(seen, 64)).saliency(128), seen, 0.1)
+    wanted = resize_mask(look_through(drawn, look_back(window), 0), 112)[0, 0] * 255
+    assert (shown[0].float() - wanted).abs().max() < 1
