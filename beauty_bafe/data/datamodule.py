@@ -55,10 +55,17 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         epoch, index = key
         photo, mask = self.sample(index)
         surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(int(rng.integers(len(self)))))
-        draws = (np.random.default_rng((self.seed, epoch, index, view)) for view in range(self.views))
-        views = [self.augmentation(photo, mask, surroundings, rng) for rng in draws]
-        # Half: the photo does not tell whether what is enclosed is a hole, its street views show it as either.
-        label = np.where(find_holes(photo, mask), np.uint8(128), mask) if self.augmentation.holes else mask
+        label = seen_through = mask
+        if self.augmentation.holes:
+            # Half: the photo does not tell whether what is enclosed is a hole, its street views show it as either.
+            holes = find_holes(photo, mask)
+            label = np.where(holes, np.uint8(128), mask)
+            seen_through = np.where(cv2.dilate(holes.view(np.uint8), np.ones((3, 3), np.uint8)), np.uint8(0), mask)
+        views = []
+        for view in range(self.views):
+            rng = np.random.default_rng((self.seed, epoch, index, view))
+            cut = seen_through if rng.random() < self.augmentation.holes else mask
+            views.append(self.augmentation(photo, cut, surroundings, rng))
         pictures = np.stack([photo, *(view.photo for view in views)]).transpose(0, 3, 1, 2)
         masks = np.stack([label, *(view.mask for view in views)])[:, None]
         return {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
@@ -283,5 +290,10 @@ def default_workers() -> int:
 
 
 def quiet_worker(_: int) -> None:
-    """One thread a worker: OpenCV's own threads would fight over the same cores."""
+    """One thread a worker, as OpenCV's own would fight over the same cores; and behind the network where cores are few.
+
+    A training step waits for its slowest thread, so a worker that takes half a core from it slows all of them down.
+    """
     cv2.setNumThreads(0)
+    if hasattr(os, "nice"):
+        os.nice(10)

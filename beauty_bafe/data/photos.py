@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from filelock import FileLock
 
@@ -68,7 +70,7 @@ class PhotoCache:
         Raises OSError where the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = [f"{path.resolve()} {stamp(path)}" for path in catalog.paths]
+        names = [f"{os.path.abspath(path)} {stamp(path)}" for path in catalog.paths]
         with FileLock(self.folder / "lock"):
             self._read()
             # A file is kept once, whatever the number of its ids: the next free row is counted by them.
@@ -80,13 +82,13 @@ class PhotoCache:
 
     def __call__(self, path: Path) -> Sample:
         """The photo and its mask. Raises ValueError where it is not in the cache, or not usable."""
-        name = f"{path.resolve()} {stamp(path)}"
+        name = f"{os.path.abspath(path)} {stamp(path)}"
         if name not in self.rows:
             raise ValueError(f"'{path}' changed while it was trained on; start again, it will be looked at anew")
         shape = (self.size, self.size, 4)
         # Mapped anew each time: it costs microseconds, and nothing has to travel to worker processes.
         pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
-        return Sample(np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3]))
+        return Sample(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3))
 
     def _keep(self, name: str, found: Look) -> None:
         row = None

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .backbones import Backbone
 from .decoder import TopDownDecoder
 from .pooling import EPSILON, spoc
-from .precision import spare_depthwise
 
 
 class Extraction(NamedTuple):
@@ -115,8 +114,6 @@ class BackgroundAgnosticExtractor(nn.Module):
             self.gates = nn.ModuleList(ChannelGate(deep, shallow, gate_layers) for shallow, deep in pairs)
         if frozen:
             self.backbone.requires_grad_(False)
-        else:
-            spare_depthwise(self.backbone)
         self.to(memory_format=torch.channels_last)  # 1.6 times faster on CPUs, needed for tensor cores on GPUs
         self.train()
 

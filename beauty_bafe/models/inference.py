@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
+from .folding import fold_norms
 from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
 
 MASK_SIZE = 112  # kept of queries alone; coarser grids blur edges
@@ -23,40 +23,6 @@ GPU_BATCH = 256  # pictures
 CPU_PIXELS = 4 * 224**2
 COMPILE_ABOVE = 60.0  # seconds of eager work per network and size; compiling takes 12 to 30 and halves the rest
 FEW = 500  # pictures that are not worth planning for
-
-
-@torch.no_grad()
-def fold_norms(network: nn.Module, example: Tensor) -> None:
-    """Fold every batch norm into the convolution whose output it takes, in place; the same function, a seventh faster.
-
-    Which convolution that is, is seen by running `example` through the network, not guessed from names.
-    """
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def remember(layer: nn.Module, _inputs: object, output: Tensor) -> None:
-        made[id(output)] = (layer, output)  # type: ignore[assignment]  # holding the output keeps its id its own
-
-    def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])][0], norm))  # type: ignore[arg-type]
-
-    handles = []
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and not module._forward_hooks:  # a tapped one must go on giving what it gives
-            handles.append(module.register_forward_hook(remember))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(match))
-    network(example)
-    for handle in handles:
-        handle.remove()
-    places = {module: (parent, name) for parent in network.modules() for name, module in parent.named_children()}
-    for layer, norm in pairs:
-        setattr(*places[layer], fuse_conv_bn_eval(layer, norm))
-        # timm's norms carry the activation along; a tap on the norm stays where it is.
-        rest = nn.Sequential(*(part for part in norm.children()))
-        rest._forward_hooks = norm._forward_hooks
-        setattr(*places[norm], rest)
 
 
 class HalfPrecision(nn.Module):

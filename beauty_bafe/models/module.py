@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
+from .folding import quicken
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
 
@@ -44,6 +45,11 @@ class SaliencyModule(pl.LightningModule):
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         """The mask's loss alone, for curves."""
         return saliency_loss(extraction.masks, label)
+
+    def on_fit_start(self) -> None:
+        if not self.extractor.frozen:
+            size = self.extractor.size
+            quicken(self.extractor.backbone, torch.zeros(1, 3, size, size, device=self.device))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         label = batch["masks"].flatten(0, 1).float() / 255

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch import Tensor, nn
 
 
 def fastest_precision(device: str | None = None) -> str:
@@ -30,24 +27,6 @@ def pick_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but PyTorch sees no GPU here; type device=cpu or device=auto")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def spare_depthwise(network: nn.Module) -> None:
-    """Under autocast on a CPU, let depthwise convolutions compute in float32, in place.
-
-    oneDNN's bfloat16 gradients of theirs take up to five times as long as its float32 ones, and about half of a training step
-    of EfficientNet-Lite0 (benchmarks/train.md).
-    """
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            layer.forward = partial(_in_float32, layer.forward)  # type: ignore[method-assign]
-
-
-def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    if inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return forward(inputs)
-    with torch.autocast("cpu", enabled=False):
-        return forward(inputs.float())
 
 
 def keep_memory() -> None:

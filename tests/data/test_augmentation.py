@@ -107,21 +107,3 @@ def test_street_bars_are_white_and_no_product(configure) -> None:
         assert rows[0] != columns[0]
         assert sample.mask[rows].sum() == 0
         assert sample.mask[:, columns].sum() == 0
-
-
-QUIET = [f"augmentation.{name}=0" for name in ("clutter", "occlusion", "shadow", "light", "blur", "noise", "jpeg", "bars")]
-
-
-def test_what_a_product_encloses_is_seen_through_at_times(configure) -> None:
-    photo, mask = product()
-    photo[40:60, 40:56] = 255  # a hole or a white label: one picture cannot tell
-
-    def share_of_background(holes: int) -> list[float]:
-        made = instantiate(configure("train", *QUIET, "augmentation.photo_share=1", f"augmentation.holes={holes}").augmentation)
-        made.camera = made.warp = A.Compose([])
-        samples = [made(photo, mask, SURROUNDINGS, np.random.default_rng(seed)) for seed in range(5)]
-        assert all((sample.mask[45:55, 44:52] == 255 * (1 - holes)).all() for sample in samples)
-        return [float((sample.photo[45:55, 44:52] == (20, 200, 30)).all(axis=-1).mean()) for sample in samples]
-
-    assert share_of_background(1) == [1.0] * 5
-    assert share_of_background(0) == [0.0] * 5

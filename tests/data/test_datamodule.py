@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -91,18 +92,36 @@ def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
     assert torch.equal(pictures[1], data.train_set[(0, 1)]["pictures"][0]), "as they are"
 
 
-def test_what_a_photo_cannot_tell_is_labelled_half(module, tmp_path: Path) -> None:
+@pytest.fixture
+def enclosing(tmp_path: Path) -> str:
+    """Two photos whose product encloses what may be a hole or a white label: one picture cannot tell."""
     for name in ("a", "b"):
         photo = np.full((64, 64, 3), 255, np.uint8)
         photo[10:54, 10:54] = (40, 70, 160)
-        photo[20:40, 20:40] = 255  # a hole or a white label
+        photo[20:40, 20:40] = 255
         Image.fromarray(photo).save(tmp_path / f"{name}.png")
-    data = module(f"data.root={tmp_path}")
-    label = data.train_set[(0, 0)]["masks"][0, 0]
+    return f"data.root={tmp_path}"
+
+
+def test_what_a_photo_cannot_tell_is_labelled_half(module, enclosing: str) -> None:
+    label = module(enclosing).train_set[(0, 0)]["masks"][0, 0]
     assert label[30, 30] == 128
     assert (label[15, 15], label[5, 5]) == (255, 0)
-    told = module(f"data.root={tmp_path}", "augmentation=paper").train_set[(0, 0)]["masks"][0, 0]
+    told = module(enclosing, "augmentation=paper").train_set[(0, 0)]["masks"][0, 0]
     assert told[30, 30] == 255, "the paper's views never see through it"
+
+
+@pytest.mark.parametrize("holes", [0, 1])
+def test_what_a_product_encloses_is_seen_through_at_times(module, enclosing: str, holes: int) -> None:
+    quiet = [f"augmentation.{name}=0" for name in ("clutter", "occlusion", "shadow", "light", "blur", "noise", "jpeg", "bars")]
+    data = module(enclosing, *quiet, f"augmentation.holes={holes}")
+    data.augmentation.camera = data.augmentation.warp = data.augmentation.product_color = A.Compose([])
+    for epoch in range(5):
+        sample = data.train_set[(epoch, 0)]
+        picture, mask = sample["pictures"][1], sample["masks"][1, 0]
+        assert (mask[22:38, 22:38] == 255 * (1 - holes)).all()
+        assert (mask[13:17, 13:17] == 255).all()
+        assert (picture[:, 22:38, 22:38] > 230).all() != bool(holes), "the background is behind it"
 
 
 def test_with_a_cache_the_same_samples_come_from_one_file(module, tmp_path: Path) -> None:

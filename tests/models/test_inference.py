@@ -10,7 +10,7 @@ from torch import nn
 from beauty_bafe.models import inference
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, fold_norms, halve
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, halve
 from beauty_bafe.models.pooling import gem, spoc
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
@@ -37,39 +37,6 @@ def test_any_number_of_pictures_in_batches_of_one_shape(extractor: BackgroundAgn
     for row in range(10):
         alone = engine(pictures(10)[row : row + 1])
         torch.testing.assert_close(alone[0][0], outputs[0][row], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "left"), [("resnet18", 0), ("tf_efficientnet_lite0", 0), ("densenet121", 62), ("vgg11_bn", 0), ("seresnet50", 0)]
-)
-def test_folded_norms_change_nothing(name: str, left: int) -> None:
-    """DenseNet's norms that take several convolutions at once must stay."""
-    import timm
-
-    torch.manual_seed(0)
-    network = timm.create_model(name).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    inputs = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        before = network.forward_features(inputs)
-        fold_norms(network, torch.randn(1, 3, 64, 64))
-        after = network.forward_features(inputs)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == left
-    torch.testing.assert_close(after, before, atol=1e-4 * before.abs().max().item(), rtol=1e-3)
-
-
-def test_a_tapped_norm_is_still_tapped(tiny: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    extractor = BackgroundAgnosticExtractor(**tiny | {"taps": ["conv_stem", "bn1", "blocks.1", "bn2"]}).eval()
-    with torch.inference_mode():
-        before = extractor(pictures(2))
-        fold_norms(extractor, pictures(1))
-        after = extractor(pictures(2))
-    for one, two in zip((*before.taps, before.last), (*after.taps, after.last), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])

@@ -76,8 +76,8 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
     pictures = Pairs()[1]["pictures"]
     with torch.inference_mode():
         one, other = extractor(pictures), module.extractor.eval()(pictures)
-    assert torch.equal(one.last, other.last)
-    assert torch.equal(one.saliency(64), other.saliency(64))
+    torch.testing.assert_close(one.last, other.last)  # its batch norms were folded while it learned: other roundings
+    torch.testing.assert_close(one.saliency(64), other.saliency(64))
 
 
 def test_a_short_run_comes_to_full_steps_as_well(tiny: dict[str, Any], tmp_path: Path) -> None:
