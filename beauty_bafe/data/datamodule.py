@@ -296,4 +296,4 @@ def quiet_worker(_: int) -> None:
     """
     cv2.setNumThreads(0)
     if hasattr(os, "nice"):
-        os.nice(10)
+        os.nice(15)
