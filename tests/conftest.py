@@ -37,6 +37,25 @@ def tiny() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def lived_in() -> Callable[[str], Any]:
+    """Makes a network by timm's name, with batch norms whose statistics and weights can be got wrong."""
+    import timm
+
+    def make(name: str) -> Any:
+        torch.manual_seed(0)
+        network = timm.create_model(name).eval()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+                torch.nn.init.uniform_(module.running_var, 0.5, 2)
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.uniform_(module.bias, -0.1, 0.1)
+        return network
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small toy catalogue with queries, masks and truth."""
     from beauty_bafe.data.toy import draw_toy

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
-from .folding import quicken
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
+from .quicken import quicken
 
 
 class SaliencyModule(pl.LightningModule):

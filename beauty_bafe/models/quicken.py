@@ -1,0 +1,116 @@
+"""Faster training steps of networks that keep their batch statistics; what was measured is in benchmarks/train.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from .folding import find_norms, is_plain
+
+TILE = 3  # cells: the side of the depthwise kernels whose bfloat16 gradients oneDNN computes fast
+
+
+def quicken(network: nn.Module, example: Tensor) -> None:
+    """Let a network that keeps its batch statistics learn faster, in place; its parameters and what it computes stay.
+
+    Batch norms scale their convolution's weights at every step instead of its output, and depthwise convolutions under
+    bfloat16 autocast on a CPU take their gradients where oneDNN is fast (benchmarks/train.md).
+    """
+    norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
+    for layer in network.modules():
+        if is_plain(layer):
+            layer.forward = partial(_convolve, layer, norms.get(layer))  # type: ignore[arg-type]
+        elif isinstance(layer, nn.Hardtanh):
+            layer.inplace = False  # what it overwrites is needed for its gradient, so autograd would copy it first
+    for norm in norms.values():
+        norm.forward = partial(_rest, norm)  # type: ignore[method-assign]
+
+
+def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> Tensor:
+    weight, bias, padding = layer.weight, layer.bias, layer.padding
+    if norm is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = -norm.running_mean if bias is None else bias - norm.running_mean
+        weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
+    if isinstance(layer, Conv2dSame):
+        inputs, padding = pad_same(inputs, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), (0, 0)
+    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and min(layer.kernel_size) >= TILE
+    if inputs.device.type == "cpu" and halved and depthwise and layer.dilation == (1, 1) and not isinstance(padding, str):
+        return _Depthwise.apply(inputs, weight, bias, layer.stride, padding)
+    return F.conv2d(inputs, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+class _Depthwise(torch.autograd.Function):
+    """A depthwise convolution in bfloat16, its gradients by those of oneDNN's ways that are fast.
+
+    In bfloat16 the gradient of the inputs is slow at strides above 1 and that of the weights for kernels above 3x3, up to
+    twenty times as slow as in float32; that of the bias costs up to a third of the whole. Hence the first in float32, the
+    second from 3x3 parts of the kernel, the third as the sum that it is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+    ) -> Tensor:
+        half = inputs.bfloat16()
+        ctx.save_for_backward(half, weight)
+        ctx.stride, ctx.padding, ctx.dtype = list(stride), list(padding), inputs.dtype
+        bias = None if bias is None else bias.bfloat16()
+        return torch.conv2d(half, weight.bfloat16(), bias, stride, padding, 1, inputs.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (inputs, weight) = gradients, ctx.saved_tensors
+        back = change = shift = None
+        if ctx.needs_input_grad[0]:
+            known = (
+                (gradient, inputs, weight.bfloat16()) if ctx.stride == [1, 1] else (gradient.float(), inputs.float(), weight)
+            )
+            back = _gradients(*known, ctx.stride, ctx.padding, [True, False, False])[0].to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            change = _by_tiles(gradient, inputs, weight, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            shift = gradient.sum((0, 2, 3), dtype=torch.float32)
+        return back, change, shift, None, None
+
+
+def _gradients(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(
+        gradient, inputs, weight, None, stride, padding, [1, 1], False, [0, 0], inputs.shape[1], wanted
+    )
+
+
+def _by_tiles(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient of `weight` (C, 1, K, L), 3x3 of its cells at a time: float32; `gradient` and `inputs` are bfloat16."""
+    change = torch.zeros_like(weight)
+    tile = inputs.new_zeros(len(weight), 1, TILE, TILE)
+    (height, width), (rows, columns) = weight.shape[2:], gradient.shape[2:]
+    if (height, width) != (TILE, TILE):
+        inputs, padding = F.pad(inputs, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
+    for top in {*range(0, height - TILE, TILE), height - TILE}:
+        for left in {*range(0, width - TILE, TILE), width - TILE}:
+            seen = inputs
+            if (height, width) != (TILE, TILE):
+                seen = inputs[:, :, top:, left:][:, :, : (rows - 1) * stride[0] + TILE, : (columns - 1) * stride[1] + TILE]
+                seen = seen.contiguous(memory_format=torch.channels_last)
+            part = _gradients(gradient, seen, tile, stride, padding, [False, True, False])[1]
+            change[:, :, top : top + TILE, left : left + TILE] = part
+    return change
+
+
+def _rest(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """What timm's norms carry along: dropout and activation."""
+    for part in norm.children():
+        inputs = part(inputs)
+    return inputs
