@@ -267,7 +267,7 @@ class SaliencyDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            worker_init_fn=quiet_worker,
+            worker_init_fn=yielding_worker,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -290,10 +290,15 @@ def default_workers() -> int:
 
 
 def quiet_worker(_: int) -> None:
-    """One thread a worker, as OpenCV's own would fight over the same cores; and behind the network where cores are few.
-
-    A training step waits for its slowest thread, so a worker that takes half a core from it slows all of them down.
-    """
+    """One thread a worker: OpenCV's own threads would fight over the same cores."""
     cv2.setNumThreads(0)
+
+
+def yielding_worker(number: int) -> None:
+    """`quiet_worker` that stands behind the network: a step waits for the slowest thread, so each core taken from it counts.
+
+    For processes of their own alone; niceness cannot be taken back.
+    """
+    quiet_worker(number)
     if hasattr(os, "nice"):
         os.nice(15)
