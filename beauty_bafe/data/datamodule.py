@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_holes
 from .photos import Look, PhotoCache, load_photo, look_at_photo
 from .pictures import UnreadablePicture, read_picture
+from .workers import default_workers, quiet_worker, yielding_worker
 
 VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
 
@@ -281,24 +281,3 @@ def perfect500k_datamodule(root: str, titles: str, **options: Any) -> SaliencyDa
 def cut(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Into batches of `size`, the last one shorter."""
     return [keys[start : start + size] for start in range(0, len(keys), size)]
-
-
-def default_workers() -> int:
-    """One per core this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
-
-
-def quiet_worker(_: int) -> None:
-    """One thread a worker: OpenCV's own threads would fight over the same cores."""
-    cv2.setNumThreads(0)
-
-
-def yielding_worker(number: int) -> None:
-    """`quiet_worker` that stands behind the network: a step waits for the slowest thread, so each core taken from it counts.
-
-    For processes of their own alone; niceness cannot be taken back.
-    """
-    quiet_worker(number)
-    if hasattr(os, "nice"):
-        os.nice(15)

@@ -18,9 +18,10 @@ import cv2
 import numpy as np
 
 from .backgrounds import procedural_background, random_color
-from .datamodule import SaliencyDataModule, default_workers
+from .datamodule import SaliencyDataModule
 from .toy_products import draw_product
 from .toy_shapes import CANVAS
+from .workers import default_workers
 
 VERSION = 1  # raise it when a drawing changes: folders of an older version are drawn anew
 # Products come in sixes: (line within the six, colour). Three colours of one line are the near-duplicates.

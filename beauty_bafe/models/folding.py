@@ -42,6 +42,7 @@ def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.
     return pairs
 
 
+@torch.no_grad()
 def fold_norms(network: nn.Module, example: Tensor) -> None:
     """Fold batch norms into the weights of their convolutions, in place; the same function, a seventh faster."""
     places = {module: (parent, name) for parent in network.modules() for name, module in parent.named_children()}

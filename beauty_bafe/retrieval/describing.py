@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.catalog import Catalog
-from ..data.datamodule import default_workers, quiet_worker
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..data.workers import default_workers, quiet_worker
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import FEW, MASK_SIZE, Describer, Engine

@@ -16,10 +16,10 @@ from threadpoolctl import threadpool_limits
 from ..data.augmentation import Augmentation
 from ..data.backgrounds import Backgrounds
 from ..data.catalog import open_catalog, stamp
-from ..data.datamodule import default_workers
 from ..data.foreground import find_foreground
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from ..data.rehearsal import draw_street_views
+from ..data.workers import default_workers
 from .features import PREPROCESSING
 from .manifest import digest
 from .rerank import Found, Scene, reorder, with_depth

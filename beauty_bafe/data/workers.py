@@ -1,0 +1,28 @@
+"""How many processes load pictures, and how they share the cores with the network."""
+
+from __future__ import annotations
+
+import os
+
+import cv2
+
+
+def default_workers() -> int:
+    """One per core this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def quiet_worker(_: int) -> None:
+    """One thread a worker: OpenCV's own threads would fight over the same cores."""
+    cv2.setNumThreads(0)
+
+
+def yielding_worker(number: int) -> None:
+    """`quiet_worker` that stands behind the network: a step waits for the slowest thread, so each core taken from it counts.
+
+    For processes of their own alone; niceness cannot be taken back.
+    """
+    quiet_worker(number)
+    if hasattr(os, "nice"):
+        os.nice(15)
