@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .folding import find_norms, is_plain
 
-TILE = 3  # cells: the side of the depthwise kernels whose bfloat16 gradients oneDNN computes fast
+WIDTH = 3  # cells: the width of the depthwise kernels whose bfloat16 gradients oneDNN computes fast
 
 
 def quicken(network: nn.Module, example: Tensor) -> None:
@@ -43,7 +43,7 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> 
     if isinstance(layer, Conv2dSame):
         inputs, padding = pad_same(inputs, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), (0, 0)
     halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and min(layer.kernel_size) >= TILE
+    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
     if inputs.device.type == "cpu" and halved and depthwise and layer.dilation == (1, 1) and not isinstance(padding, str):
         return _Depthwise.apply(inputs, weight, bias, layer.stride, padding)
     return F.conv2d(inputs, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
@@ -52,9 +52,9 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> 
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution in bfloat16, its gradients by those of oneDNN's ways that are fast.
 
-    In bfloat16 the gradient of the inputs is slow at strides above 1 and that of the weights for kernels above 3x3, up to
-    twenty times as slow as in float32; that of the bias costs up to a third of the whole. Hence the first in float32, the
-    second from 3x3 parts of the kernel, the third as the sum that it is.
+    In bfloat16 the gradient of the inputs is slow at strides above 1 and that of the weights for kernels wider than 3, up
+    to twenty times as slow as in float32; that of the bias costs up to a third of the whole. Hence the first in float32, the
+    second from parts of the kernel three columns wide, the third as the sum that it is.
     """
 
     @staticmethod
@@ -72,14 +72,14 @@ class _Depthwise(torch.autograd.Function):
         (gradient,), (inputs, weight) = gradients, ctx.saved_tensors
         back = change = shift = None
         if ctx.needs_input_grad[0]:
-            known = (
-                (gradient, inputs, weight.bfloat16()) if ctx.stride == [1, 1] else (gradient.float(), inputs.float(), weight)
-            )
+            dtype = torch.bfloat16 if ctx.stride == [1, 1] else torch.float32
+            shape = torch.empty_like(inputs, dtype=dtype)  # of the inputs, this gradient needs no more
+            known = gradient.to(dtype), shape, weight.to(dtype)
             back = _gradients(*known, ctx.stride, ctx.padding, [True, False, False])[0].to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            change = _by_tiles(gradient, inputs, weight, ctx.stride, ctx.padding)
+            change = _by_columns(gradient, inputs, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
-            shift = gradient.sum((0, 2, 3), dtype=torch.float32)
+            shift = gradient.sum((2, 3)).float().sum(0)  # asked for float32 at once, PyTorch would copy the whole first
         return back, change, shift, None, None
 
 
@@ -91,21 +91,17 @@ def _gradients(
     )
 
 
-def _by_tiles(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    """The gradient of `weight` (C, 1, K, L), 3x3 of its cells at a time: float32; `gradient` and `inputs` are bfloat16."""
-    change = torch.zeros_like(weight)
-    tile = inputs.new_zeros(len(weight), 1, TILE, TILE)
-    (height, width), (rows, columns) = weight.shape[2:], gradient.shape[2:]
-    if (height, width) != (TILE, TILE):
-        inputs, padding = F.pad(inputs, (padding[1], padding[1], padding[0], padding[0])), [0, 0]
-    for top in {*range(0, height - TILE, TILE), height - TILE}:
-        for left in {*range(0, width - TILE, TILE), width - TILE}:
-            seen = inputs
-            if (height, width) != (TILE, TILE):
-                seen = inputs[:, :, top:, left:][:, :, : (rows - 1) * stride[0] + TILE, : (columns - 1) * stride[1] + TILE]
-                seen = seen.contiguous(memory_format=torch.channels_last)
-            part = _gradients(gradient, seen, tile, stride, padding, [False, True, False])[1]
-            change[:, :, top : top + TILE, left : left + TILE] = part
+def _by_columns(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient of `weight` (C, 1, K, L), three columns at a time: float32; `gradient` and `inputs` are bfloat16."""
+    part, width = weight[..., :WIDTH].bfloat16(), weight.shape[3]
+    if width == WIDTH:
+        return _gradients(gradient, inputs, part, stride, padding, [False, True, False])[1].to(weight.dtype)
+    change = torch.empty_like(weight)
+    reach = (gradient.shape[3] - 1) * stride[1] + WIDTH
+    for left in {*range(0, width - WIDTH, WIDTH), width - WIDTH}:
+        lead = padding[1] - left
+        seen = F.pad(inputs, (lead, reach - lead - inputs.shape[3])).contiguous(memory_format=torch.channels_last)
+        change[..., left : left + WIDTH] = _gradients(gradient, seen, part, stride, [padding[0], 0], [False, True, False])[1]
     return change
 
 
