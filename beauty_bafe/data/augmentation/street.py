@@ -1,99 +1,13 @@
-"""Foreground augmentation: a catalogue photo and its mask become a new picture and its mask, at no labelling cost.
-
-Source: BAFE (Wang et al., ACM MM 2019), section on foreground augmentation. Both augmentations are pure functions of
-(photo, mask, surroundings, rng): the same generator state gives the same picture on every worker.
-"""
+"""What a phone sees in a street or a shop."""
 
 from __future__ import annotations
-
-import random
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import albumentations as A
 import cv2
 import numpy as np
 
-from .backgrounds import procedural_background, random_color
-
-
-class Sample(NamedTuple):
-    """`photo`: uint8 (S, S, 3). `mask`: uint8 (S, S), 0 to 255, soft at edges."""
-
-    photo: np.ndarray
-    mask: np.ndarray
-
-
-class Surroundings(NamedTuple):
-    """What a product can be pasted onto and among; both draw from the generator they are given.
-
-    `background(rng, size, zoom)` gives uint8 (size, size, 3), `product(rng)` another product of the catalogue.
-    """
-
-    background: Callable[..., np.ndarray]
-    product: Callable[[np.random.Generator], Sample]
-
-
-class Augmentation(Protocol):
-    """`holes`: the share of its pictures, 0 to 1, for which the mask it is given is to leave out what `find_holes` finds."""
-
-    holes: float
-
-    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample: ...
-
-
-class PaperAugmentation:
-    """The published recipe, with the ranges of the authors' code.
-
-    Angle one of -90, -45, 0, 45, 90 degrees, shift, scale, white fill; then a third each on a photograph (half of them
-    blurred), on one colour, on white; colour jitter on the result. The mask is warped with the photo, which on clean
-    pictures equals the authors' thresholding after the warp and spares its faults on near-white products.
-    """
-
-    holes = 0.0
-
-    def __init__(
-        self,
-        angles: list[int],
-        shift: float,
-        scale: tuple[float, float],
-        blur_share: float,
-        jitter: tuple[float, float, float, float],
-    ) -> None:
-        self.blur_share = blur_share
-        self.warp = A.Compose(
-            [
-                A.OneOf(
-                    [_affine(rotate=(angle, angle), scale=tuple(scale), translate_percent=(-shift, shift)) for angle in angles],
-                    p=1.0,
-                )
-            ]
-        )
-        brightness, contrast, saturation, hue = jitter
-        self.color = A.Compose(
-            [
-                A.ColorJitter(
-                    brightness=(1 - brightness, 1 + brightness),
-                    contrast=(1 - contrast, 1 + contrast),
-                    saturation=(1 - saturation, 1 + saturation),
-                    hue=(-hue, hue),
-                    p=1.0,
-                )
-            ]
-        )
-
-    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
-        size = photo.shape[0]
-        product = _run(self.warp, rng, photo, mask)
-        kind = rng.integers(3)
-        if kind == 0:
-            canvas = surroundings.background(rng, size, (0.0, 0.0))
-            if rng.random() < self.blur_share:
-                canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(1, 4))
-        else:
-            canvas = np.full_like(photo, 255 if kind == 2 else rng.integers(0, 256, 3))
-        picture = _paste(canvas, product)
-        return Sample(_run(self.color, rng, picture).photo, product.mask)
+from ..backgrounds import procedural_background, random_color
+from .base import Sample, Surroundings, affine, paste, run
 
 
 class StreetAugmentation:
@@ -128,11 +42,11 @@ class StreetAugmentation:
             [
                 # fit_output keeps the whole product in view; without it the warp slices its sides off.
                 A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
-                _affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
+                affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
             ]
         )
         self.small_warp = A.Compose(
-            [_affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
+            [affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
         )
         self.product_color = A.Compose([A.RandomBrightnessContrast(0.2, 0.2, p=0.6), A.RandomGamma((75, 130), p=0.3)])
         self.camera = A.Compose(
@@ -149,19 +63,19 @@ class StreetAugmentation:
     def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
         canvas = self._background(photo.shape[0], surroundings, rng)
         for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
-            canvas = self._paste_shaded(canvas, _run(self.small_warp, rng, *surroundings.product(rng)), rng)
+            canvas = self._paste_shaded(canvas, run(self.small_warp, rng, *surroundings.product(rng)), rng)
 
         # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
-        warped = _run(self.warp, rng, photo, cut)
-        product = Sample(_run(self.product_color, rng, warped.photo).photo, warped.mask)
+        warped = run(self.warp, rng, photo, cut)
+        product = Sample(run(self.product_color, rng, warped.photo).photo, warped.mask)
         canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
 
         if rng.random() < self.occlusion:
             canvas, mask = self._occlude(canvas, mask, surroundings, rng)
         if rng.random() < self.light:
             canvas = _tilt_light(canvas, rng)
-        canvas = _run(self.camera, rng, canvas).photo
+        canvas = run(self.camera, rng, canvas).photo
         if rng.random() < self.bars:
             canvas, mask = _letterbox_bars(canvas, mask, rng)
         return Sample(canvas, mask)
@@ -191,7 +105,7 @@ class StreetAugmentation:
             soft = cv2.GaussianBlur(cv2.warpAffine(small, shift, small.shape[::-1]), (0, 0), rng.uniform(0.01, 0.05) * size / 4)
             keep = cv2.resize(255 - cv2.convertScaleAbs(soft, alpha=rng.uniform(0.2, 0.7)), (size, size))
             canvas = cv2.multiply(canvas, cv2.merge([keep] * 3), scale=1 / 255)
-        return _paste(canvas, product)
+        return paste(canvas, product)
 
     def _occlude(
         self, canvas: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator
@@ -199,7 +113,7 @@ class StreetAugmentation:
         """Cover a part of the product (left out where it would hide over 40 % of it) with another product or a plain shape."""
         size = canvas.shape[0]
         if rng.random() < 0.5:
-            cover = _run(self.small_warp, rng, *surroundings.product(rng))
+            cover = run(self.small_warp, rng, *surroundings.product(rng))
         else:
             shape = np.zeros((size, size), np.uint8)
             centre = rng.integers(0, size, 2).tolist()
@@ -209,29 +123,7 @@ class StreetAugmentation:
         visible = (mask.astype(np.uint16) * (255 - cover.mask) // 255).astype(np.uint8)
         if visible.sum(dtype=np.int64) < 0.6 * mask.sum(dtype=np.int64):
             return canvas, mask
-        return _paste(canvas, cover), visible
-
-
-def _affine(**ranges: object) -> A.Affine:
-    return A.Affine(**ranges, fill=255, fill_mask=0, mask_interpolation=cv2.INTER_LINEAR, p=1.0)
-
-
-def _run(transform: A.Compose, rng: np.random.Generator, photo: np.ndarray, mask: np.ndarray | None = None) -> Sample:
-    """Apply an albumentations pipeline that draws from `rng`: left alone, its workers all draw the same numbers (2.0.8)."""
-    transform.set_random_state(rng, random.Random(int(rng.integers(2**31))))
-    if mask is None:
-        return Sample(transform(image=photo)["image"], np.empty(0, np.uint8))
-    result = transform(image=photo, mask=mask)
-    return Sample(result["image"], result["mask"])
-
-
-def _paste(canvas: np.ndarray, product: Sample) -> np.ndarray:
-    left, top, width, height = cv2.boundingRect(product.mask)
-    window = (slice(top, top + height), slice(left, left + width))
-    weight = product.mask[window][..., None].astype(np.uint16)
-    canvas = canvas.copy()
-    canvas[window] = (product.photo[window] * weight + canvas[window] * (255 - weight) + 127) // 255
-    return canvas
+        return paste(canvas, cover), visible
 
 
 def _tilt_light(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,11 @@
+"""Foreground augmentation: a catalogue photo and its mask become a new picture and its mask, at no labelling cost.
+
+Source: BAFE (Wang et al., ACM MM 2019), section on foreground augmentation. Every augmentation is a pure function of
+(photo, mask, surroundings, rng): the same generator state gives the same picture on every worker.
+"""
+
+from .base import Augmentation, Sample, Surroundings
+from .paper import PaperAugmentation
+from .street import StreetAugmentation
+
+__all__ = ["Augmentation", "PaperAugmentation", "Sample", "StreetAugmentation", "Surroundings"]

@@ -1,0 +1,60 @@
+"""What augmentations are made of and from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import albumentations as A
+import cv2
+import numpy as np
+
+
+class Sample(NamedTuple):
+    """`photo`: uint8 (S, S, 3). `mask`: uint8 (S, S), 0 to 255, soft at edges."""
+
+    photo: np.ndarray
+    mask: np.ndarray
+
+
+class Surroundings(NamedTuple):
+    """What a product can be pasted onto and among; both draw from the generator they are given.
+
+    `background(rng, size, zoom)` gives uint8 (size, size, 3), `product(rng)` another product of the catalogue.
+    """
+
+    background: Callable[..., np.ndarray]
+    product: Callable[[np.random.Generator], Sample]
+
+
+class Augmentation(Protocol):
+    """`holes`: the share of its pictures, 0 to 1, for which the mask it is given is to leave out what `find_holes` finds."""
+
+    holes: float
+
+    def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample: ...
+
+
+def affine(**ranges: object) -> A.Affine:
+    """A.Affine that leaves white around the photo and nothing around the mask."""
+    return A.Affine(**ranges, fill=255, fill_mask=0, mask_interpolation=cv2.INTER_LINEAR, p=1.0)
+
+
+def run(transform: A.Compose, rng: np.random.Generator, photo: np.ndarray, mask: np.ndarray | None = None) -> Sample:
+    """Apply an albumentations pipeline that draws from `rng`: left alone, its workers all draw the same numbers (2.0.8)."""
+    transform.set_random_state(rng, random.Random(int(rng.integers(2**31))))
+    if mask is None:
+        return Sample(transform(image=photo)["image"], np.empty(0, np.uint8))
+    result = transform(image=photo, mask=mask)
+    return Sample(result["image"], result["mask"])
+
+
+def paste(canvas: np.ndarray, product: Sample) -> np.ndarray:
+    """Lay the product over a canvas, uint8 (S, S, 3), weighed by its mask; a new picture."""
+    left, top, width, height = cv2.boundingRect(product.mask)
+    window = (slice(top, top + height), slice(left, left + width))
+    weight = product.mask[window][..., None].astype(np.uint16)
+    canvas = canvas.copy()
+    canvas[window] = (product.photo[window] * weight + canvas[window] * (255 - weight) + 127) // 255
+    return canvas
