@@ -123,13 +123,17 @@ class BackgroundAgnosticExtractor(nn.Module):
         self.backbone.eval()
         return self
 
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> float (B, 3, S, S) as the backbone takes it."""
+        return ((pictures.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
     def forward(self, pictures: Tensor) -> Extraction:
         """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction."""
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
-        inputs = (pictures.float() / 255 - self.mean) / self.std
+        inputs = self.normalise(pictures)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.backbone(inputs.contiguous(memory_format=torch.channels_last))
+            maps = self.backbone(inputs)
         taps = list(maps.taps)
         if self.decoder is not None:
             if self.shallowest == len(taps):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backbones import Backbone
 from .extractor import Extraction, resize_mask
 from .module import SaliencyModule
-from .objectives import contrast_loss, overlap_loss
+from .objectives import contrast_loss, distillation_loss, overlap_loss
 from .pooling import gem
 
 
@@ -22,8 +24,12 @@ class JointModule(SaliencyModule):
     The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
     `backbone_lr`: of the network; both rise for `warmup` steps, or a tenth of all if those are fewer, then fall along a cosine.
     `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
-    the predicted mask.
+    the predicted mask. `distill`: weight of keeping the feature map of street views as the pretrained network has it.
+    `average`: share of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): for the last
+    `settle` of the epochs, 0..1, the backbone is that average and stands still, and the decoder learns to read it.
     """
+
+    averaged: Tensor
 
     def __init__(
         self,
@@ -35,16 +41,41 @@ class JointModule(SaliencyModule):
         contrast: float,
         temperature: float,
         p: float,
+        distill: float,
+        average: float,
+        settle: float,
     ) -> None:
+        for name, share in {"average": average, "settle": settle}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"objective.{name}={share}: type a share from 0 to 1")
+        if average and not settle:
+            raise ValueError(
+                f"objective.average={average} with objective.settle=0: the decoder would never see the averaged network; "
+                "type objective.settle=0.2, or objective.average=0"
+            )
         super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
         extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
+        extra |= {"distill": distill, "average": average, "settle": settle}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
+        self.distill, self.average, self.settle = distill, average, settle
+        self.register_buffer("averaged", torch.tensor(False))
+        # A tuple hides it from PyTorch, which would save it and ask for its gradients.
+        self._pretrained = (copy.deepcopy(self.extractor.backbone),)
 
     def describe(self, extraction: Extraction) -> Tensor:
         # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
         weight = resize_mask(extraction.masks[-1].detach(), extraction.last.shape[-2:])
         return F.normalize(gem(extraction.last.float(), weight, self.p))
+
+    def on_train_epoch_start(self) -> None:
+        begin = (self.trainer.max_epochs or 0) * (1 - self.settle)
+        if self.average and not self.averaged and self.current_epoch >= begin:
+            average_weights(self.extractor.backbone, self._pretrained[0], self.average)
+            self.averaged.fill_(True)
+        # Also where a run goes on from a checkpoint of the averaged network.
+        self.extractor.frozen = bool(self.averaged)
+        self.extractor.backbone.requires_grad_(not self.averaged)
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
@@ -53,7 +84,19 @@ class JointModule(SaliencyModule):
         contrast = contrast_loss(street, clean, self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(clean))
-        return mask + self.contrast * contrast
+        if self.averaged:
+            return mask
+        loss = mask + self.contrast * contrast
+        if self.distill:
+            with torch.no_grad():
+                known = self._teacher()(self.extractor.normalise(extraction.pictures[1::2])).last
+            kept = distillation_loss(extraction.last[1::2], known)
+            self.log("train/distill", kept, on_step=False, on_epoch=True, batch_size=len(clean))
+            loss = loss + self.distill * kept
+        return loss
+
+    def _teacher(self) -> Backbone:
+        return self._pretrained[0].to(self.device, memory_format=torch.channels_last).eval()
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         assert extraction.logits is not None, "the decoder is topdown"
@@ -79,3 +122,12 @@ class JointModule(SaliencyModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def average_weights(network: nn.Module, other: nn.Module, share: float) -> None:
+    """Every parameter and batch statistic of `network` becomes (1 - share) times its own plus `share` times the other's."""
+    theirs = other.state_dict()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(theirs[name].to(value.device), share)

@@ -43,6 +43,11 @@ def contrast_loss(street: Tensor, clean: Tensor, temperature: float) -> Tensor:
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
+def distillation_loss(maps: Tensor, known: Tensor) -> Tensor:
+    """Mean cosine distance between the cells of a feature map and the frozen network's: float (B, C, H, W) each; a scalar."""
+    return (1 - F.cosine_similarity(maps.float(), known.float(), dim=1)).mean()
+
+
 def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:
     """AP@k of each query i whose only match is row own[i] of the gallery: 1 / rank, 0 below rank k; float (N,).
 
