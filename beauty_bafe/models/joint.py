@@ -22,7 +22,9 @@ class JointModule(SaliencyModule):
     The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
     `backbone_lr`: of the network; both rise for `warmup` steps, or a tenth of all if those are fewer, then fall along a cosine.
     `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
-    the predicted mask.
+    the predicted mask. `backbone_lr` of 0 freezes the network: the decoder alone learns, and `contrast` must be 0.
+
+    Raises ValueError for a frozen network with a `contrast`.
     """
 
     def __init__(
@@ -36,7 +38,13 @@ class JointModule(SaliencyModule):
         temperature: float,
         p: float,
     ) -> None:
-        super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
+        frozen = backbone_lr == 0
+        if frozen and contrast != 0:
+            raise ValueError(
+                f"objective.backbone_lr=0 freezes the network, so objective.contrast={contrast} has nothing to train; "
+                "type objective.contrast=0 as well, or objective=frozen for both"
+            )
+        super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
         extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
@@ -48,6 +56,8 @@ class JointModule(SaliencyModule):
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
+        if self.extractor.frozen:
+            return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
         # The batch alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
         contrast = contrast_loss(street, clean, self.temperature)
@@ -62,10 +72,9 @@ class JointModule(SaliencyModule):
     def configure_optimizers(self) -> Any:
         decoder = self.extractor.decoder
         assert decoder is not None
-        groups = [
-            {"params": list(decoder.parameters()), "lr": self.lr},
-            {"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr},
-        ]
+        groups = [{"params": list(decoder.parameters()), "lr": self.lr}]
+        if not self.extractor.frozen:
+            groups.append({"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
         trainer = self.trainer
 
