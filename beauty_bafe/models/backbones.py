@@ -23,9 +23,11 @@ class Backbone(nn.Module):
     """A timm network whose named modules are tapped while it runs.
 
     `name` is timm's (with or without a tag), `taps` and `last` are names of its modules. Channels are asked of the
-    network by running one empty picture through it. Parts that play no role in features (classifiers) are dropped.
+    network by running one empty picture through it. Parts that play no role in features (classifiers, attention pools) are
+    dropped. `patch`: the side in pixels of a transformer's patches, None for other networks.
 
-    Raises ValueError for an unknown name or module, RuntimeError where pretrained weights cannot be had.
+    Raises ValueError for an unknown name or module or a size that the network does not take, RuntimeError where pretrained
+    weights cannot be had.
     """
 
     def __init__(
@@ -52,7 +54,18 @@ class Backbone(nn.Module):
                 near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
                 raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
             modules[tap].register_forward_hook(partial(self._keep, tap))  # a partial is copied with the network
-        maps = self._drop_unused(torch.zeros(1, 3, size, size))
+        patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
+        self.patch: int | None = max(patch) if isinstance(patch, tuple) else patch
+        try:
+            maps = self._drop_unused(torch.zeros(1, 3, size, size))
+        except AssertionError as error:  # timm's transformers assert their size
+            if self.patch is not None and size % self.patch:
+                below = size // self.patch * self.patch
+                near = [f"model.size={side}" for side in (below, below + self.patch) if side > 0]
+                advice = f"its patches have {self.patch} px; type {' or '.join(near)}"
+            else:
+                advice = "if it is a transformer, +model.options.dynamic_img_size=true may let it take other sizes"
+            raise ValueError(f"model.size={size}: {name} takes no pictures of that size ({error}); {advice}") from error
         self.channels = [tap.shape[1] for tap in maps.taps]
         self.strides = [round(size / tap.shape[-1]) for tap in maps.taps]
         self.last_channels = maps.last.shape[1]
@@ -88,10 +101,11 @@ class Backbone(nn.Module):
         for handle in handles:
             handle.remove()
         for name, child in list(self.net.named_children()):
-            # A container that runs layer by layer never fires its own hook; its parameters are in use all the same.
-            if name not in used and not any(tap.startswith(f"{name}.") for tap in self.tap_names):
+            # A container that runs layer by layer never fires its own hook; its parameters are in use all the same. Nor do
+            # rotary positions, which are asked by get_embed.
+            container = any(tap.startswith(f"{name}.") for tap in self.tap_names)
+            if name not in used and not container and not hasattr(child, "get_embed"):
                 setattr(self.net, name, nn.Identity())
-            del child
         return maps
 
 

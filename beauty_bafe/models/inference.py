@@ -60,7 +60,7 @@ class Describer(nn.Module):
     `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
     added at length 1. `view` changes what is looked at once the saliency is known.
     With `masks` the last output is the saliency of the picture as it came, the last that was drawn, uint8 (B, 112, 112),
-    0 to 255. Raises ValueError for scales of a network that takes one size alone.
+    0 to 255. Raises ValueError for scales of a network that takes one size alone, or whose patches do not fill them.
     """
 
     def __init__(
@@ -79,6 +79,14 @@ class Describer(nn.Module):
             try:
                 extractor(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=extractor.mean.device))
             except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
+                patch = extractor.backbone.patch
+                if patch is not None and extractor.size % patch == 0 and side % patch:
+                    fitting = [max(1, round(size / patch)) * patch for size in self.sides]
+                    shares = ",".join(f"{size / extractor.size:.4g}" for size in fitting)
+                    raise ValueError(
+                        f"extraction.scales={list(scales)}: {side} px is no multiple of this network's patches of {patch} px; "
+                        f"type extraction.scales=[{shares}] for {', '.join(map(str, fitting))} px"
+                    ) from error
                 raise ValueError(
                     f"extraction.scales={list(scales)}: this network takes pictures of {extractor.size} px alone ({error}); "
                     "type extraction.scales=[1.0]"

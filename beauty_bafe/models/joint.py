@@ -27,6 +27,9 @@ class JointModule(SaliencyModule):
     the predicted mask. `distill`: weight of keeping the feature map of street views as the pretrained network has it.
     `average`: share of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): for the last
     `settle` of the epochs, 0..1, the backbone is that average and stands still, and the decoder learns to read it.
+    `backbone_lr` of 0 freezes the network from the start: the decoder alone learns, and `contrast` must be 0.
+
+    Raises ValueError for shares outside 0..1, an `average` without `settle`, a frozen network with a `contrast`.
     """
 
     averaged: Tensor
@@ -53,7 +56,13 @@ class JointModule(SaliencyModule):
                 f"objective.average={average} with objective.settle=0: the decoder would never see the averaged network; "
                 "type objective.settle=0.2, or objective.average=0"
             )
-        super().__init__({**model, "frozen": False, "decoder": "topdown", "hidden": width}, lr, warmup)
+        frozen = backbone_lr == 0
+        if frozen and contrast != 0:
+            raise ValueError(
+                f"objective.backbone_lr=0 freezes the network, so objective.contrast={contrast} has nothing to train; "
+                "type objective.contrast=0 as well, or objective=frozen for both"
+            )
+        super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
         extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         extra |= {"distill": distill, "average": average, "settle": settle}
         self.save_hyperparameters(extra)
@@ -69,23 +78,25 @@ class JointModule(SaliencyModule):
         return F.normalize(gem(extraction.last.float(), weight, self.p))
 
     def on_train_epoch_start(self) -> None:
+        if self.extractor.frozen:
+            return
         begin = (self.trainer.max_epochs or 0) * (1 - self.settle)
         if self.average and not self.averaged and self.current_epoch >= begin:
             average_weights(self.extractor.backbone, self._pretrained[0], self.average)
             self.averaged.fill_(True)
-        # Also where a run goes on from a checkpoint of the averaged network.
-        self.extractor.frozen = bool(self.averaged)
-        self.extractor.backbone.requires_grad_(not self.averaged)
+        if self.averaged:  # also where a run goes on from a checkpoint of the averaged network
+            self.extractor.frozen = True
+            self.extractor.backbone.requires_grad_(False)
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
+        if self.extractor.frozen:
+            return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
         # The batch alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
         contrast = contrast_loss(street, clean, self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(clean))
-        if self.averaged:
-            return mask
         loss = mask + self.contrast * contrast
         if self.distill:
             with torch.no_grad():
@@ -105,10 +116,9 @@ class JointModule(SaliencyModule):
     def configure_optimizers(self) -> Any:
         decoder = self.extractor.decoder
         assert decoder is not None
-        groups = [
-            {"params": list(decoder.parameters()), "lr": self.lr},
-            {"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr},
-        ]
+        groups = [{"params": list(decoder.parameters()), "lr": self.lr}]
+        if not self.extractor.frozen:
+            groups.append({"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
         trainer = self.trainer
 

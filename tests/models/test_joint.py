@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
-from beauty_bafe.models.module import load_extractor
+from beauty_bafe.models.module import check_resumable, load_extractor
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
@@ -23,6 +23,9 @@ SETTINGS: dict[str, Any] = {
     "contrast": 0.5,
     "temperature": 0.1,
     "p": 3.0,
+    "distill": 0.0,
+    "average": 0.0,
+    "settle": 0.0,
 }
 
 
@@ -92,6 +95,35 @@ def test_the_descriptor_does_not_move_the_mask(tiny: dict[str, Any]) -> None:
     module.describe(module.extractor(Pairs()[0]["pictures"])).sum().backward()
     assert module.extractor.decoder is not None
     assert all(p.grad is None for p in module.extractor.decoder.parameters())
+
+
+def test_a_step_size_of_0_freezes_the_backbone(tiny: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = JointModule(tiny, **SETTINGS | {"backbone_lr": 0, "contrast": 0})
+    before = {key: value.clone() for key, value in module.extractor.state_dict().items()}
+    trainer = fit(module, tmp_path, 4)
+    changed = {key for key, value in module.extractor.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed
+    assert all(key.startswith("decoder.") for key in changed)
+    assert all(p.grad is None and not p.requires_grad for p in module.extractor.backbone.parameters())
+    (group,) = trainer.optimizers[0].param_groups
+    assert len(group["params"]) == len(trainer.optimizers[0].state) == len(list(module.extractor.decoder.parameters()))
+    assert not module.extractor(Pairs()[0]["pictures"]).last.requires_grad
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    check_resumable(module, tmp_path / "a.ckpt")
+    extractor = load_extractor(tmp_path / "a.ckpt")
+    assert extractor.frozen
+    pictures = Pairs()[1]["pictures"]
+    with torch.inference_mode():
+        one, other = extractor(pictures), module.extractor.eval()(pictures)
+    assert torch.equal(one.last, other.last)
+    assert torch.equal(one.saliency(64), other.saliency(64))
+
+
+def test_a_frozen_backbone_has_nothing_to_contrast(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"objective.contrast=0.5 has nothing to train; type objective.contrast=0"):
+        JointModule(tiny, **SETTINGS | {"backbone_lr": 0.0})
 
 
 def test_the_decoder_follows_its_description() -> None:

@@ -8,6 +8,9 @@ import numpy as np
 
 from ..backgrounds import procedural_background, random_color
 from .base import Sample, Surroundings, affine, paste, run
+from .hands import hold
+
+UPRIGHT = 40  # degrees: what people hold or shelve is seldom turned further
 
 
 class StreetAugmentation:
@@ -21,7 +24,9 @@ class StreetAugmentation:
         self,
         scale: tuple[float, float],
         shift: float,
+        upright: float,
         perspective: float,
+        hand: float,
         zoom: tuple[float, float],
         holes: float,
         photo_share: float,
@@ -36,14 +41,20 @@ class StreetAugmentation:
     ) -> None:
         self.zoom = (zoom[0], zoom[1])
         self.holes, self.photo_share = holes, photo_share
+        self.upright, self.hand = upright, hand
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
-        self.warp = A.Compose(
-            [
-                # fit_output keeps the whole product in view; without it the warp slices its sides off.
-                A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
-                affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
-            ]
+        self.upright_warp, self.warp = (
+            A.Compose(
+                [
+                    # fit_output keeps the whole product in view; without it the warp slices its sides off.
+                    A.Perspective(
+                        scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6
+                    ),
+                    affine(rotate=(-turn, turn), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
+                ]
+            )
+            for turn in (UPRIGHT, 180)
         )
         self.small_warp = A.Compose(
             [affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
@@ -67,9 +78,12 @@ class StreetAugmentation:
 
         # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
-        warped = run(self.warp, rng, photo, cut)
+        warped = run(self.upright_warp if rng.random() < self.upright else self.warp, rng, photo, cut)
         product = Sample(run(self.product_color, rng, warped.photo).photo, warped.mask)
-        canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
+        if rng.random() < self.hand:
+            canvas, mask = hold(canvas, product, rng)
+        else:
+            canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
 
         if rng.random() < self.occlusion:
             canvas, mask = self._occlude(canvas, mask, surroundings, rng)
