@@ -17,10 +17,11 @@ DRAWN_SIDE = 144  # pixels: a larger hand is drawn at this size and enlarged; it
 # CIELAB of human skin from very light to very dark, about evenly spaced as on the Fitzpatrick scale.
 SKIN = np.array([[80, 10, 17], [73, 13, 20], [66, 15, 23], [56, 16, 25], [44, 15, 21], [30, 11, 14]], np.float32)
 STEPS, CAP = 12, 7  # points along a finger's axis and around its tip: enough to look round at DRAWN_SIDE
+# A cubic Bezier curve at those points, as weights of its four control points.
 _T = np.linspace(0, 1, STEPS)[:, None]
 BEZIER = np.hstack([(1 - _T) ** 3, 3 * _T * (1 - _T) ** 2, 3 * _T**2 * (1 - _T), _T**3])
-TURN = np.linspace(0, np.pi, CAP + 2)[1:-1, None]
 TANGENT = np.gradient(BEZIER, axis=0)
+TURN = np.linspace(0, np.pi, CAP + 2)[1:-1, None]
 # Radii from root to tip, in finger widths: thicker at the joints.
 FINGER = np.interp(_T[:, 0], np.linspace(0, 1, 8), [0.56, 0.55, 0.5, 0.52, 0.49, 0.5, 0.47, 0.4])
 THUMB = np.interp(_T[:, 0], np.linspace(0, 1, 9), [1.3, 1.2, 0.95, 0.74, 0.64, 0.6, 0.64, 0.6, 0.46])
@@ -103,15 +104,15 @@ def _find_grip(points: np.ndarray, size: int, rng: np.random.Generator) -> Grip:
     if width > height:
         angle, width, height = angle + 90, height, width
     centre = np.array([centre_x, centre_y])
-    choices = []
+    turns, weights = [], []
     for turn, liking in ((0, 1.0), (180, 1.0), (90, 0.3), (270, 0.3)):
         theta = np.deg2rad(angle + turn)
         into = np.array([np.cos(theta), np.sin(theta)])
         edge = centre - into * (width if turn % 180 == 0 else height) / 2
         room = min(edge[0], edge[1], size - edge[0], size - edge[1]) / size
-        choices.append((angle + turn, liking * (0.12 + np.clip(room, 0, 0.3)) * (1.3 - into[1] if into[1] < 0.3 else 0.5)))
-    weights = np.array([weight for _, weight in choices])
-    theta = np.deg2rad(choices[rng.choice(4, p=weights / weights.sum())][0] + rng.uniform(-22, 22))
+        turns.append(angle + turn)
+        weights.append(liking * (0.12 + np.clip(room, 0, 0.3)) * (1.3 - into[1] if into[1] < 0.3 else 0.5))
+    theta = np.deg2rad(turns[rng.choice(4, p=np.array(weights) / sum(weights))] + rng.uniform(-22, 22))
     x = np.array([np.cos(theta), np.sin(theta)])
     y = np.array([-x[1], x[0]])
     if (y[1] < 0) == (rng.random() < 0.85):  # the thumb is rather above the fingers
@@ -150,7 +151,7 @@ def _pose(grip: Grip, size: int, rng: np.random.Generator) -> list[Part]:
     elif rng.random() < 0.2:
         parts.append(forearm(0.8, rng.uniform(1.3, 2.0), 1.05, BAND))
     kind = rng.random()
-    if kind < 0.3:  # fingers in front, thumb behind
+    if kind < 0.27:  # fingers in front, thumb behind
         if rng.random() < 0.6:
             parts.append(Part([(-3, -0.6), (-1.6, -2.2), (-0.6, -2.9), (1.2, -3.2)], THUMB, joined=0.5))
         count, lean, long = int(rng.integers(1, 5)), rng.uniform(-0.35, 0.35), rng.uniform(1.5, 2.7)
@@ -224,18 +225,18 @@ class _Drawing:
                 cv2.polylines(dark, edge, False, 90, thin, cv2.LINE_AA, SUBPIXEL)
             self._add_details(part, line, dark, kinds, rng)
         # The product's shadow on the palm behind it.
-        behind = cv2.resize(held, self.drawn_size, interpolation=cv2.INTER_AREA)
-        behind = _soften(behind, 0.4 * self.unit)
+        behind = _soften(cv2.resize(held, self.drawn_size, interpolation=cv2.INTER_AREA), 0.4 * self.unit)
         behind = cv2.multiply(behind, 255 - self.drawn_front, scale=0.45 / 255)
         dark = cv2.max(_soften(dark, 0.06 * self.unit), behind)
         depth = cv2.distanceTransform(body, cv2.DIST_L2, 3)
         height, arch = (_dome(depth, radius * self.unit) for radius in (0.55, 1.7))
         height = _soften(height + arch, 0.13 * self.unit)
         lit = cv2.Sobel(height, cv2.CV_32F, 1, 0, scale=-light[0]) + cv2.Sobel(height, cv2.CV_32F, 0, 1, scale=-light[1])
-        noise = cv2.resize(rng.normal(0, 9, (5, 5)).astype(np.float32), self.drawn_size, interpolation=cv2.INTER_CUBIC)
+        uneven = rng.normal(0, (9, 4), (5, 5, 2)) + np.linspace(rng.normal(0, 14), 0, 5)[:, None, None] * (1, 0)
+        noise, flush = cv2.split(cv2.resize(uneven.astype(np.float32), self.drawn_size, interpolation=cv2.INTER_CUBIC))
         lit = lit / (8 + np.abs(lit))  # 8: the sum of Sobel's weights; steep sides are not black
         tone = (118 + noise) - lit * rng.uniform(45, 95) + arch * (22 / self.unit) - dark * np.float32(0.7)
-        tone = cv2.merge([cv2.convertScaleAbs(np.maximum(tone, 25))] * 3)
+        tone = cv2.merge([cv2.convertScaleAbs(np.maximum(level, 25)) for level in (tone + flush, tone, tone - flush)])
         gain = rng.uniform(0.75, 1.15) * (1 + rng.uniform(-0.06, 0.13) * np.array([1, 0, -1]))
         skin = _skin(rng)
         nail = skin * 0.75 + np.array([250, 205, 195]) * 0.25 if rng.random() < 0.85 else np.array(random_color(rng))
@@ -249,14 +250,14 @@ class _Drawing:
     def _add_details(self, part: Part, line: np.ndarray, dark: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> None:
         """Wrinkles over the joints, folds of a sleeve, a ring, the nail."""
         left, right = line[:STEPS].astype(float), line[2 * STEPS + CAP - 1 : STEPS + CAP - 1 : -1].astype(float)
-        marks = [0.62, 0.66, 0.7] if part.wrinkles else rng.uniform(0, 0.3, 5) if part.kind == SLEEVE else []
+        marks = [0.36, 0.62, 0.66, 0.7] if part.wrinkles else rng.uniform(0, 0.3, 5) if part.kind == SLEEVE else []
         for mark in marks:
             at = mark * (STEPS - 1)
             ends = [side[int(at)] + (side[int(at) + 1] - side[int(at)]) * (at % 1) for side in (left, right)]
             inset = rng.uniform(0.1, 0.3, 2)
             stroke = [ends[0] + (ends[1] - ends[0]) * inset[0], ends[1] + (ends[0] - ends[1]) * inset[1]]
             cv2.polylines(dark, [np.rint(stroke).astype(np.int32)], False, int(rng.integers(30, 80)), 1, cv2.LINE_AA, SUBPIXEL)
-        if part.wrinkles and rng.random() < 0.06:  # a ring
+        if part.radii is FINGER and rng.random() < 0.05:  # a ring
             ring = np.rint([(side[4] + side[5]) / 2 for side in (left, right)]).astype(np.int32)
             cv2.polylines(kinds, [ring], False, BAND, max(1, round(0.25 * self.unit)), cv2.LINE_8, SUBPIXEL)
         if part.nail is None:
