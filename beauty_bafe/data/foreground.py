@@ -19,6 +19,9 @@ SHADOW_DEPTH = 70.0  # how much darker than the backdrop a soft shadow may get
 MIN_AREA, MAX_AREA = 0.005, 0.95
 HOLE_EDGE, HOLE_NOISE = 48, 10  # of 255: an enclosed part that differs less than the first mostly differs less than the second
 MIN_HOLE = 0.002  # share of the picture
+# A pack's outline is convex and nearly a rectangle (a disc fills 0.79 of its own); where one is white, the backdrop eats into
+# it, but leaves at least this share.
+PACK_RECTANGLE, PACK_LEFT, PACK_OUTLINE = 0.88, 0.55, 0.7
 MIN_UNIFORM_BORDER = 0.6  # products may touch the frame, a scene fills most of it
 
 
@@ -35,7 +38,8 @@ def find_foreground(picture: Picture) -> Foreground:
 
     The backdrop (white, off-white or any plain colour, JPEG-noisy, softly shaded) is modelled as a plane of colour fitted
     to the border; soft shadows are followed as long as they stay smooth and keep the backdrop's hue. White parts inside
-    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`. A file with alpha brings its own mask.
+    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`, and a pack keeps its
+    corners. A file with alpha brings its own mask.
     """
     rgb, alpha = picture
     height, width = rgb.shape[:2]
@@ -64,7 +68,7 @@ def find_foreground(picture: Picture) -> Foreground:
     # JPEG rings along edges are louder than elsewhere, but reach only a few pixels.
     near = cv2.dilate(plain.astype(np.uint8), np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)) > 0
     plain |= near & (distance < RING_FACTOR * tolerance)
-    return _judge(_tidy(~plain), uniform)
+    return _judge(_mend_pack(_tidy(~plain)), uniform)
 
 
 def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -126,6 +130,22 @@ def _tidy(mask: np.ndarray) -> np.ndarray:
     keep = stats[:, cv2.CC_STAT_AREA] >= max(4, 0.0005 * mask.size)
     keep[0] = False
     return np.where(keep[labels], 255, 0).astype(np.uint8)
+
+
+def _mend_pack(mask: np.ndarray) -> np.ndarray:
+    """The convex hull where it is that of a pack (nearly a rectangle), else the mask as it is; uint8 0 or 255."""
+    points = cv2.findNonZero(mask)
+    if points is None:
+        return mask
+    hull = cv2.convexHull(points)
+    area, rectangle = cv2.contourArea(hull), float(np.prod(cv2.minAreaRect(hull)[1]))
+    if area < PACK_RECTANGLE * rectangle or len(points) < PACK_LEFT * area:
+        return mask
+    whole = cv2.fillConvexPoly(np.zeros_like(mask), hull, 255)
+    outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)
+    near = cv2.dilate(mask, np.ones((5, 5), np.uint8))
+    seen = cv2.countNonZero(outline & near) / cv2.countNonZero(outline)
+    return whole if seen > PACK_OUTLINE else mask
 
 
 def _judge(mask: np.ndarray, uniform: float) -> Foreground:

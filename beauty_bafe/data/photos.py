@@ -17,7 +17,7 @@ from .catalog import Catalog, stamp
 from .foreground import find_foreground
 from .pictures import UnreadablePicture, letterbox, read_picture
 
-VERSION = 1  # counts up when the same file gives other pixels or another mask
+VERSION = 2  # counts up when the same file gives other pixels or another mask
 
 
 class Look(NamedTuple):

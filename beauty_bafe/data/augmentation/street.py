@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import albumentations as A
 import cv2
 import numpy as np
 
 from ..backgrounds import procedural_background, random_color
 from .base import Sample, Surroundings, affine, paste, run
+from .camera import glare, jpeg, low_resolution, motion_blur, sensor_noise, sharpen, tone_curve, white_balance
 from .hands import hold
+from .shelves import draw_shelf
+from .solids import as_solid
 
+# In the order of the light's way through a phone; each has its probability in conf/augmentation/street.yaml.
+CAMERA = {
+    "motion": motion_blur,
+    "white_balance": white_balance,
+    "tone": tone_curve,
+    "noise": sensor_noise,
+    "low_resolution": low_resolution,
+    "sharpen": sharpen,
+    "jpeg": jpeg,
+}
 UPRIGHT = 40  # degrees: what people hold or shelve is seldom turned further
 
 
 class StreetAugmentation:
-    """What a phone sees: any angle, perspective, scale, light, shadow, clutter, occlusion, blur, noise, JPEG.
+    """What a phone sees in a street or a shop: solids at any angle, in hands, before shelves, in its light, through its camera.
 
     Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
     `zoom` the share of a background photograph that is seen.
@@ -26,22 +41,28 @@ class StreetAugmentation:
         shift: float,
         upright: float,
         perspective: float,
+        solid: float,
         hand: float,
         zoom: tuple[float, float],
         holes: float,
+        shelf: float,
         photo_share: float,
         clutter: float,
         occlusion: float,
         shadow: float,
         light: float,
-        blur: float,
-        noise: float,
-        jpeg: float,
         bars: float,
+        camera: Mapping[str, float],
     ) -> None:
         self.zoom = (zoom[0], zoom[1])
         self.holes, self.photo_share = holes, photo_share
-        self.upright, self.hand = upright, hand
+        self.upright, self.solid, self.hand, self.shelf = upright, solid, hand, shelf
+        unknown = sorted(camera.keys() ^ {*CAMERA, "glare", "colour", "defocus"})
+        if unknown:
+            raise ValueError(
+                f"augmentation.camera has '{unknown[0]}' amiss; give each of glare, colour, defocus, {', '.join(CAMERA)} once"
+            )
+        self.camera = dict(camera)
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
         self.upright_warp, self.warp = (
@@ -60,16 +81,10 @@ class StreetAugmentation:
             [affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
         )
         self.product_color = A.Compose([A.RandomBrightnessContrast(0.2, 0.2, p=0.6), A.RandomGamma((75, 130), p=0.3)])
-        self.camera = A.Compose(
-            [
-                A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.75, 1.25), saturation=(0.7, 1.3), hue=(-0.04, 0.04), p=0.8),
-                A.OneOf(
-                    [A.GaussianBlur(sigma_limit=(0.4, 2.0)), A.MotionBlur(blur_limit=(3, 9)), A.Defocus(radius=(1, 3))], p=blur
-                ),
-                A.GaussNoise(std_range=(0.01, 0.06), p=noise),
-                A.ImageCompression(quality_range=(30, 92), p=jpeg),
-            ]
+        self.colour = A.Compose(
+            [A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.7, 1.3), hue=(-0.04, 0.04), p=1.0)]
         )
+        self.defocus = A.Compose([A.OneOf([A.GaussianBlur(sigma_limit=(0.4, 2.0)), A.Defocus(radius=(1, 3))], p=1.0)])
 
     def __call__(self, photo: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator) -> Sample:
         canvas = self._background(photo.shape[0], surroundings, rng)
@@ -78,8 +93,11 @@ class StreetAugmentation:
 
         # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
+        photo, cut = as_solid(photo, cut, rng) if rng.random() < self.solid else Sample(photo, cut)
         warped = run(self.upright_warp if rng.random() < self.upright else self.warp, rng, photo, cut)
         product = Sample(run(self.product_color, rng, warped.photo).photo, warped.mask)
+        if rng.random() < self.camera["glare"]:
+            product = Sample(glare(*product, rng), product.mask)
         if rng.random() < self.hand:
             canvas, mask = hold(canvas, product, rng)
         else:
@@ -89,12 +107,25 @@ class StreetAugmentation:
             canvas, mask = self._occlude(canvas, mask, surroundings, rng)
         if rng.random() < self.light:
             canvas = _tilt_light(canvas, rng)
-        canvas = run(self.camera, rng, canvas).photo
+        canvas = self._photograph(canvas, rng)
         if rng.random() < self.bars:
             canvas, mask = _letterbox_bars(canvas, mask, rng)
         return Sample(canvas, mask)
 
+    def _photograph(self, canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What lens, sensor and software do, in the order in which they do it."""
+        if rng.random() < self.camera["colour"]:
+            canvas = run(self.colour, rng, canvas).photo
+        if rng.random() < self.camera["defocus"]:
+            canvas = run(self.defocus, rng, canvas).photo
+        for name, step in CAMERA.items():
+            if rng.random() < self.camera[name]:
+                canvas = step(canvas, rng)
+        return canvas
+
     def _background(self, size: int, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() < self.shelf:
+            return draw_shelf(size, surroundings, rng)
         kind = rng.random()
         if kind < self.photo_share:
             canvas = surroundings.background(rng, size, self.zoom)
