@@ -31,10 +31,11 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
         groups = [o for o in overrides if (conf / o.key_or_group.split("@")[0]).is_dir()]
         chosen = [str(o.input_line) for o in groups if not o.is_sweep_override()]
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            settings = OmegaConf.to_container(compose(config_name, chosen, return_hydra_config=True))
+            settings: Any = OmegaConf.to_container(compose(config_name, chosen, return_hydra_config=True))
     except HydraException:
         return  # not a matter of keys: Hydra's own message names the options
-    swept = {o.key_or_group for o in groups if o.is_sweep_override()} | {*(settings.pop("hydra")["sweeper"]["params"] or {})}
+    swept = {o.key_or_group for o in groups if o.is_sweep_override()}
+    swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
     other = {"train": "retrieve", "retrieve": "train"}[config_name]
     for override in overrides:
         key = override.key_or_group
@@ -55,7 +56,7 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
         ):
             continue
         if rest and isinstance(settings.get(group), dict) and "auto" in settings[group]:
-            if group not in swept:
+            if not swept & {group, "experiment"}:
                 sys.exit(_of_no_file_yet(conf, config_name, group, rest, word))
             continue
         parent: Any = settings
