@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from beauty_bafe import cli
+from beauty_bafe import cli, recipe
 
 CONF = Path(__file__).parent / "conf"
 
@@ -18,6 +18,7 @@ CONF = Path(__file__).parent / "conf"
 def retrieve(cfg: DictConfig) -> dict[str, Any]:
     """Retrieve as configured; writes submission.csv, with truth metrics.json, and report.html. Returns the metrics."""
     cli.require_retrieval_inputs(cfg)
+    recipe.resolve_auto(cfg, CONF)
     from hydra.utils import instantiate
 
     from beauty_bafe.data.catalog import Skipped, open_catalog

@@ -11,13 +11,14 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from beauty_bafe import cli
+from beauty_bafe import cli, recipe
 
 CONF = Path(__file__).parent / "conf"
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train as configured and return the last epoch's metrics; writes checkpoints/, config.yaml, metrics.json, curves.png."""
+    recipe.check_recipe(cfg.retrieval, CONF)
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 

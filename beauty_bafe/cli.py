@@ -31,14 +31,22 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
         groups = [o for o in overrides if (conf / o.key_or_group.split("@")[0]).is_dir()]
         chosen = [str(o.input_line) for o in groups if not o.is_sweep_override()]
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            settings = OmegaConf.to_container(compose(config_name, chosen))
+            settings: Any = OmegaConf.to_container(compose(config_name, chosen, return_hydra_config=True))
     except HydraException:
         return  # not a matter of keys: Hydra's own message names the options
+    swept = {o.key_or_group for o in groups if o.is_sweep_override()}
+    swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
     other = {"train": "retrieve", "retrieve": "train"}[config_name]
     for override in overrides:
         key = override.key_or_group
+        group, _, rest = key.partition(".")
+        word = str(override.input_line)
+        value = word.partition("=")[2]
         if override in groups and key in ELSEWHERE[config_name]:
-            sys.exit(f"error: {key} is chosen for {other}.py; here it would change nothing")
+            hint = f"; retrieval.{key}={value} makes it the checkpoint's" if key in settings.get("retrieval", {}) else ""
+            sys.exit(f"error: {key} is chosen for {other}.py; here it would change nothing{hint}")
+        if config_name == "retrieve" and group == "retrieval":
+            sys.exit(f"error: retrieval is train.py's; here type {rest or 'pooling'}={value if rest else 'NAME'}")
         if (
             override in groups
             or override.is_add()
@@ -46,6 +54,10 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
             or override.is_delete()
             or key.startswith("hydra")
         ):
+            continue
+        if rest and isinstance(settings.get(group), dict) and "auto" in settings[group]:
+            if not swept & {group, "experiment"}:
+                sys.exit(_of_no_file_yet(conf, config_name, group, rest, word))
             continue
         parent: Any = settings
         parts = key.split(".")
@@ -57,6 +69,32 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
                 hint = f" Did you mean '{near[0]}'?" if near else ""
                 sys.exit(f"error: '{key}' is no setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}")
             parent = parent[part]
+
+
+def _of_no_file_yet(conf: Path, config_name: str, group: str, setting: str, word: str) -> str:
+    """The answer to a setting of a group that is left at auto: the files of the group that have it."""
+    from hydra import compose, initialize_config_dir
+
+    names = sorted(file.stem for file in (conf / group).glob("*.yaml") if file.stem != "auto")
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        files = {name: compose(config_name, [f"{group}={name}"])[group] for name in names}
+    having = [name for name in names if OmegaConf.select(files[name], setting, default=files) is not files]
+    if not having:
+        keys = dict.fromkeys(key for file in files.values() for key in _keys(OmegaConf.to_container(file)))
+        near = difflib.get_close_matches(setting, keys, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"error: '{group}.{setting}' is no setting of any file in conf/{group} ({', '.join(names)}).{hint}"
+    # First what the setting itself names, then what train.py gives its checkpoints.
+    preferred = {*setting.split("."), OmegaConf.load(conf / "train.yaml").retrieval[group]}
+    having.sort(key=lambda name: name not in preferred)
+    others = f" (or {group}={', '.join(having[1:])})" if having[1:] else ""
+    return f"error: {group}=auto leaves {group} to the checkpoints; to set it, type {group}={having[0]} {word}{others}"
+
+
+def _keys(settings: Any, prefix: str = "") -> list[str]:
+    if not isinstance(settings, dict):
+        return []
+    return [found for key, value in settings.items() for found in (prefix + str(key), *_keys(value, f"{prefix}{key}."))]
 
 
 def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
@@ -88,9 +126,7 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
     if networks and not missing:
         return
     needs = (
-        []
-        if networks
-        else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote; or model=NAME pooling=gem, without masks)"]
+        [] if networks else ["checkpoints='[RUN/checkpoints/best.ckpt]' (what train.py wrote; or model=NAME, without masks)"]
     )
     needs += [f"{key}=DIR_OR_CSV (a folder of pictures, or a csv with the columns id,path)" for key in missing]
     text = "retrieve.py needs " + ", ".join(needs)

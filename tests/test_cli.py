@@ -42,6 +42,15 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
         ("train", "sed=1", "the top level has .*seed.* Did you mean 'seed'"),
         ("train", "model.size.x=1", "model.size has no keys below it"),
         ("retrieve", "pooling.saliensy=true", "Did you mean 'saliency'"),
+        (
+            "retrieve",
+            "query.view.closer=1.5",
+            "query=auto leaves query to the checkpoints; .*query=closer query.view.closer=1.5",
+        ),
+        ("retrieve", "pooling.function.p=4", "type pooling=attention_gem pooling.function.p=4 .or pooling=gem, grmac"),
+        ("retrieve", "rerank.sift_verified.depth=9", "type rerank=sift_verified rerank.sift_verified.depth=9$"),
+        ("retrieve", "retrieval.query=both", "retrieval is train.py's; here type query=both"),
+        ("train", "pooling=gem", "chosen for retrieve.py; .* retrieval.pooling=gem makes it the checkpoint's"),
         ("train", "data.titles=x", "'data.titles' is no setting: data has root"),
     ],
 )
@@ -62,6 +71,19 @@ def test_unknown_keys_are_answered_with_the_allowed_ones(script: str, override: 
 )
 def test_known_keys_pass(words: list[str]) -> None:
     check_overrides(ROOT / "conf", "train", words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["query=closer", "query.view.closer=1.5"],
+        ["-m", "pooling=gem,mac", "pooling.saliency=true"],  # a sweep's poolings have it, auto has not
+        ["-m", "sweep=poolings", "pooling.saliency=true"],
+        ["experiment=best", "rerank.sift_verified.depth=9"],
+    ],
+)
+def test_settings_of_chosen_files_pass(words: list[str]) -> None:
+    check_overrides(ROOT / "conf", "retrieve", words)
 
 
 def test_unknown_names_are_answered_with_the_options(tmp_path: Path) -> None:

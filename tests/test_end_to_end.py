@@ -35,6 +35,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
             "data.batch_size=6",
             "data.num_workers=0",
             "model.hidden=128",
+            "objective=saliency",
             "objective.lr=1e-3",
             "objective.warmup=30",
             "trainer.max_epochs=6",

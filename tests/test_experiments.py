@@ -98,7 +98,7 @@ def test_a_network_without_masks_is_not_asked_for_any(
             "never trained to make masks, which changing the queries",
         ),
         (["model=efficientnet_lite0", "pooling=gem", "pairs={second: [gem]}"], "pairs names 'second'; the networks are model"),
-        (["pooling=gem"], r"needs checkpoints=.* or model=NAME pooling=gem"),
+        (["pooling=gem"], r"needs checkpoints=.* or model=NAME"),
     ):
         cfg = configure("retrieve", *given, *overrides)
         if cfg.get("model") is not None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from .extractor import resize_mask
 class Checkpoints(Checkpoint):
     """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
 
-    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one.
+    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: names that each
+    carries for retrieve.py.
     """
 
-    def __init__(self, folder: str, monitor: str) -> None:
+    def __init__(self, folder: str, monitor: str, retrieval: Mapping[str, str]) -> None:
         self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
+        self.retrieval = dict(retrieval)  # a plain one: it is to be loaded with weights_only
         self.monitor, self.highest = monitor, float("-inf")
 
     def state_dict(self) -> dict[str, Any]:
@@ -33,6 +36,9 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.highest = state_dict["highest"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["retrieval"] = self.retrieval
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == 0 and trainer.global_step == 0:

@@ -92,8 +92,8 @@ class SaliencyModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
-    """The extractor of a checkpoint, on the CPU in evaluation mode; needs no conf and no hub, and runs no code of the file.
+def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU, tensors read as they are used; runs no code of the file.
 
     Raises ValueError where the file is no checkpoint of ours.
     """
@@ -101,15 +101,26 @@ def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
     if not path.is_file():
         raise ValueError(f"checkpoint '{checkpoint}' does not exist; train.py writes RUN/checkpoints/best.ckpt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
-        named = content["state_dict"].items()  # an objective may keep more than the network
-        state = {key.removeprefix("extractor."): value for key, value in named if key.startswith("extractor.")}
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        dict(content["hyper_parameters"]["model"])
+        content["state_dict"].items()
     except Exception as error:
         raise ValueError(
             f"'{checkpoint}' is no checkpoint of this project ({type(error).__name__}: {str(error)[:200]}); "
             "give a best.ckpt or last.ckpt that train.py wrote, or use model.weights=FILE for a bare state dict"
         ) from error
+    return content
+
+
+def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
+    """The extractor of a checkpoint, on the CPU in evaluation mode; needs no conf and no hub, and runs no code of the file.
+
+    Raises ValueError where the file is no checkpoint of ours.
+    """
+    content = read_checkpoint(checkpoint)
+    model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
+    named = content["state_dict"].items()  # an objective may keep more than the network
+    state = {key.removeprefix("extractor."): value for key, value in named if key.startswith("extractor.")}
     extractor = BackgroundAgnosticExtractor(**model)
     try:
         extractor.load_state_dict(state)
@@ -123,7 +134,7 @@ def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
 def check_resumable(module: pl.LightningModule, checkpoint: str | Path) -> None:
     """Raise ValueError where a run cannot go on from `checkpoint`: not ours, or made with another hyper-parameter (named)."""
     load_extractor(checkpoint)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint)
     old, new = _flat(content["hyper_parameters"]), _flat(dict(module.hparams))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):

@@ -39,7 +39,7 @@ def fit(
             History(str(folder)),
             SamplePictures(str(folder / "samples"), 2),
             *(extra or []),
-            Checkpoints(str(folder), "val/mAP@7"),
+            Checkpoints(str(folder), "val/mAP@7", {}),
         ],
         enable_checkpointing=True,
         default_root_dir=folder,
@@ -106,12 +106,12 @@ def test_best_is_the_epoch_of_the_highest_score_the_newest_of_equals(tmp_path: P
         def save_checkpoint(self, path: Path) -> None:
             Path(path).write_text(str(self.epoch))
 
-    callback = Checkpoints(str(tmp_path), "val/mAP@7")
+    callback = Checkpoints(str(tmp_path), "val/mAP@7", {})
     for epoch, score in enumerate((0.5, 0.75, 0.75, 0.25)):
         callback.on_train_epoch_end(Trainer(score, epoch), None)  # type: ignore[arg-type]
     assert (tmp_path / "best.ckpt").read_text() == "2"
     assert (tmp_path / "last.ckpt").read_text() == "3"
-    resumed = Checkpoints(str(tmp_path), "val/mAP@7")
+    resumed = Checkpoints(str(tmp_path), "val/mAP@7", {})
     resumed.load_state_dict(callback.state_dict())
     resumed.on_train_epoch_end(Trainer(0.5, 4), None)  # type: ignore[arg-type]
     assert (tmp_path / "best.ckpt").read_text() == "2"

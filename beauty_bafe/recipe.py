@@ -1,0 +1,100 @@
+"""The way to retrieve that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, nothing else.
+
+Names alone, looked up among the files that are there, so that a checkpoint can never say which code to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+GROUPS = ("pooling", "query", "rerank")
+OLDER = {"pooling": "attention", "query": "whole", "rerank": "none"}  # for checkpoints from before they carried any
+UNTRAINED = {**OLDER, "pooling": "rmac"}  # for networks without masks: the best frozen one on real photographs
+
+
+def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
+    """Raise ValueError where train.py's section `retrieval` does not name one file of `conf` for each group."""
+    for group in dict.fromkeys((*recipe, *GROUPS)):
+        if group not in GROUPS:
+            raise ValueError(f"retrieval.{group}={recipe[group]}: retrieval has {', '.join(GROUPS)}; leave {group} out")
+        _check_name(group, recipe.get(group), conf, "retrieval", f"retrieval.{group}")
+
+
+def resolve_auto(cfg: DictConfig, conf: Path) -> None:
+    """Replace the groups that `cfg` leaves at auto by the files that its checkpoints name, and print which.
+
+    Raises ValueError where the checkpoints differ, or name a file that is not in `conf`.
+    """
+    left = [group for group in GROUPS if "auto" in cfg[group]]
+    for group in left:
+        settings = [f"{group}.{key}" for key in cfg[group] if key != "auto"]
+        if settings:
+            raise ValueError(f"{settings[0]} is given, but {group} is left at auto; type {group}=NAME beside it")
+    for name, pooling in cfg.poolings.items():
+        if "auto" in pooling:
+            raise ValueError(f"poolings.{name}=auto: only pooling itself can be auto; type +pooling@poolings.{name}=NAME")
+    if not left:
+        return
+    if cfg.checkpoints:
+        files = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints)
+        names, why = _agreed({str(file): _read_recipe(file, left, conf) for file in files}, left)
+    else:
+        names, why = UNTRAINED, "for networks without trained masks"
+    words = [f"{group}={names[group]}" for group in left]
+    chosen = _compose(conf, words)
+    for group in left:
+        cfg[group] = chosen[group]
+    print(f"{why}: {' '.join(words)}", flush=True)
+
+
+def _read_recipe(file: str, groups: list[str], conf: Path) -> Mapping[str, str] | None:
+    """What a checkpoint names for `groups`, None where it is from before checkpoints carried any."""
+    from .models.module import read_checkpoint
+
+    recipe = read_checkpoint(file).get("retrieval")
+    if recipe is None:
+        return None
+    for group in groups:
+        name = recipe.get(group) if isinstance(recipe, Mapping) else recipe
+        _check_name(group, name, conf, f"checkpoint '{file}'", group)
+    return recipe
+
+
+def _agreed(recipes: Mapping[str, Mapping[str, str] | None], groups: list[str]) -> tuple[Mapping[str, str], str]:
+    """What all checkpoints name, and the words to print before it."""
+    wanted = {file: {group: (recipe or OLDER)[group] for group in groups} for file, recipe in recipes.items()}
+    first = next(iter(wanted.values()))
+    differ = [group for group in groups if any(names[group] != first[group] for names in wanted.values())]
+    if differ:
+        lines = [f"\n  {file}: {' '.join(f'{group}={names[group]}' for group in differ)}" for file, names in wanted.items()]
+        raise ValueError(
+            f"the checkpoints were trained for different ways to retrieve:{''.join(lines)}\n"
+            f"type the one for all of them, such as {' '.join(f'{group}={first[group]}' for group in differ)}"
+        )
+    carried = any(recipe is not None for recipe in recipes.values())
+    noun, verb = ("checkpoint", "was") if len(recipes) == 1 else ("checkpoints", "were")
+    return first, f"as the {noun} {verb} trained for" if carried else f"for {noun} that name none themselves"
+
+
+def _check_name(group: str, name: object, conf: Path, where: str, key: str) -> None:
+    allowed = sorted(file.stem for file in (conf / group).glob("*.yaml") if file.stem != "auto")
+    if name not in allowed:
+        raise ValueError(
+            f"{where} asks for {group}={str(name)[:80]}, and conf/{group} has {', '.join(allowed)}; "
+            f"type {key}=NAME, one of these"
+        )
+
+
+def _compose(conf: Path, words: list[str]) -> DictConfig:
+    """retrieve.py's settings under these choices, by the Hydra that runs the script where one does."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    at_work = GlobalHydra.instance().is_initialized()
+    with nullcontext() if at_work else initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        return compose("retrieve", words)
