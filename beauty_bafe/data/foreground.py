@@ -19,9 +19,9 @@ SHADOW_DEPTH = 70.0  # how much darker than the backdrop a soft shadow may get
 MIN_AREA, MAX_AREA = 0.005, 0.95
 HOLE_EDGE, HOLE_NOISE = 48, 10  # of 255: an enclosed part that differs less than the first mostly differs less than the second
 MIN_HOLE = 0.002  # share of the picture
-# A pack's outline is convex and nearly a rectangle (a disc fills 0.79 of its own); where one is white, the backdrop eats into
-# it, but leaves at least this share.
-PACK_RECTANGLE, PACK_LEFT, PACK_OUTLINE = 0.88, 0.55, 0.7
+# A pack's hull is nearly a rectangle (a disc fills 0.79 of its own). Where a pack is white, the backdrop eats into it, but
+# leaves this share of the hull (more is whole) and this share of its outline.
+PACK_RECTANGLE, PACK_LEFT, PACK_OUTLINE = 0.92, (0.55, 0.95), 0.7
 MIN_UNIFORM_BORDER = 0.6  # products may touch the frame, a scene fills most of it
 
 
@@ -133,13 +133,13 @@ def _tidy(mask: np.ndarray) -> np.ndarray:
 
 
 def _mend_pack(mask: np.ndarray) -> np.ndarray:
-    """The convex hull where it is that of a pack (nearly a rectangle), else the mask as it is; uint8 0 or 255."""
+    """The convex hull where it is that of a pack whose white parts are lacking, else the mask as it is; uint8 0 or 255."""
     points = cv2.findNonZero(mask)
     if points is None:
         return mask
     hull = cv2.convexHull(points)
     area, rectangle = cv2.contourArea(hull), float(np.prod(cv2.minAreaRect(hull)[1]))
-    if area < PACK_RECTANGLE * rectangle or len(points) < PACK_LEFT * area:
+    if area < PACK_RECTANGLE * rectangle or not PACK_LEFT[0] * area < len(points) < PACK_LEFT[1] * area:
         return mask
     whole = cv2.fillConvexPoly(np.zeros_like(mask), hull, 255)
     outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)

@@ -52,6 +52,19 @@ def test_products_on_plain_backdrops(name: str, quality: int | None) -> None:
     assert result.mask[110, 100] == 255, "the white label is part of the product"
 
 
+def test_a_white_pack_keeps_the_corners_that_the_backdrop_eats() -> None:
+    photo, true = np.full((SIZE, SIZE, 3), 255, np.uint8), np.zeros((SIZE, SIZE), np.uint8)
+    cv2.rectangle(true, (60, 30), (140, 170), 255, -1)
+    photo[true > 0] = (40, 70, 160)
+    torn = photo.copy()
+    torn[60:110, 105:141] = 255  # white print that runs to the pack's edge
+    assert iou(find_foreground(Picture(torn, None)).mask, true) > 0.98
+    disc = np.full_like(photo, 255)
+    cv2.circle(disc, (100, 100), 60, (40, 70, 160), -1)
+    disc[95:105, 100:170] = 255  # nobody knows whether a round product has a notch
+    assert not find_foreground(Picture(disc, None)).mask[100, 150]
+
+
 def test_soft_shadow_is_backdrop() -> None:
     rgb, true = product_on(BACKDROPS["white"])
     soft = cv2.GaussianBlur(np.roll(true, 12, axis=0), (0, 0), 12)[..., None] / 255.0
