@@ -35,7 +35,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     truth = read_truth(cfg.truth) if cfg.truth is not None else None
     steps = [instantiate(step) for step in cfg.rerank.values()]
     poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
-    members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs)
+    members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs, cfg.size)
 
     skipped = Skipped()
     gallery = Gallery(members, instantiate(cfg.extraction), instantiate(cfg.ensemble), instantiate(cfg.query.view))

@@ -1,4 +1,4 @@
-"""The way to retrieve that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, nothing else.
+"""The way to retrieve that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, and a number.
 
 Names alone, looked up among the files that are there, so that a checkpoint can never say which code to run.
 """
@@ -13,16 +13,31 @@ from typing import Any
 from omegaconf import DictConfig
 
 GROUPS = ("pooling", "query", "rerank")
+LEAST, MOST = 0.25, 4.0  # times the size of training
 OLDER = {"pooling": "attention", "query": "whole", "rerank": "none"}  # for checkpoints from before they carried any
 UNTRAINED = {**OLDER, "pooling": "rmac"}  # for networks without masks: the best frozen one on real photographs
 
 
 def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
-    """Raise ValueError where train.py's section `retrieval` does not name one file of `conf` for each group."""
+    """Raise ValueError where train.py's section `retrieval` does not name one file of `conf` for each group and a size."""
+    check_enlarge(recipe.get("enlarge"), "retrieval")
     for group in dict.fromkeys((*recipe, *GROUPS)):
+        if group == "enlarge":
+            continue
         if group not in GROUPS:
-            raise ValueError(f"retrieval.{group}={recipe[group]}: retrieval has {', '.join(GROUPS)}; leave {group} out")
+            raise ValueError(
+                f"retrieval.{group}={recipe[group]}: retrieval has {', '.join(GROUPS)}, enlarge; leave {group} out"
+            )
         _check_name(group, recipe.get(group), conf, "retrieval", f"retrieval.{group}")
+
+
+def check_enlarge(value: object, where: str) -> float:
+    """The size to describe at, in times that of training. Raises ValueError where it is no number in LEAST..MOST."""
+    if isinstance(value, int | float) and LEAST <= value <= MOST:
+        return float(value)
+    raise ValueError(
+        f"{where} has enlarge={str(value)[:80]}; it takes a number from {LEAST} to {MOST}, and size=PIXELS overrides it"
+    )
 
 
 def resolve_auto(cfg: DictConfig, conf: Path) -> None:

@@ -13,7 +13,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from beauty_bafe.models.descriptor import Pooling
+from beauty_bafe.models.pooling import spoc
 from beauty_bafe.recipe import check_recipe, resolve_auto
+from beauty_bafe.retrieval.features import load_members
 
 from .conftest import ROOT
 from .test_train import TINY_MODEL
@@ -64,12 +67,12 @@ def test_what_was_trained_is_what_answers(
     names = [f"retrieval.{group}={name}" for group, name in BEST.items()]
     train(configure("train", f"objective={objective}", *words, *names, f"output_dir={tmp_path / 'run'}"))
     for file in ("best.ckpt", "last.ckpt"):
-        assert torch.load(tmp_path / "run" / "checkpoints" / file, weights_only=True)["retrieval"] == BEST
+        assert torch.load(tmp_path / "run" / "checkpoints" / file, weights_only=True)["retrieval"] == BEST | {"enlarge": 1.5}
     # Another way to retrieve is no other training: the run goes on, and carries the new one.
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     again = ["trainer.max_epochs=2", *names[:2], "retrieval.rerank=none", f"ckpt_path={last}"]
     train(configure("train", f"objective={objective}", *words, *again, f"output_dir={tmp_path / 'run'}"))
-    assert torch.load(last, weights_only=True)["retrieval"] == BEST | {"rerank": "none"}
+    assert torch.load(last, weights_only=True)["retrieval"] == BEST | {"enlarge": 1.5, "rerank": "none"}
 
     places = {"checkpoints": f"[{last}]", "gallery": toy / "gallery", "queries": toy / "queries", "features": tmp_path / "f"}
     given = [f"{key}={value}" for key, value in places.items()] + ["num_workers=0", "report=false"]
@@ -192,3 +195,13 @@ def test_in_a_sweep_each_job_takes_the_rest_from_the_checkpoint(toy: Path, tmp_p
     used = [OmegaConf.load(tmp_path / "sweep" / str(job) / "config.yaml") for job in (0, 1)]
     assert [cfg.query.view is None for cfg in used] == [False, True]
     assert [list(cfg.rerank) for cfg in used] == [["query_expansion"]] * 2
+
+
+def test_pictures_are_described_at_the_size_that_a_checkpoint_asks_for(write, tiny_checkpoint: Path) -> None:
+    poolings = {"pooling": Pooling(spoc, saliency=True)}
+    files = [str(tiny_checkpoint), str(write("a.ckpt", **BEST, enlarge=1.5)), str(write("b.ckpt", **BEST, enlarge=0.5))]
+    assert [member.extractor.size for member in load_members(files, poolings)] == [64, 96, 32]
+    assert [member.extractor.size for member in load_members(files, poolings, size=48)] == [48, 48, 48]
+    for wrong in (0, 99, "1; rm", [2], None):
+        with pytest.raises(ValueError, match=r"c\.ckpt' has enlarge=.*from 0\.25 to 4\.0, and size=PIXELS overrides it"):
+            load_members([str(write("c.ckpt", **BEST, enlarge=wrong))], poolings)

@@ -17,16 +17,20 @@ from typing import Any
 import cv2
 import numpy as np
 
+from .augmentation.base import Sample
+from .augmentation.hands import hold
+from .augmentation.solids import as_solid
 from .backgrounds import procedural_background, random_color
 from .datamodule import SaliencyDataModule
 from .toy_products import draw_product
 from .toy_shapes import CANVAS
 from .workers import default_workers
 
-VERSION = 1  # raise it when a drawing changes: folders of an older version are drawn anew
+VERSION = 2  # raise it when a drawing changes: folders of an older version are drawn anew
 # Products come in sixes: (line within the six, colour). Three colours of one line are the near-duplicates.
 SIX = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0)]
 CATALOGUE, STREET = 1, 2  # keep the two kinds of pictures' random numbers apart
+SOLID, HELD = 0.4, 0.4  # shares of the queries that show the product turned in space, and in a hand
 
 
 def draw_catalogue_photo(seed: int, product: int, size: int) -> np.ndarray:
@@ -55,10 +59,17 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
         canvas = _over(_shadow(canvas, other[..., 3], (2, 3), 3.0, 0.4), other)
     spot = (rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))
     angle = rng.uniform(-35, 35) if rng.random() < 0.7 else rng.uniform(-180, 180)
-    layer = _place(_rgba(seed, product), size, rng.uniform(0.5, 0.95), angle, spot, 0.12, rng)
-    offset = (int(rng.integers(-8, 9)), int(rng.integers(2, 12)))
-    canvas = _over(_shadow(canvas, layer[..., 3], offset, size * 0.025, rng.uniform(0.2, 0.6)), layer)
-    mask = layer[..., 3]
+    shown = _rgba(seed, product)
+    if rng.random() < SOLID:
+        shown = np.dstack(as_solid(*_on_white(shown), rng))
+    layer = _place(shown, size, rng.uniform(0.5, 0.95), angle, spot, 0.12, rng)
+    if rng.random() < HELD:
+        held = hold(canvas.clip(0, 255).astype(np.uint8), _on_white(layer, premultiplied=True), rng)
+        canvas, mask = held.photo.astype(np.int32), held.mask
+    else:
+        offset = (int(rng.integers(-8, 9)), int(rng.integers(2, 12)))
+        canvas = _over(_shadow(canvas, layer[..., 3], offset, size * 0.025, rng.uniform(0.2, 0.6)), layer)
+        mask = layer[..., 3]
     if rng.random() < 0.25:
         canvas, mask = _occlude(canvas, mask, rng)
     picture = _relight(canvas, rng)
@@ -154,6 +165,14 @@ def _place(
     target = corners @ turn.T + np.array(centre) * size + rng.uniform(-perspective, perspective, (4, 2)) * side
     warp = cv2.getPerspectiveTransform((corners + side / 2).astype(np.float32), target.astype(np.float32))
     return cv2.warpPerspective(source, warp, (size, size), flags=cv2.INTER_LINEAR)
+
+
+def _on_white(product: np.ndarray, premultiplied: bool = False) -> Sample:
+    """An RGBA product as a catalogue photo and its mask."""
+    rgb, alpha = product[..., :3].astype(np.uint16), product[..., 3:].astype(np.uint16)
+    if premultiplied:
+        rgb = np.minimum(rgb * 255 // np.maximum(alpha, 1), 255)
+    return Sample(np.where(alpha > 0, rgb, 255).astype(np.uint8), product[..., 3].copy())
 
 
 def _over(canvas: np.ndarray, layer: np.ndarray) -> np.ndarray:

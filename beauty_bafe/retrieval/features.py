@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.catalog import Catalog, Skipped, stamp
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
-from ..models.module import load_extractor
+from ..models.module import load_extractor, read_checkpoint
 from ..models.precision import fastest_precision, pick_device
 from ..models.views import View
+from ..recipe import check_enlarge
 from .describing import Pass
 from .manifest import digest
 from .store import Store
@@ -65,17 +67,19 @@ def load_members(
     poolings: Mapping[str, Pooling],
     models: Mapping[str, Mapping[str, Any]] | None = None,
     pairs: Mapping[Any, Sequence[str]] | None = None,
+    size: int | None = None,
 ) -> list[Member]:
     """Every network with every pooling: trained ones from `checkpoints`, others as their makers left them from `models`.
 
     `models`: plain arguments of BackgroundAgnosticExtractor by name. `pairs`: the poolings, by name, of a network (a model's
     name, a checkpoint's number from 0); one that is not named takes all. A pooling of the picture itself is made once.
+    `size`: pixels of the square that trained networks look at, None for what each checkpoint asks for.
     Raises ValueError for a file that is no checkpoint, unknown names, or saliency asked of a network that learned none.
     """
     models = models or {}
     pairs = {str(name): names for name, names in (pairs or {}).items()}
     files = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
-    networks = {str(number): (file, load_extractor(file), digest(Path(file).read_bytes())) for number, file in enumerate(files)}
+    networks = {str(number): (file, _load_at(file, size), digest(Path(file).read_bytes())) for number, file in enumerate(files)}
     for name, model in models.items():
         extractor = BackgroundAgnosticExtractor(**model).eval()
         weights = (tensor.numpy().tobytes() for tensor in extractor.backbone.state_dict().values())
@@ -99,6 +103,23 @@ def load_members(
                 )
             members.append(Member(f"{name}: {pooling}", source, extractor, pooling, key not in models))
     return members
+
+
+def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
+    """A checkpoint's network at `size`, or at the size that the checkpoint was made to be described at."""
+    extractor = load_extractor(file)
+    recipe = read_checkpoint(file).get("retrieval")
+    times = check_enlarge(recipe.get("enlarge", 1), f"checkpoint '{file}'") if isinstance(recipe, Mapping) else 1
+    own = extractor.size
+    extractor.size = size or round(own * times)
+    try:
+        if extractor.size != own:
+            extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))
+    except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
+        raise ValueError(
+            f"'{file}' cannot look at {extractor.size} px ({error}); type size={own}, as it was trained"
+        ) from error
+    return extractor
 
 
 class FeatureExtraction:
@@ -178,6 +199,7 @@ class FeatureExtraction:
     def _store(self, member: Member, source: str, masks: bool, view: View | None) -> Store:
         key = {
             "checkpoint": member.source,
+            "size": member.extractor.size,
             "pooling": str(member.pooling),
             "source": str(Path(source).expanduser().resolve()),
             "masks": MASK_SIZE if masks else 0,
@@ -188,8 +210,11 @@ class FeatureExtraction:
             "view": str(view),
         }
         name = f"{Path(source).stem}-{digest(*map(str, key.values()))}"
-        size = f"{member.extractor.size} px on {member.extractor.pad}"
-        rest = {"size": size, "preprocessing": PREPROCESSING, "versions": {name: version(name) for name in PACKAGES}}
+        rest = {
+            "pad": member.extractor.pad,
+            "preprocessing": PREPROCESSING,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
         return Store(self.root / name, key | rest)
 
 
@@ -208,5 +233,5 @@ def mean_masks(members: Sequence[Features]) -> Features:
 
 
 def describe_members(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """What an index made from these members must share with its queries: checkpoint and pooling, plain values."""
-    return [{"checkpoint": member.source, "pooling": str(member.pooling)} for member in members]
+    """What an index made from these members must share with its queries: checkpoint, size and pooling, plain values."""
+    return [{"checkpoint": member.source, "size": member.extractor.size, "pooling": str(member.pooling)} for member in members]
