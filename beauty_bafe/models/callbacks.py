@@ -22,11 +22,13 @@ from .extractor import resize_mask
 class Checkpoints(Checkpoint):
     """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
 
+    Without `monitor` the newest is best: no measure on drawn views ranks networks as real photographs do (benchmarks/real.md).
+
     Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: names that each
     carries for retrieve.py.
     """
 
-    def __init__(self, folder: str, monitor: str, retrieval: Mapping[str, str]) -> None:
+    def __init__(self, folder: str, monitor: str | None, retrieval: Mapping[str, str]) -> None:
         self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
         self.retrieval = dict(retrieval)  # a plain one: it is to be loaded with weights_only
         self.monitor, self.highest = monitor, float("-inf")
@@ -45,7 +47,8 @@ class Checkpoints(Checkpoint):
             self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, float("inf")))  # without validation the newest is best
+        known = {} if self.monitor is None else trainer.callback_metrics
+        value = float(known.get(self.monitor, float("inf")))  # without validation, too, the newest is best
         better = value >= self.highest or not self.best.exists()
         self.highest = max(value, self.highest)
         # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
