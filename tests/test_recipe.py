@@ -158,7 +158,7 @@ def test_anything_but_a_known_name_is_refused(retrieval: dict[str, Any], message
         ("retrieval.rerank=auto", "asks for rerank=auto"),
         ("retrieval.query=null", "asks for query=None"),
         ("~retrieval.query", "asks for query=None"),
-        ("+retrieval.index=flat", "retrieval.index=flat: retrieval has pooling, query, rerank; leave index out"),
+        ("+retrieval.index=flat", "retrieval.index=flat: retrieval has pooling, query, rerank, enlarge; leave index out"),
     ],
 )
 def test_training_refuses_unknown_names(override: str, message: str, tmp_path: Path, configure) -> None:
@@ -174,7 +174,7 @@ def test_every_experiment_names_what_is_there(name: str | None, configure) -> No
     check_recipe(cfg.retrieval, CONF)
     masks_alone = name in ("bafe_paper", "whitened_query_2020")
     assert cfg.objective._target_.endswith("SaliencyModule" if masks_alone else "JointModule")
-    assert cfg.trainer.max_epochs == (30 if masks_alone else 16 if name == "demo" else 20)
+    assert cfg.trainer.max_epochs == (30 if masks_alone else 16)
 
 
 def test_settings_of_a_group_left_at_auto_are_answered(tiny_checkpoint: Path, resolved) -> None:

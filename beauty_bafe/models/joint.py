@@ -80,7 +80,8 @@ class JointModule(SaliencyModule):
     def on_train_epoch_start(self) -> None:
         if self.extractor.frozen:
             return
-        begin = (self.trainer.max_epochs or 0) * (1 - self.settle)
+        epochs = self.trainer.max_epochs or 0
+        begin = max(1, epochs - max(1, round(self.settle * epochs)))  # an only epoch is for learning
         if self.average and not self.averaged and self.current_epoch >= begin:
             average_weights(self.extractor.backbone, self._pretrained[0], self.average)
             self.averaged.fill_(True)

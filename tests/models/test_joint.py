@@ -14,6 +14,7 @@ from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
 from beauty_bafe.models.module import check_resumable, load_extractor
+from beauty_bafe.models.objectives import distillation_loss
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
@@ -44,7 +45,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"pictures": pictures, "masks": masks}
 
 
-def fit(module: JointModule, folder: Path, epochs: int) -> pl.Trainer:
+def fit(module: JointModule, folder: Path, epochs: int, *callbacks: pl.Callback, ckpt_path: Path | None = None) -> pl.Trainer:
     loader = torch.utils.data.DataLoader(Pairs(), batch_size=2)
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -55,8 +56,9 @@ def fit(module: JointModule, folder: Path, epochs: int) -> pl.Trainer:
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
+        callbacks=list(callbacks),
     )
-    trainer.fit(module, loader, loader)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -119,6 +121,64 @@ def test_a_step_size_of_0_freezes_the_backbone(tiny: dict[str, Any], tmp_path: P
         one, other = extractor(pictures), module.extractor.eval()(pictures)
     assert torch.equal(one.last, other.last)
     assert torch.equal(one.saliency(64), other.saliency(64))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_the_last_epochs_learn_to_read_the_averaged_network(share: float, tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Against a slow twin: the same training stopped before, averaged tensor by tensor."""
+    torch.manual_seed(0)
+    settings = SETTINGS | {"average": share, "settle": 0.5}
+    module = JointModule(tiny, **settings)
+    before = {key: value.clone() for key, value in module.extractor.state_dict().items()}
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen[trainer.current_epoch] = {k: v.clone() for k, v in module.extractor.state_dict().items()}
+
+    trainer = fit(module, tmp_path, 4, Watch())
+    assert module.averaged
+    for key, start in before.items():
+        if key.startswith("backbone."):
+            assert torch.equal(seen[2][key], seen[3][key]), "it stands still"
+            if start.is_floating_point():
+                torch.testing.assert_close(seen[3][key], (1 - share) * seen[1][key] + share * start)
+    assert not torch.equal(seen[1]["backbone.net.conv_stem.weight"], before["backbone.net.conv_stem.weight"])
+    assert any(not torch.equal(seen[2][key], seen[3][key]) for key in before if key.startswith("decoder."))
+
+    # Gone on with from a checkpoint of the averaged network, it is not averaged again.
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = JointModule(tiny, **settings)
+    fit(again, tmp_path, 5, ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(again.extractor.backbone.net.conv_stem.weight, seen[3]["backbone.net.conv_stem.weight"])
+    torch.testing.assert_close(load_extractor(tmp_path / "a.ckpt").state_dict(), module.extractor.state_dict())
+
+
+def test_distillation_holds_the_feature_map_near_the_pretrained_one(tiny: dict[str, Any], tmp_path: Path) -> None:
+    pictures, distances = Pairs()[1]["pictures"][1:], {}
+    for weight in (0.0, 20.0):
+        torch.manual_seed(0)
+        module = JointModule(tiny, **SETTINGS | {"distill": weight})
+        with torch.no_grad():
+            known = module.extractor.eval()(pictures).last
+            trainer = fit(module, tmp_path, 6)
+            distances[weight] = distillation_loss(module.extractor.eval()(pictures).last, known).item()
+        assert ("train/distill" in trainer.callback_metrics) == (weight > 0)
+        assert not any("_pretrained" in key for key in module.state_dict()), "the teacher is not saved"
+    assert distances[20.0] < 0.7 * distances[0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"average": 1.5, "settle": 0.2}, "objective.average=1.5: type a share from 0 to 1"),
+        ({"settle": -1}, "objective.settle=-1: type a share from 0 to 1"),
+        ({"average": 0.5}, "objective.average=0.5 with objective.settle=0: .* type objective.settle=0.2"),
+    ],
+)
+def test_shares_out_of_range_are_answered(settings: dict[str, float], message: str, tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        JointModule(tiny, **SETTINGS | settings)
 
 
 def test_a_frozen_backbone_has_nothing_to_contrast(tiny: dict[str, Any]) -> None:

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from beauty_bafe.evaluation.metrics import evaluate
-from beauty_bafe.models.objectives import average_precision, contrast_loss, mask_metrics, overlap_loss, saliency_loss
+from beauty_bafe.models.objectives import (
+    average_precision,
+    contrast_loss,
+    distillation_loss,
+    mask_metrics,
+    overlap_loss,
+    saliency_loss,
+)
 
 
 def test_loss_is_the_sum_of_the_taps_errors() -> None:
@@ -75,3 +82,15 @@ def test_average_precision_against_the_evaluation() -> None:
     wanted = evaluate(answers, truth, 7).summary()["mAP@7_by_min"]
     assert average_precision(queries, gallery, own).mean().item() == pytest.approx(wanted)
     assert 0 < wanted < 1
+
+
+def test_distillation_is_the_mean_of_the_cells_cosine_distances() -> None:
+    maps, known = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    distances = []
+    for picture in range(2):
+        for row in range(3):
+            for column in range(4):
+                one, other = maps[picture, :, row, column], known[picture, :, row, column]
+                distances.append(1 - (one @ other / (one.norm() * other.norm())).item())
+    assert distillation_loss(maps, known).item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+    assert distillation_loss(maps, 3 * maps).item() == pytest.approx(0, abs=1e-6)
