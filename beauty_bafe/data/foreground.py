@@ -144,7 +144,7 @@ def _mend_pack(mask: np.ndarray) -> np.ndarray:
     whole = cv2.fillConvexPoly(np.zeros_like(mask), hull, 255)
     outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)
     near = cv2.dilate(mask, np.ones((5, 5), np.uint8))
-    seen = cv2.countNonZero(outline & near) / cv2.countNonZero(outline)
+    seen = cv2.countNonZero(cv2.bitwise_and(outline, near)) / cv2.countNonZero(outline)
     return whole if seen > PACK_OUTLINE else mask
 
 

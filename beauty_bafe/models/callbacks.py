@@ -47,8 +47,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = {} if self.monitor is None else trainer.callback_metrics
-        value = float(known.get(self.monitor, float("inf")))  # without validation, too, the newest is best
+        value = float(trainer.callback_metrics.get(self.monitor or "", float("inf")))  # without a measure the newest is best
         better = value >= self.highest or not self.best.exists()
         self.highest = max(value, self.highest)
         # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.

@@ -108,7 +108,7 @@ class JointModule(SaliencyModule):
         return loss
 
     def _teacher(self) -> Backbone:
-        return self._pretrained[0].to(self.device, memory_format=torch.channels_last).eval()
+        return self._pretrained[0].to(self.device).eval()
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         assert extraction.logits is not None, "the decoder is topdown"

@@ -41,7 +41,7 @@ def glare(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np
     left, top, width, height = cv2.boundingRect(mask)
     if not width:
         return picture.copy()
-    shine = np.zeros(mask.shape, np.uint8)
+    shine: np.ndarray = np.zeros(mask.shape, np.uint8)
     angle = rng.uniform(0, 180)  # the lamps hang in one direction
     for _ in range(int(rng.integers(1, 4))):
         centre = (int(left + width * rng.random()), int(top + height * rng.random()))
@@ -50,8 +50,8 @@ def glare(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np
         cv2.ellipse(shine, centre, axes, angle + rng.normal(0, 5), 0, 360, int(rng.uniform(90, 255)), -1, cv2.LINE_AA)
     shine = cv2.GaussianBlur(shine, (0, 0), max(0.6, size * rng.uniform(0.003, 0.02)))
     shine = cv2.multiply(shine, mask, scale=1 / 255)
-    left_over = cv2.merge([cv2.subtract(255, shine)] * 3)
-    return cv2.subtract(255, cv2.multiply(cv2.subtract(255, picture), left_over, scale=1 / 255))  # screen
+    dark = cv2.multiply(255 - picture, cv2.merge([255 - shine] * 3), scale=1 / 255)
+    return 255 - np.asarray(dark, np.uint8)  # blended by screen
 
 
 def low_resolution(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -99,7 +99,7 @@ def jpeg(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Compressed to a quality of 15 to 90, at times a second time."""
     for _ in range(1 + (rng.random() < 0.3)):
         _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 91))])
-        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        picture = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
     return picture
 
 

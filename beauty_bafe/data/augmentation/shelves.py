@@ -15,7 +15,7 @@ def draw_shelf(size: int, surroundings: Surroundings, rng: np.random.Generator) 
     """uint8 RGB (size, size, 3): one to four boards with products of the catalogue in rows, seen a little from the side."""
     rows = int(rng.integers(1, 5))
     wall = np.array(random_color(rng), np.float32) * rng.uniform(0.2, 0.9)
-    canvas = np.full((size, size, 3), wall, np.uint8)
+    canvas: np.ndarray = np.full((size, size, 3), wall, np.uint8)
     board, rail = (np.array(random_color(rng), np.uint8).tolist() for _ in range(2))
     kinds = [upright for _ in range(int(rng.integers(1, KINDS + 1))) if (upright := _trim(surroundings.product(rng)))]
     pitch = size / rows
