@@ -23,7 +23,7 @@ demo: .venv/installed
 	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
 	$(BIN)/python retrieve.py model=efficientnet_lite0 pooling=spoc report=false \
 	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/frozen
-	$(BIN)/python retrieve.py query=both checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
+	$(BIN)/python retrieve.py checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
 	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/trained
 	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/frozen $(DEMO)/trained --against $(DEMO)/frozen
 	@echo "submission  $(DEMO)/trained/submission.csv"
