@@ -43,8 +43,14 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
         word = str(override.input_line)
         value = word.partition("=")[2]
         if override in groups and key in ELSEWHERE[config_name]:
-            hint = f"; retrieval.{key}={value} makes it the checkpoint's" if key in settings.get("retrieval", {}) else ""
+            hint = (
+                f"; retrieval.{key}={value} makes it the checkpoint's"
+                if key in settings.get("retrieval", {}) and "[" not in value
+                else ""
+            )
             sys.exit(f"error: {key} is chosen for {other}.py; here it would change nothing{hint}")
+        if config_name == "retrieve" and key == "retrieval.enlarge":
+            sys.exit("error: retrieval is train.py's; here type size=PIXELS")
         if config_name == "retrieve" and group == "retrieval":
             sys.exit(f"error: retrieval is train.py's; here type {rest or 'pooling'}={value if rest else 'NAME'}")
         if (
@@ -57,7 +63,7 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
             continue
         if rest and isinstance(settings.get(group), dict) and "auto" in settings[group]:
             if not swept & {group, "experiment"}:
-                sys.exit(_of_no_file_yet(conf, config_name, group, rest, word))
+                sys.exit(_setting_left_at_auto(conf, config_name, group, rest, word))
             continue
         parent: Any = settings
         parts = key.split(".")
@@ -71,7 +77,7 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
             parent = parent[part]
 
 
-def _of_no_file_yet(conf: Path, config_name: str, group: str, setting: str, word: str) -> str:
+def _setting_left_at_auto(conf: Path, config_name: str, group: str, setting: str, word: str) -> str:
     """The answer to a setting of a group that is left at auto: the files of the group that have it."""
     from hydra import compose, initialize_config_dir
 

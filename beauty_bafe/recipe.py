@@ -1,4 +1,4 @@
-"""The way to retrieve that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, and a number.
+"""The retrieval recipe that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, and a number.
 
 Names alone, looked up among the files that are there, so that a checkpoint can never say which code to run.
 """
@@ -33,7 +33,7 @@ def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
 
 def check_enlarge(value: object, where: str) -> float:
     """The size to describe at, in times that of training. Raises ValueError where it is no number in LEAST..MOST."""
-    if isinstance(value, int | float) and LEAST <= value <= MOST:
+    if not isinstance(value, bool) and isinstance(value, int | float) and LEAST <= value <= MOST:
         return float(value)
     raise ValueError(
         f"{where} has enlarge={str(value)[:80]}; it takes a number from {LEAST} to {MOST}, and size=PIXELS overrides it"
@@ -88,12 +88,12 @@ def _agreed(recipes: Mapping[str, Mapping[str, str] | None], groups: list[str]) 
     if differ:
         lines = [f"\n  {file}: {' '.join(f'{group}={names[group]}' for group in differ)}" for file, names in wanted.items()]
         raise ValueError(
-            f"the checkpoints were trained for different ways to retrieve:{''.join(lines)}\n"
+            f"the checkpoints carry different retrieval recipes:{''.join(lines)}\n"
             f"type the one for all of them, such as {' '.join(f'{group}={first[group]}' for group in differ)}"
         )
     carried = any(recipe is not None for recipe in recipes.values())
     noun, verb = ("checkpoint", "was") if len(recipes) == 1 else ("checkpoints", "were")
-    return first, f"as the {noun} {verb} trained for" if carried else f"for {noun} that name none themselves"
+    return first, f"as the {noun} {verb} trained for" if carried else f"for {noun} without a recipe"
 
 
 def _check_name(group: str, name: object, conf: Path, where: str, key: str) -> None:

@@ -26,8 +26,8 @@ CONF = (Path(__file__).parents[1] / "conf").resolve()
 LABEL = 108  # pixels of a row's name
 
 
-def half(product: Sample) -> Sample:
-    """The photo at half its size in the middle of the canvas, as street views show products."""
+def smaller(product: Sample) -> Sample:
+    """The photo at 0.6 of its size in the middle of the canvas, as street views show products."""
     size = product.mask.shape[0]
     matrix = np.array([[0.6, 0, 0.2 * size], [0, 0.6, 0.2 * size]], np.float32)
     return Sample(
@@ -56,14 +56,14 @@ def main() -> None:
         street = instantiate(compose("train", ["augmentation=street"]).augmentation)
 
     def scene(product: Sample) -> np.ndarray:
-        return hold(draw_shelf(224, surroundings, rng), half(product), rng).photo
+        return hold(draw_shelf(224, surroundings, rng), smaller(product), rng).photo
 
     ways: dict[str, Callable[[Sample], np.ndarray]] = {
         "photo": lambda product: product.photo,
         "box": lambda product: as_box(*product, rng).photo,
         "cylinder": lambda product: as_cylinder(*product, rng).photo,
         "tilt": lambda product: tilt(*product, rng).photo,
-        "hand": lambda product: hold(procedural_background(rng, 224), half(product), rng).photo,
+        "hand": lambda product: hold(procedural_background(rng, 224), smaller(product), rng).photo,
         "shelf": lambda _: draw_shelf(224, surroundings, rng),
         "glare": lambda product: camera.glare(*product, rng),
     }

@@ -91,7 +91,7 @@ def test_what_is_typed_wins_group_by_group(write, resolved, configure, capsys: p
     same(resolved([file], "query=whole"), configure, **BEST | {"query": "whole"})
     assert "trained for: pooling=attention_gem rerank=query_expansion\n" in capsys.readouterr().out
     same(resolved([file], "pooling=gem", "pooling.saliency=true"), configure, query="both", rerank="query_expansion")
-    same(resolved([file], "experiment=best"), configure, **BEST | {"query": "whole", "rerank": "sift_verified"})
+    same(resolved([file], "experiment=best"), configure, **BEST | {"query": "closer", "rerank": "sift_verified"})
     capsys.readouterr()
     resolved([file], "pooling=mac", "query=whole", "rerank=[query_expansion,superglobal]")
     assert capsys.readouterr().out == "", "nothing was left to the checkpoint"
@@ -202,6 +202,8 @@ def test_pictures_are_described_at_the_size_that_a_checkpoint_asks_for(write, ti
     files = [str(tiny_checkpoint), str(write("a.ckpt", **BEST, enlarge=1.5)), str(write("b.ckpt", **BEST, enlarge=0.5))]
     assert [member.extractor.size for member in load_members(files, poolings)] == [64, 96, 32]
     assert [member.extractor.size for member in load_members(files, poolings, size=48)] == [48, 48, 48]
-    for wrong in (0, 99, "1; rm", [2], None):
+    with pytest.raises(ValueError, match="size=0: type pixels, or null"):
+        load_members(files, poolings, size=0)
+    for wrong in (0, 99, True, "1; rm", [2], None):
         with pytest.raises(ValueError, match=r"c\.ckpt' has enlarge=.*from 0\.25 to 4\.0, and size=PIXELS overrides it"):
             load_members([str(write("c.ckpt", **BEST, enlarge=wrong))], poolings)

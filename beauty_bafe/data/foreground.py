@@ -20,8 +20,9 @@ MIN_AREA, MAX_AREA = 0.005, 0.95
 HOLE_EDGE, HOLE_NOISE = 48, 10  # of 255: an enclosed part that differs less than the first mostly differs less than the second
 MIN_HOLE = 0.002  # share of the picture
 # A pack's hull is nearly a rectangle (a disc fills 0.79 of its own). Where a pack is white, the backdrop eats into it, but
-# leaves this share of the hull (more is whole) and this share of its outline.
+# leaves a share of the hull within these bounds (above, the mask is whole) and this share of its outline.
 PACK_RECTANGLE, PACK_LEFT, PACK_OUTLINE = 0.92, (0.55, 0.95), 0.7
+PACK_RIM = 75.0  # what borders a missing part is pale; the gap between two bottles is a real one
 MIN_UNIFORM_BORDER = 0.6  # products may touch the frame, a scene fills most of it
 
 
@@ -38,8 +39,8 @@ def find_foreground(picture: Picture) -> Foreground:
 
     The backdrop (white, off-white or any plain colour, JPEG-noisy, softly shaded) is modelled as a plane of colour fitted
     to the border; soft shadows are followed as long as they stay smooth and keep the backdrop's hue. White parts inside
-    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`, and a pack keeps its
-    corners. A file with alpha brings its own mask.
+    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`, and so do those of white packs. A file with
+    alpha brings its own mask.
     """
     rgb, alpha = picture
     height, width = rgb.shape[:2]
@@ -68,7 +69,7 @@ def find_foreground(picture: Picture) -> Foreground:
     # JPEG rings along edges are louder than elsewhere, but reach only a few pixels.
     near = cv2.dilate(plain.astype(np.uint8), np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)) > 0
     plain |= near & (distance < RING_FACTOR * tolerance)
-    return _judge(_mend_pack(_tidy(~plain)), uniform)
+    return _judge(_mend_pack(_tidy(~plain), distance), uniform)
 
 
 def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -132,8 +133,11 @@ def _tidy(mask: np.ndarray) -> np.ndarray:
     return np.where(keep[labels], 255, 0).astype(np.uint8)
 
 
-def _mend_pack(mask: np.ndarray) -> np.ndarray:
-    """The convex hull where it is that of a pack whose white parts are lacking, else the mask as it is; uint8 0 or 255."""
+def _mend_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The convex hull where it is that of a pack whose white parts are lacking, else the mask as it is; uint8 0 or 255.
+
+    `distance`: of each pixel's colour from the backdrop, Lab.
+    """
     points = cv2.findNonZero(mask)
     if points is None:
         return mask
@@ -145,7 +149,11 @@ def _mend_pack(mask: np.ndarray) -> np.ndarray:
     outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)
     near = cv2.dilate(mask, np.ones((5, 5), np.uint8))
     seen = cv2.countNonZero(cv2.bitwise_and(outline, near)) / cv2.countNonZero(outline)
-    return whole if seen > PACK_OUTLINE else mask
+    lacking = cv2.morphologyEx(cv2.subtract(whole, mask), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    rim = (cv2.dilate(lacking, np.ones((7, 7), np.uint8)) > 0) & (mask > 0)
+    if seen < PACK_OUTLINE or not rim.any() or np.median(distance[rim]) > PACK_RIM:
+        return mask
+    return np.asarray(whole)
 
 
 def _judge(mask: np.ndarray, uniform: float) -> Foreground:

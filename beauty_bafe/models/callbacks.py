@@ -22,13 +22,13 @@ from .extractor import resize_mask
 class Checkpoints(Checkpoint):
     """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
 
-    Without `monitor` the newest is best: no measure on drawn views ranks networks as real photographs do (benchmarks/real.md).
+    Without `monitor` the newest is best: no measure on drawn views ranks networks the way photographs do (benchmarks/real.md).
 
-    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: names that each
-    carries for retrieve.py.
+    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: the recipe
+    that each carries for retrieve.py.
     """
 
-    def __init__(self, folder: str, monitor: str | None, retrieval: Mapping[str, str]) -> None:
+    def __init__(self, folder: str, monitor: str | None, retrieval: Mapping[str, Any]) -> None:
         self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
         self.retrieval = dict(retrieval)  # a plain one: it is to be loaded with weights_only
         self.monitor, self.highest = monitor, float("-inf")
@@ -47,9 +47,9 @@ class Checkpoints(Checkpoint):
             self.save(trainer, [self.last])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor or "", float("inf")))  # without a measure the newest is best
-        better = value >= self.highest or not self.best.exists()
-        self.highest = max(value, self.highest)
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        better = value is None or float(value) >= self.highest or not self.best.exists()
+        self.highest = self.highest if value is None else max(float(value), self.highest)
         # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
         self.save(trainer, [self.best, self.last] if better else [self.last])
 

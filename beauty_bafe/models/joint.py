@@ -26,7 +26,7 @@ class JointModule(SaliencyModule):
     `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
     the predicted mask. `distill`: weight of keeping the feature map of street views as the pretrained network has it.
     `average`: share of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): for the last
-    `settle` of the epochs, 0..1, the backbone is that average and stands still, and the decoder learns to read it.
+    `settle` of the epochs, 0..1, but not for an only one, the backbone is that average, frozen, while the decoder adapts to it.
     `backbone_lr` of 0 freezes the network from the start: the decoder alone learns, and `contrast` must be 0.
 
     Raises ValueError for shares outside 0..1, an `average` without `settle`, a frozen network with a `contrast`.
@@ -70,7 +70,7 @@ class JointModule(SaliencyModule):
         self.distill, self.average, self.settle = distill, average, settle
         self.register_buffer("averaged", torch.tensor(False))
         # A tuple hides it from PyTorch, which would save it and ask for its gradients.
-        self._pretrained = (copy.deepcopy(self.extractor.backbone),)
+        self._pretrained = (copy.deepcopy(self.extractor.backbone),) if not frozen and (average or distill) else ()
 
     def describe(self, extraction: Extraction) -> Tensor:
         # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
@@ -81,13 +81,23 @@ class JointModule(SaliencyModule):
         if self.extractor.frozen:
             return
         epochs = self.trainer.max_epochs or 0
+        if self.average and epochs < 1:
+            raise ValueError(
+                f"trainer.max_epochs={self.trainer.max_epochs}, and objective.average={self.average} needs to know the last "
+                "epoch; type trainer.max_epochs=N, or objective.average=0"
+            )
         begin = max(1, epochs - max(1, round(self.settle * epochs)))  # an only epoch is for learning
         if self.average and not self.averaged and self.current_epoch >= begin:
             average_weights(self.extractor.backbone, self._pretrained[0], self.average)
             self.averaged.fill_(True)
+        if self.averaged and self.current_epoch < begin:
+            print("the backbone of this run has been averaged and stays; more epochs train the decoder alone", flush=True)
         if self.averaged:  # also where a run goes on from a checkpoint of the averaged network
             self.extractor.frozen = True
             self.extractor.backbone.requires_grad_(False)
+            self._pretrained = ()
+            for name in ("mask", "contrast", "distill"):  # Lightning would go on showing the last ones
+                self.trainer.callback_metrics.pop(f"train/{name}", None)
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
         mask = self.validation_loss(extraction, label)
@@ -137,7 +147,7 @@ class JointModule(SaliencyModule):
 
 @torch.no_grad()
 def average_weights(network: nn.Module, other: nn.Module, share: float) -> None:
-    """Every parameter and batch statistic of `network` becomes (1 - share) times its own plus `share` times the other's."""
+    """Every parameter and buffer of `network` becomes (1 - share) times its own plus `share` times the other's."""
     theirs = other.state_dict()
     for name, value in network.state_dict().items():
         if value.is_floating_point():

@@ -111,7 +111,13 @@ def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
     recipe = read_checkpoint(file).get("retrieval")
     times = check_enlarge(recipe.get("enlarge", 1), f"checkpoint '{file}'") if isinstance(recipe, Mapping) else 1
     own = extractor.size
-    extractor.size = size or round(own * times)
+    if size is not None and size < 1:
+        raise ValueError(f"size={size}: type pixels, or null for what the checkpoint asks for")
+    patch = extractor.backbone.patch or 1
+    patch = patch if own % patch == 0 else 1
+    extractor.size = size or max(1, round(own * times / patch)) * patch
+    if extractor.size != own:
+        print(f"'{file}' describes at {extractor.size} px, trained at {own} px", flush=True)
     try:
         if extractor.size != own:
             extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))

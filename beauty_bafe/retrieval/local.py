@@ -17,6 +17,7 @@ from ..data.augmentation import Augmentation
 from ..data.backgrounds import Backgrounds
 from ..data.catalog import open_catalog, stamp
 from ..data.foreground import find_foreground
+from ..data.photos import VERSION as MASKS
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from ..data.rehearsal import draw_street_views
 from ..data.workers import default_workers
@@ -255,7 +256,7 @@ class _GalleryKeypoints:
         self.detector = detector
         self.paths = dict(zip(scene.gallery.ids, scene.gallery.paths, strict=True))
         self.pictures: dict[str, Picture] = {name: (name, stamp(path)) for name, path in self.paths.items()}
-        key = asdict(detector) | {"opencv": cv2.__version__, "preprocessing": PREPROCESSING}
+        key = asdict(detector) | {"opencv": cv2.__version__, "preprocessing": PREPROCESSING, "masks": MASKS}
         where = str(next(iter(self.paths.values())).parent)  # galleries do not push each other out
         self.store = Store(scene.folder / f"sift-{digest(where, *map(str, key.values()))}", key)
         self.store.begin(list(self.pictures.values()), {})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 
-from beauty_bafe.data.augmentation import Augmentation, Sample, Surroundings
+from beauty_bafe.data.augmentation import Augmentation, Sample, Surroundings, street
 
 SIZE = 96
 
@@ -107,3 +107,35 @@ def test_street_bars_are_white_and_no_product(configure) -> None:
         assert rows[0] != columns[0]
         assert sample.mask[rows].sum() == 0
         assert sample.mask[:, columns].sum() == 0
+
+
+@pytest.mark.parametrize("key", ["hand", "solid", "shelf", "camera.glare", *(f"camera.{name}" for name in street.CAMERA)])
+def test_every_probability_is_its_functions(key: str, configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1 the function makes every picture, at 0 none."""
+    name = key.rpartition(".")[2]
+    calls = 0
+
+    def count(function):
+        def counting(*arguments):
+            nonlocal calls
+            calls += 1
+            return function(*arguments)
+
+        return counting
+
+    if name in street.CAMERA:
+        monkeypatch.setitem(street.CAMERA, name, count(street.CAMERA[name]))
+    else:
+        attribute = {"hand": "hold", "solid": "as_solid", "shelf": "draw_shelf"}.get(name, name)
+        monkeypatch.setattr(street, attribute, count(getattr(street, attribute)))
+    for probability in (1, 0):
+        calls = 0
+        kind = instantiate(configure("train", f"augmentation.{key}={probability}").augmentation)
+        for seed in range(5):
+            run(kind, seed)
+        assert calls == 5 * probability
+
+
+def test_a_misspelt_camera_step_is_answered(configure) -> None:
+    with pytest.raises(Exception, match=r"unknown or missing key 'blur'; it takes exactly glare, colour, defocus, motion"):
+        instantiate(configure("train", "+augmentation.camera.blur=0.5").augmentation)

@@ -15,7 +15,7 @@ SMALLEST = 60  # pixels: a product in a corner of a phone photo is seldom smalle
 
 
 def white_balance(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Light that the camera took for another: warm to cold along one axis, green to magenta along the other."""
+    """A wrong guess of the light's colour: warm to cold along one axis, green to magenta along the other."""
     warm, green = rng.normal(0, 0.11), rng.normal(0, 0.04)
     gains = np.exp([warm - green / 2, green, -warm - green / 2])
     curves = np.clip(LINEAR[:, None] * gains / gains.max(), 0, 1) ** (1 / 2.2)
@@ -78,9 +78,10 @@ def motion_blur(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     across = bend * (along**2 / reach - reach / 2)
     path = np.stack([along * np.cos(angle) - across * np.sin(angle), along * np.sin(angle) + across * np.cos(angle)], axis=1)
     half = int(np.ceil(1.2 * reach)) + 1
-    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
-    cv2.polylines(kernel, [np.round((path + half) * 16).astype(np.int32)], False, 1.0, 1, cv2.LINE_AA, 4)
-    return cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
+    trace: np.ndarray = np.zeros((2 * half + 1, 2 * half + 1), np.uint8)
+    cv2.polylines(trace, [np.round((path + half) * 16).astype(np.int32)], False, 255, 1, cv2.LINE_AA, 4)
+    kernel = trace.astype(np.float32) / float(trace.sum())
+    return cv2.filter2D(picture, -1, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
 def sensor_noise(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -98,8 +99,9 @@ def sensor_noise(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def jpeg(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Compressed to a quality of 15 to 90, at times a second time."""
     for _ in range(1 + (rng.random() < 0.3)):
-        _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 91))])
-        picture = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
+        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+        _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(15, 91))])
+        picture = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB))
     return picture
 
 

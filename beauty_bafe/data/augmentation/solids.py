@@ -24,7 +24,9 @@ def as_solid(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> S
     filled = cv2.countNonZero(mask[top : top + height, left : left + width]) / (width * height)
     if filled > RECTANGULAR and rng.random() < 0.8:
         return as_box(photo, mask, rng)
-    upright = height > UPRIGHT * width
+    # Between two bottles or through a handle, backdrop would be turned onto the product.
+    pieces = np.count_nonzero(np.diff((mask > 127).astype(np.int8), axis=1, prepend=0) == 1, axis=1)
+    upright = height > UPRIGHT * width and pieces.max() == 1
     return tilt(*(as_cylinder(photo, mask, rng) if upright and rng.random() < 0.7 else Sample(photo, mask)), rng)
 
 
@@ -65,8 +67,8 @@ def as_box(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sam
 def as_cylinder(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sample:
     """The product turned about its upright axis by up to 50 degrees, row by row; its outline stays.
 
-    At u = sin(angle), -1 to 1 across a row, stands what the photo has at sin(angle - turn); behind the edge that is the
-    mirrored texture, as nobody knows what is there. It gets darker away from the light.
+    At u = sin(angle), -1 to 1 across a row, stands what the photo has at sin(angle - turn); past the edge the
+    texture is mirrored, as nobody knows what is there. It gets darker away from the light.
     """
     turn, light = np.deg2rad(rng.uniform(15, 50) * rng.choice([-1, 1])), np.deg2rad(rng.uniform(-60, 60))
     inside = mask > 127

@@ -60,7 +60,8 @@ class StreetAugmentation:
         unknown = sorted(camera.keys() ^ {*CAMERA, "glare", "colour", "defocus"})
         if unknown:
             raise ValueError(
-                f"augmentation.camera has '{unknown[0]}' amiss; give each of glare, colour, defocus, {', '.join(CAMERA)} once"
+                f"augmentation.camera has an unknown or missing key '{unknown[0]}'; "
+                f"it takes exactly glare, colour, defocus, {', '.join(CAMERA)}"
             )
         self.camera = dict(camera)
         self.clutter, self.occlusion = clutter, occlusion
