@@ -70,7 +70,9 @@ class JointModule(SaliencyModule):
         self.distill, self.average, self.settle = distill, average, settle
         self.register_buffer("averaged", torch.tensor(False))
         # A tuple hides it from PyTorch, which would save it and ask for its gradients.
-        self._pretrained = (copy.deepcopy(self.extractor.backbone),) if not frozen and (average or distill) else ()
+        self._pretrained: tuple[Backbone, ...] = (
+            (copy.deepcopy(self.extractor.backbone),) if not frozen and (average or distill) else ()
+        )
 
     def describe(self, extraction: Extraction) -> Tensor:
         # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
