@@ -10,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
+from beauty_bafe.data.augmentation.street import CAMERA
 from beauty_bafe.data.datamodule import VALIDATION_EPOCH, EpochSampler, SaliencyDataModule
 
 
@@ -113,9 +114,12 @@ def test_what_a_photo_cannot_tell_is_labelled_half(module, enclosing: str) -> No
 
 @pytest.mark.parametrize("holes", [0, 1])
 def test_what_a_product_encloses_is_seen_through_at_times(module, enclosing: str, holes: int) -> None:
-    quiet = [f"augmentation.{name}=0" for name in ("clutter", "occlusion", "shadow", "light", "blur", "noise", "jpeg", "bars")]
+    names = ["clutter", "occlusion", "shadow", "light", "bars", "hand", "solid", "shelf"]
+    names += [f"camera.{name}" for name in ("glare", "colour", "defocus", *CAMERA)]
+    quiet = [f"augmentation.{name}=0" for name in names]
     data = module(enclosing, *quiet, f"augmentation.holes={holes}")
-    data.augmentation.camera = data.augmentation.warp = data.augmentation.product_color = A.Compose([])
+    kind = data.augmentation
+    kind.upright_warp = kind.warp = kind.product_color = A.Compose([])
     for epoch in range(5):
         sample = data.train_set[(epoch, 0)]
         picture, mask = sample["pictures"][1], sample["masks"][1, 0]
@@ -129,7 +133,7 @@ def test_with_a_cache_the_same_samples_come_from_one_file(module, tmp_path: Path
     for one, other in zip(plain, cached, strict=True):
         assert torch.equal(one["pictures"], other["pictures"])
         assert torch.equal(one["masks"], other["masks"])
-    assert (tmp_path / "photos-64-v1" / "photos.u8").stat().st_size == 48 * 64 * 64 * 4
+    assert (tmp_path / "photos-64-v2" / "photos.u8").stat().st_size == 48 * 64 * 64 * 4
     assert module(f"data.cache={tmp_path}", "data.cache_gb=0").cache is None
 
 
