@@ -22,7 +22,7 @@ from .extractor import resize_mask
 class Checkpoints(Checkpoint):
     """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
 
-    Without `monitor` the newest is best: no measure on drawn views ranks networks the way photographs do (benchmarks/real.md).
+    Without `monitor` the newest is best: validation falls with averaging, by which photographs gain (benchmarks/real.md).
 
     Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: the recipe
     that each carries for retrieve.py.
