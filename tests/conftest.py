@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ torch.set_num_threads(1)  # two test processes share two cores
 cv2.setNumThreads(1)
 
 ROOT = Path(__file__).parents[1]
+_FOLDER = tempfile.TemporaryDirectory()
 TINY: dict[str, Any] = {
     "name": "test_efficientnet",  # timm's own few-layer network
     "taps": ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
@@ -27,7 +29,16 @@ TINY: dict[str, Any] = {
     "size": 64,
     "hidden": 8,
     "pretrained": False,
+    "weights": f"{_FOLDER.name}/weights.pth",  # random ones that stand in for pretrained ones
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_weights() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    torch.save(timm.create_model(TINY["name"]).state_dict(), TINY["weights"])
 
 
 @pytest.fixture(scope="session")

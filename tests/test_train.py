@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 from train import train
 
 TINY_MODEL = [
-    f"model.{key}={value if not isinstance(value, list) else '[' + ','.join(value) + ']'}"
-    for key, value in (TINY | {"weights": "null"}).items()
+    f"model.{key}={value if not isinstance(value, list) else '[' + ','.join(value) + ']'}" for key, value in TINY.items()
 ]
 
 

@@ -29,7 +29,8 @@ class JointModule(SaliencyModule):
     `settle` of the epochs, 0..1, but not for an only one, the backbone is that average, frozen, while the decoder adapts to it.
     `backbone_lr` of 0 freezes the network from the start: the decoder alone learns, and `contrast` must be 0.
 
-    Raises ValueError for shares outside 0..1, an `average` without `settle`, a frozen network with a `contrast`.
+    Raises ValueError for shares outside 0..1, an `average` without `settle`, a frozen network with a `contrast`, `average` or
+    `distill` without pretrained weights.
     """
 
     averaged: Tensor
@@ -61,6 +62,12 @@ class JointModule(SaliencyModule):
             raise ValueError(
                 f"objective.backbone_lr=0 freezes the network, so objective.contrast={contrast} has nothing to train; "
                 "type objective.contrast=0 as well, or objective=frozen for both"
+            )
+        if not frozen and (average or distill) and not (model.get("pretrained", True) or model.get("weights")):
+            raise ValueError(
+                f"objective.average={average} and objective.distill={distill} hold on to the pretrained network, and "
+                "model.pretrained=false starts from random weights; type model.pretrained=true, model.weights=FILE, or "
+                "objective.average=0 objective.distill=0"
             )
         super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
         extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}

@@ -64,6 +64,11 @@ def test_a_white_pack_keeps_the_corners_that_the_backdrop_eats() -> None:
         apart, cut = photo.copy(), true.copy()
         apart[gap, 90:110], cut[gap, 90:110] = 255, 0
         assert iou(find_foreground(Picture(apart, None)).mask, cut) > 0.98
+    stand, legs = np.full_like(photo, 255), np.zeros_like(true)  # pale and angular, but too little of its outline is seen
+    for box in ((20, 60, 50, 140), (150, 60, 180, 140), (50, 85, 150, 115)):
+        cv2.rectangle(legs, box[:2], box[2:], 255, -1)
+    stand[legs > 0] = (225, 215, 190)
+    assert iou(find_foreground(Picture(stand, None)).mask, legs) > 0.95
     disc = np.full_like(photo, 255)
     cv2.circle(disc, (100, 100), 60, (40, 70, 160), -1)
     disc[95:105, 100:170] = 255  # nobody knows whether a round product has a notch

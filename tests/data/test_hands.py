@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from beauty_bafe.data.augmentation.base import Sample, paste
-from beauty_bafe.data.augmentation.hands import SKIN, _skin, hold
+from beauty_bafe.data.augmentation.hand_drawing import SKIN, _skin
+from beauty_bafe.data.augmentation.hands import hold
 
 GREEN = (20, 200, 30)  # no skin has it
 

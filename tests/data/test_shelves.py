@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from beauty_bafe.data.augmentation import shelves
 from beauty_bafe.data.augmentation.base import Sample, Surroundings
 from beauty_bafe.data.augmentation.shelves import draw_shelf
 
@@ -39,3 +40,13 @@ def test_a_product_stands_there_several_times() -> None:
         _, _, stats, _ = cv2.connectedComponentsWithStats(purple)
         counts.append(int((stats[1:, cv2.CC_STAT_AREA] > 30).sum()))
     assert np.median(counts) >= 4
+
+
+def test_price_tags_hang_on_most_boards(monkeypatch: pytest.MonkeyPatch) -> None:
+    surroundings = Surroundings(lambda *_: None, nothing)  # type: ignore[arg-type]
+    monkeypatch.setattr(shelves, "random_color", lambda _: (90, 110, 130))  # of wall, board and rail: blue, no tag is
+    tagged = 0
+    for seed in range(20):
+        shelf = draw_shelf(224, surroundings, np.random.default_rng(seed)).astype(int)
+        tagged += (shelf[..., 0] > shelf[..., 2] + 4).any()
+    assert 8 < tagged < 20, "white tags are not counted"

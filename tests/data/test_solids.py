@@ -93,3 +93,18 @@ def test_a_box_shows_a_side_beside_its_front() -> None:
         corners = cv2.approxPolyDP(cv2.convexHull(cv2.findNonZero((seen.mask > 127).astype(np.uint8))), 4, True)
         wider += len(corners) > 4
     assert wider > 8
+
+
+def test_one_face_of_a_box_is_darker_and_a_cylinder_has_a_bright_and_a_dark_side() -> None:
+    mask = pack().mask
+    grey = Sample(np.where(mask[..., None] > 0, np.uint8(150), np.uint8(255)).repeat(3, axis=2), mask)
+    faces = shaded = 0
+    for seed in range(20):
+        box = solids.as_box(*grey, np.random.default_rng(seed))
+        levels = np.bincount(box.photo[..., 0][box.mask == 255], minlength=256)
+        faces += (levels[148:152].sum() > 0.02 * levels.sum()) and (levels[70:140].sum() > 0.02 * levels.sum())
+        row = solids.as_cylinder(*grey, np.random.default_rng(seed)).photo[64, 42:86, 0].astype(int)
+        assert row.max() <= 150
+        shaded += np.ptp(row) > 8
+    assert faces > 15, "two faces, two lights"
+    assert shaded > 6

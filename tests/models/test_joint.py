@@ -181,6 +181,13 @@ def test_shares_out_of_range_are_answered(settings: dict[str, float], message: s
         JointModule(tiny, **SETTINGS | settings)
 
 
+@pytest.mark.parametrize("settings", [{"average": 0.5, "settle": 0.5}, {"distill": 1.0}])
+def test_random_weights_are_not_worth_keeping(settings: dict[str, float], tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"model.pretrained=false starts from random weights; type model.pretrained=true"):
+        JointModule(tiny | {"weights": None}, **SETTINGS | settings)
+    JointModule(tiny | {"weights": None}, **SETTINGS | {"backbone_lr": 0, "contrast": 0} | settings)
+
+
 def test_a_frozen_backbone_has_nothing_to_contrast(tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"objective.contrast=0.5 has nothing to train; type objective.contrast=0"):
         JointModule(tiny, **SETTINGS | {"backbone_lr": 0.0})
