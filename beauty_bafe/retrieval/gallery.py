@@ -58,6 +58,7 @@ class Gallery:
         """
         kept = Versions(Path(folder)) if folder is not None else None
         if source is not None:
+            self.catalog = open_catalog(source)
             # A second run on the same folder waits, and then finds what the first one wrote.
             with locked([] if kept is None else [kept.folder]):
                 self._build(source, kept, index, skipped)
@@ -77,7 +78,6 @@ class Gallery:
         """Describe the pictures of `source` and index them, as a change of what is `kept` where something is."""
         place = kept.current() if kept is not None else None
         learn(self.members, source, place, self.extraction.root)
-        self.catalog = open_catalog(source)
         features = self.extraction(self.members, self.catalog, source, "gallery pictures", skipped)
         start = time.perf_counter()
         if place is not None:

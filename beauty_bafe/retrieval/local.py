@@ -169,11 +169,11 @@ def rerank_sift_verified(
     found = with_depth(found, depth)
     if weight is None:
         scene, photos = _present(found.scene), Backgrounds(None if backgrounds is None else open_catalog(backgrounds))
-        views = draw_street_views(
-            scene.gallery, rehearsals, augmentation, photos, detector.size, scene.folder / f"rehearsal-{detector.size}"
-        )
-        practice = with_depth(scene.rehearse(views), depth)
-        weight = choose_weight(practice, _look(practice, depth, detector, geometry))
+        folder = scene.folder / f"rehearsal-{detector.size}"
+        with locked([folder]):  # another gallery's views go to the same files
+            views = draw_street_views(scene.gallery, rehearsals, augmentation, photos, detector.size, folder)
+            practice = with_depth(scene.rehearse(views), depth)
+            weight = choose_weight(practice, _look(practice, depth, detector, geometry))
     evidence = _look(found, depth, detector, geometry)
     return reorder(found, _likeness(found, depth) + weight * evidence)
 
