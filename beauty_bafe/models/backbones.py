@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
@@ -17,6 +18,18 @@ class FeatureMaps(NamedTuple):
 
     taps: list[Tensor]
     last: Tensor
+
+
+class _Tapped(threading.local):
+    """What the hooks have kept in the forward call that this thread is in; None outside of one.
+
+    Not kept by the network, which several threads may run at once. torch.compile traces this, but no ContextVar.
+    """
+
+    outputs: dict[str, Tensor] | None = None
+
+
+_TAPPED = _Tapped()
 
 
 class Backbone(nn.Module):
@@ -47,13 +60,12 @@ class Backbone(nn.Module):
         config: Any = self.net.pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.tap_names = [*taps, last]
-        self._outputs: dict[str, Tensor] = {}
         modules = dict(self.net.named_modules())
         for tap in dict.fromkeys(self.tap_names):
             if tap not in modules:
                 near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
                 raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
-            modules[tap].register_forward_hook(partial(self._keep, tap))  # a partial is copied with the network
+            modules[tap].register_forward_hook(partial(_keep, tap))  # a partial is copied with the network
         patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
         self.patch: int | None = max(patch) if isinstance(patch, tuple) else patch
         try:
@@ -72,13 +84,12 @@ class Backbone(nn.Module):
 
     def forward(self, pictures: Tensor) -> FeatureMaps:
         """Normalised pictures, float (B, 3, S, S) -> feature maps."""
+        outputs: dict[str, Tensor] = {}
+        _TAPPED.outputs = outputs
         self.net.forward_features(pictures)
-        *taps, last = [self._as_map(self._outputs[tap], pictures) for tap in self.tap_names]
-        self._outputs.clear()
+        _TAPPED.outputs = None
+        *taps, last = [self._as_map(outputs[tap], pictures) for tap in self.tap_names]
         return FeatureMaps(taps, last)
-
-    def _keep(self, tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._outputs[tap] = output
 
     def _as_map(self, output: Tensor, pictures: Tensor) -> Tensor:
         """A transformer's tokens (B, N, C) become a map (B, C, H, W); its prefix tokens are dropped."""
@@ -107,6 +118,11 @@ class Backbone(nn.Module):
             if name not in used and not container and not hasattr(child, "get_embed"):
                 setattr(self.net, name, nn.Identity())
         return maps
+
+
+def _keep(tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    if _TAPPED.outputs is not None:
+        _TAPPED.outputs[tap] = output
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

@@ -226,19 +226,21 @@ class Engine:
         done: list[list[Tensor]] = []
         at = 0
         while at < len(pictures):
-            part = pictures[at : at + self.batch]
-            if len(part) < self.batch:  # the same shape always: compiled once, and the same sums whatever the batch
-                part = torch.cat([part, part.new_zeros(self.batch - len(part), *part.shape[1:])])
+            batch = self.batch  # another thread may halve it meanwhile
+            part = pictures[at : at + batch]
+            if len(part) < batch:  # the same shape always: compiled once, and the same sums whatever the batch
+                part = torch.cat([part, part.new_zeros(batch - len(part), *part.shape[1:])])
             try:
                 outputs = self._run(part.to(self.device, non_blocking=True))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if self.batch == 1 or not _is_out_of_memory(error):
+                if batch == 1 or not _is_out_of_memory(error):
                     raise
-                self.batch //= 2
-                print(f"memory is short: batches of {self.batch} pictures from here on")
+                if self.batch == batch:
+                    self.batch = batch // 2
+                    print(f"memory is short: batches of {self.batch} pictures from here on")
                 continue
             done.append([output[: len(pictures) - at].cpu() for output in outputs])
-            at += self.batch
+            at += batch
         self.seconds += time.perf_counter() - start
         return [torch.cat(parts) for parts in zip(*done, strict=True)]
 

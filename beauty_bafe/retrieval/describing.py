@@ -208,6 +208,19 @@ class Pass:
         return size
 
 
+def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
+    """Those of the pictures numbered `rows` that can be read, shrunk to about `size`."""
+
+    def readable(row: int) -> bool:
+        try:
+            return bool(read_picture(catalog.paths[row], size))
+        except UnreadablePicture:
+            return False
+
+    with ThreadPoolExecutor(default_workers()) as threads:
+        return [row for row, good in zip(rows, threads.map(readable, rows), strict=True) if good]
+
+
 class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
     """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
 

@@ -20,9 +20,9 @@ from ..models.module import load_extractor, read_checkpoint
 from ..models.precision import fastest_precision, pick_device
 from ..models.views import View
 from ..recipe import check_enlarge
-from .describing import Pass
-from .manifest import digest
-from .store import Store
+from .describing import Pass, readable_now
+from .manifest import digest, locked
+from .store import Picture, Store
 
 PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
 PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
@@ -180,29 +180,40 @@ class FeatureExtraction:
         Raises ValueError where too many pictures cannot be read, or the work will not fit on disk or in memory.
         """
         pictures = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
-        stores = [self._store(member, source, masks, view) for member in members]
-        lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
-        if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
-            asked = [(member.extractor, member.pooling) for member in members]
-            Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
-        readable = [picture for picture in pictures if picture in stores[0].rows]
-        broken = Skipped()
-        for row, picture in enumerate(pictures):
-            if picture in stores[0].unreadable:
-                broken.add(catalog, row, stores[0].unreadable[picture])
-        skipped.rows += broken.rows
-        if not readable:
-            reason = stores[0].unreadable[pictures[0]]
-            raise ValueError(f"none of the {len(catalog)} {what} can be read; the first: {catalog.paths[0]}: {reason}")
-        broken.check(len(catalog), self.max_skipped, what, "max_skipped")
+        places = [self._place(member, source, masks, view) for member in members]
+        with locked(folder for folder, _ in places):
+            opened = {folder: Store(folder, key) for folder, key in places}  # one for members that are the same
+            stores = [opened[folder] for folder, _ in places]
+            self._retry(members, stores, catalog, pictures)
+            lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
+            if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
+                asked = [(member.extractor, member.pooling) for member in members]
+                Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
+            readable, broken = [], Skipped()
+            for row, picture in enumerate(pictures):
+                reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
+                if reason is None:
+                    readable.append(picture)
+                else:
+                    broken.add(catalog, row, reason)
+            skipped.rows += broken.rows
+            if not readable:
+                _, path, reason = broken.rows[0]
+                raise ValueError(f"none of the {len(catalog)} {what} can be read; the first: {path}: {reason}")
+            broken.check(len(catalog), self.max_skipped, what, "max_skipped")
+            arrays = [store.read(readable) for store in stores]
         ids = tuple(name for name, _ in readable)
-        result = []
-        for store in stores:
-            arrays = store.read(readable)
-            result.append(Features(arrays["vectors"], ids, arrays.get("masks")))
-        return result
+        return [Features(found["vectors"], ids, found.get("masks")) for found in arrays]
 
-    def _store(self, member: Member, source: str, masks: bool, view: View | None) -> Store:
+    def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
+        """Let stores forget what they could not read and can be read now: a network drive's errors leave the stamp as it is."""
+        doubtful = [row for row, picture in enumerate(pictures) if any(picture in store.unreadable for store in stores)]
+        for row in readable_now(catalog, doubtful, max(member.extractor.size for member in members)):
+            for store in stores:
+                store.unreadable.pop(pictures[row], None)
+
+    def _place(self, member: Member, source: str, masks: bool, view: View | None) -> tuple[Path, dict[str, Any]]:
+        """A member's store: its folder and its key."""
         key = {
             "checkpoint": member.source,
             "size": member.extractor.size,
@@ -221,7 +232,7 @@ class FeatureExtraction:
             "preprocessing": PREPROCESSING,
             "versions": {name: version(name) for name in PACKAGES},
         }
-        return Store(self.root / name, key | rest)
+        return self.root / name, key | rest
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

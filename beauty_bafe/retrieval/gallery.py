@@ -16,9 +16,12 @@ from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Features, Member, describe_members
 from .index import Index
-from .manifest import replace_file
+from .manifest import locked, replace_file
 from .ranking import Ranking, check_k
 from .rerank import Found, Scene
+from .versions import Versions
+
+CATALOG = "gallery.csv"  # the pictures of a kept index
 
 
 class Gallery:
@@ -53,35 +56,45 @@ class Gallery:
         without `source` it answers as it is. Raises ValueError where it was made with other members or settings (the key is
         named).
         """
-        place = Path(folder) if folder is not None else None
-        saved = place is not None and (place / "gallery.csv").is_file()
-        if source is None and not saved:
-            raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
-        learn(self.members, source, place if saved else None, self.extraction.root)
-        if source is None:
-            assert place is not None
-            self.indexes, self.catalog = self._load(place, index), open_catalog(place / "gallery.csv")
-            print(f"index: {self.indexes[0]}, {len(self.indexes[0].ids)} pictures from {place}")
+        kept = Versions(Path(folder)) if folder is not None else None
+        if source is not None:
+            self.catalog = open_catalog(source)
+            # A second run on the same folder waits, and then finds what the first one wrote.
+            with locked([] if kept is None else [kept.folder]):
+                self._build(source, kept, index, skipped)
             return self
+        if kept is None or kept.current() is None:
+            raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
 
-        self.catalog = open_catalog(source)
+        def load(place: Path) -> None:
+            learn(self.members, None, place, self.extraction.root)
+            self.indexes, self.catalog = self._load(place, index), open_catalog(place / CATALOG)
+
+        kept.read(load)
+        print(f"index: {self.indexes[0]}, {len(self.indexes[0].ids)} pictures from {folder}")
+        return self
+
+    def _build(self, source: str, kept: Versions | None, index: Index, skipped: Skipped) -> None:
+        """Describe the pictures of `source` and index them, as a change of what is `kept` where something is."""
+        place = kept.current() if kept is not None else None
+        learn(self.members, source, place, self.extraction.root)
         features = self.extraction(self.members, self.catalog, source, "gallery pictures", skipped)
         start = time.perf_counter()
-        if saved and place is not None:
+        if place is not None:
             self.indexes = self._load(place, index)
             views = self.ensemble.transform(features)
             changes = [index.hold(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
-            how = f"{changes[0]}, ensemble as first learned"
+            changed = any(removed or added for removed, added, _ in changes) or open_catalog(place / CATALOG) != self._held()
+            how = "{} removed, {} added, {} kept, ensemble as first learned".format(*changes[0])
         else:
             views = self.ensemble.fit(features).transform(features)
             del features
             self.indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
-            how = "built"
+            how, changed = "built", True
         rows, width = self.indexes[0].vectors.shape
         print(f"index: {self.indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s")
-        if place is not None:
-            self._save(place)
-        return self
+        if kept is not None and changed:
+            kept.write(self._save)
 
     def describe(self, catalog: Catalog, source: str, what: str, skipped: Skipped) -> list[Features]:
         """Features of each member over pictures to ask with, their masks among them."""
@@ -134,22 +147,24 @@ class Gallery:
     def _load(self, place: Path, index: Index) -> list[Index]:
         """The kept indexes, one a view; the ensemble takes up what it had learned."""
         self.ensemble.load(place)
-        return [copy.copy(index).load(view, self._about()) for view in sorted(place.glob("view*"))]
+        views = sorted(place.glob("view*"), key=lambda view: int(view.name.removeprefix("view")))
+        return [copy.copy(index).load(view, self._about()) for view in views]
+
+    def _held(self) -> Catalog:
+        """The pictures that the index holds, where they lie now."""
+        present = set(self.indexes[0].ids)
+        held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in present)
+        return Catalog(held.ids, tuple(path.resolve() for path in held.paths))
 
     def _save(self, place: Path) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "gallery.csv").unlink(missing_ok=True)  # written last: a folder without it is not complete
         self.ensemble.save(place)
         keep_learned(self.members, place)
         for number, index in enumerate(self.indexes):
             index.save(place / f"view{number}", self._about())
-        present = set(self.indexes[0].ids)
-        rows = [
-            (name, path.resolve()) for name, path in zip(self.catalog.ids, self.catalog.paths, strict=True) if name in present
-        ]
+        held = self._held()
 
         def write(part: Path) -> None:
             with part.open("w", newline="", encoding="utf-8") as stream:
-                csv.writer(stream).writerows([("id", "path"), *rows])
+                csv.writer(stream).writerows([("id", "path"), *zip(held.ids, held.paths, strict=True)])
 
-        replace_file(place / "gallery.csv", write)
+        replace_file(place / CATALOG, write)

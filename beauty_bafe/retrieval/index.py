@@ -59,8 +59,8 @@ class Index(ABC):
         self.ids = tuple(name for name in self.ids if name not in gone)
         self._shrunk(keep)
 
-    def hold(self, vectors: np.ndarray, ids: tuple[str, ...]) -> str:
-        """Change as little as needed to hold exactly these rows; says what changed."""
+    def hold(self, vectors: np.ndarray, ids: tuple[str, ...]) -> tuple[int, int, int]:
+        """Change as little as needed to hold exactly these rows; how many were removed, added and kept."""
         old = {name: row for row, name in enumerate(self.ids)}
         shared = [row for row, name in enumerate(ids) if name in old]
         same: set[str] = set()
@@ -75,7 +75,7 @@ class Index(ABC):
             self.remove(gone)
         if new.any():
             self.add(vectors[new], tuple(name for name in ids if name not in same))
-        return f"{len(gone)} removed, {int(new.sum())} added, {len(same)} kept"
+        return len(gone), int(new.sum()), len(same)
 
     def search(self, vectors: np.ndarray, query_ids: tuple[str, ...], k: int) -> Ranking:
         """The k best of every query, float32 (Q, D). Equal scores are in the gallery's order. Raises ValueError for a bad k."""
@@ -99,7 +99,7 @@ class Index(ABC):
     def load(self, folder: str | Path, about: dict[str, Any]) -> Self:
         """Read what `save` wrote; vectors stay on disk, mapped. Raises ValueError naming the key that differs from `about`."""
         folder = Path(folder)
-        check_manifest(folder / "manifest.json", self.describe() | about, f"type another index_dir, or delete {folder}")
+        check_manifest(folder / "manifest.json", self.describe() | about, "type another index_dir, or delete this one")
         self.vectors = np.load(folder / "vectors.npy", mmap_mode="c")  # copy on write: torch wants writable memory
         self.ids = tuple(json.loads((folder / "ids.json").read_text(encoding="utf-8")))
         _check_rows(self.vectors, self.ids, None)

@@ -22,7 +22,7 @@ from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from ..data.rehearsal import draw_street_views
 from ..data.workers import default_workers
 from .features import PREPROCESSING
-from .manifest import digest
+from .manifest import digest, locked
 from .rerank import Found, Scene, reorder, with_depth
 from .store import Picture, Store
 
@@ -169,11 +169,11 @@ def rerank_sift_verified(
     found = with_depth(found, depth)
     if weight is None:
         scene, photos = _present(found.scene), Backgrounds(None if backgrounds is None else open_catalog(backgrounds))
-        views = draw_street_views(
-            scene.gallery, rehearsals, augmentation, photos, detector.size, scene.folder / f"rehearsal-{detector.size}"
-        )
-        practice = with_depth(scene.rehearse(views), depth)
-        weight = choose_weight(practice, _look(practice, depth, detector, geometry))
+        folder = scene.folder / f"rehearsal-{detector.size}"
+        with locked([folder]):  # another gallery's views go to the same files
+            views = draw_street_views(scene.gallery, rehearsals, augmentation, photos, detector.size, folder)
+            practice = with_depth(scene.rehearse(views), depth)
+            weight = choose_weight(practice, _look(practice, depth, detector, geometry))
     evidence = _look(found, depth, detector, geometry)
     return reorder(found, _likeness(found, depth) + weight * evidence)
 
@@ -250,7 +250,7 @@ def _look(
 
 
 class _GalleryKeypoints:
-    """Keypoints of gallery pictures by id, described when first asked for, kept on disk, read through memory maps."""
+    """Keypoints of gallery pictures by id, described by `describe`, kept on disk, read through memory maps."""
 
     def __init__(self, scene: Scene, detector: Detector) -> None:
         self.detector = detector
@@ -258,8 +258,7 @@ class _GalleryKeypoints:
         self.pictures: dict[str, Picture] = {name: (name, stamp(path)) for name, path in self.paths.items()}
         key = asdict(detector) | {"opencv": cv2.__version__, "preprocessing": PREPROCESSING, "masks": MASKS}
         where = str(next(iter(self.paths.values())).parent)  # galleries do not push each other out
-        self.store = Store(scene.folder / f"sift-{digest(where, *map(str, key.values()))}", key)
-        self.store.begin(list(self.pictures.values()), {})
+        self.folder, self.key = scene.folder / f"sift-{digest(where, *map(str, key.values()))}", key
 
     def __getitem__(self, name: str) -> Keypoints:
         row = self.store.row(self.pictures[name])
@@ -267,7 +266,14 @@ class _GalleryKeypoints:
         return Keypoints(row["points"][:count], row["descriptors"][:count])
 
     def describe(self, names: Sequence[str], threads: ThreadPoolExecutor) -> None:
-        """Make what is not there yet, a shard at a time."""
+        """Make what is not there yet, a shard at a time, and map the keypoints of `names`."""
+        with locked([self.folder]):
+            self.store = Store(self.folder, self.key)
+            self.store.begin(list(self.pictures.values()), {})
+            self._make(names, threads)
+            self.store.map(self.pictures[name] for name in names)
+
+    def _make(self, names: Sequence[str], threads: ThreadPoolExecutor) -> None:
         new = [name for name in names if self.pictures[name] not in self.store]
         if not new:
             return

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -24,15 +29,39 @@ def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `file`, then put it in place: at any moment the old or the new one is there, whole."""
-    part = file.with_name(file.name + ".part")
+    # Its own name for each writer: two may replace the same file at once.
+    part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         write(part)
         with part.open("rb+") as stream:
             os.fsync(stream.fileno())  # or a power cut could leave the new name with no content
         os.replace(part, file)
     except OSError as error:
+        full = "; is the disk full?" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(error.errno, f"could not write '{file}': {error.strerror}{full}") from error
+    finally:
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write '{file}': {error.strerror}; is the disk full?") from error
+
+
+@contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep other processes and threads out of these folders, which are made where missing; one in use is waited for.
+
+    The file `lock` in each folder stays there; the system releases the lock when the process ends, killed or not.
+    """
+    with ExitStack() as stack:
+        for folder in sorted({folder.resolve() for folder in folders}):  # in one order, or two could wait for each other
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                continue  # a read-only copy can be read all the same
+            lock = FileLock(folder / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"'{folder}' is in use by another run; waiting for it", flush=True)
+                lock.acquire()
+            stack.callback(lock.release)
+        yield
 
 
 def digest(*parts: str | bytes) -> str:

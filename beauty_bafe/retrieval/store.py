@@ -18,7 +18,8 @@ class Store:
     """The descriptors of one checkpoint and pooling over one catalogue, in `folder`.
 
     `key`: plain values that every vector depends on; they are the manifest, beside the catalogue's fingerprint and what
-    `begin` adds. Raises ValueError where the folder was made with another key (named), or a shard is damaged (named).
+    `begin` adds. Open, write and read it inside `manifest.locked`, or other runs can write into the same folder meanwhile.
+    Raises ValueError where the folder was made with another key (named), or a shard is damaged (named).
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -26,19 +27,20 @@ class Store:
         self.rows: dict[Picture, tuple[int, int]] = {}  # where a picture's vector lies: shard, row
         self.unreadable: dict[Picture, str] = {}
         self.manifest: dict[str, Any] = {}
-        self._last = -1
+        self._shards: dict[int, list[Picture]] = {}  # the pictures of each
         self._mapped: dict[int, dict[str, Any]] = {}
         if (folder / "manifest.json").is_file():
             self.manifest = check_manifest(
                 folder / "manifest.json", self.key, f"type another features=DIR, or delete {folder} to describe all anew"
             )
             for file in sorted(folder.glob("*.safetensors")):
-                self._last = int(file.stem)
-                self._note(self._last, *_about(file))
+                self._note(int(file.stem), *_about(file))
 
     def _note(self, shard: int, pictures: list[Picture], unreadable: Mapping[Picture, str]) -> None:
+        self._shards[shard] = pictures
         self.rows |= {picture: (shard, row) for row, picture in enumerate(pictures)}
-        self.unreadable |= unreadable
+        known = {**self.unreadable, **unreadable}
+        self.unreadable = {picture: reason for picture, reason in known.items() if picture not in self.rows}
 
     def __contains__(self, picture: Picture) -> bool:
         return picture in self.rows or picture in self.unreadable
@@ -53,6 +55,8 @@ class Store:
         if self.manifest == manifest:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.part"):  # of a run that was killed
+            leftover.unlink()
         current = set(pictures)
         if not current.issuperset(self.rows) or not current.issuperset(self.unreadable):
             self._drop(current)
@@ -61,11 +65,11 @@ class Store:
         replace_file(self.folder / "manifest.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     def _drop(self, current: set[Picture]) -> None:
-        self.rows, self.unreadable = {}, {}
+        unread, self.rows, self.unreadable = self.unreadable, {}, {}
         for file in sorted(self.folder.glob("*.safetensors")):
             pictures, unreadable = _about(file)
             keep = [row for row, picture in enumerate(pictures) if picture in current]
-            kept = {picture: reason for picture, reason in unreadable.items() if picture in current}
+            kept = {picture: reason for picture, reason in unreadable.items() if picture in current and picture in unread}
             if len(keep) < len(pictures) or len(kept) < len(unreadable):
                 arrays = {name: array[keep] for name, array in _arrays(file).items()}
                 pictures = [pictures[row] for row in keep]
@@ -74,20 +78,33 @@ class Store:
 
     def append(self, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]) -> int:
         """One more shard: `arrays` have a row a picture. Returns its size in bytes."""
-        self._last += 1
-        file = self.folder / f"{self._last:06d}.safetensors"
+        shard = max(self._shards, default=-1) + 1
+        file = self._file(shard)
         _write(file, arrays, pictures, unreadable)
-        self._note(self._last, list(pictures), unreadable)
+        self._note(shard, list(pictures), unreadable)
         return file.stat().st_size
 
-    def row(self, picture: Picture) -> dict[str, np.ndarray]:
-        """One picture's row of every array, read through a memory map."""
-        shard, row = self.rows[picture]
-        if shard not in self._mapped:
-            from safetensors import safe_open
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.safetensors"
 
-            opened = safe_open(self.folder / f"{shard:06d}.safetensors", framework="numpy")
+    def _checked(self, shard: int) -> Path:
+        """A shard's file. Raises ValueError where its rows are no longer those that were noted."""
+        file = self._file(shard)
+        if _about(file)[0] != self._shards[shard]:
+            raise ValueError(f"another run has changed '{file}' since this one opened it; type the same command again")
+        return file
+
+    def map(self, pictures: Iterable[Picture]) -> None:
+        """Map the shards of these pictures for `row`; what is mapped stays as it is, whatever other runs write later."""
+        from safetensors import safe_open
+
+        for shard in {self.rows[picture][0] for picture in pictures}.difference(self._mapped):
+            opened = safe_open(self._checked(shard), framework="numpy")
             self._mapped[shard] = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+
+    def row(self, picture: Picture) -> dict[str, np.ndarray]:
+        """One mapped picture's row of every array."""
+        shard, row = self.rows[picture]
         return {name: array[row] for name, array in self._mapped[shard].items()}
 
     def read(self, pictures: Iterable[Picture]) -> dict[str, np.ndarray]:
@@ -95,7 +112,7 @@ class Store:
         places = np.array([self.rows[picture] for picture in pictures], np.int64).reshape(-1, 2)
         result: dict[str, np.ndarray] = {}
         for shard in np.unique(places[:, 0]):
-            file = self.folder / f"{shard:06d}.safetensors"
+            file = self._checked(int(shard))
             here = np.flatnonzero(places[:, 0] == shard)
             rows = places[here, 1]
             for name, array in _arrays(file).items():

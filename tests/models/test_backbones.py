@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ def test_taps_equal_timms_own_features() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_threads_that_share_a_network_get_their_own_maps() -> None:
+    """Pictures of several sizes, so that a map of another call shows at once."""
+    taps = ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    backbone = Backbone("test_efficientnet", taps, "bn2", 64, pretrained=False).eval()
+    pictures = [torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side)) for side in range(64, 256, 16)] * 4
+
+    @torch.inference_mode()
+    def run(picture: torch.Tensor) -> list[torch.Tensor]:
+        maps = backbone(picture)
+        return [*maps.taps, maps.last]
+
+    alone = [run(picture) for picture in pictures]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(run, pictures))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
 def test_transformer_tokens_become_maps() -> None:
     names = ["blocks.0", "blocks.3", "blocks.6", "blocks.9"]
     backbone = Backbone("vit_tiny_patch16_224", names, "norm", 64, pretrained=False, options={"img_size": 64}).eval()
@@ -41,7 +60,6 @@ def test_transformer_tokens_become_maps() -> None:
     maps = backbone(picture)
     assert [tap.shape for tap in maps.taps] == [(2, 192, 4, 4)] * 4
     tokens = backbone.net.forward_features(picture)[:, 1:]  # without the class token
-    backbone._outputs.clear()
     assert torch.equal(maps.last[1, :, 2, 3], tokens[1, 2 * 4 + 3])
 
 

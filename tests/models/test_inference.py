@@ -120,6 +120,19 @@ def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, c
         engine(pictures(1))
 
 
+def test_a_batch_that_another_thread_halves_loses_no_picture(extractor: BackgroundAgnosticExtractor) -> None:
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, False)
+    expected = engine(pictures(8))[0]
+    run = engine._run
+
+    def halve_meanwhile(batch: torch.Tensor) -> list[torch.Tensor]:
+        engine.batch = 2
+        return run(batch)
+
+    engine._run = halve_meanwhile
+    torch.testing.assert_close(engine(pictures(8))[0], expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("map", "saliency", "calls"), [("last", True, 1), ("last", False, 0), (2, True, 3), (4, False, 1), (1, True, 4)]
 )

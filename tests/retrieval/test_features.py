@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from beauty_bafe.data.catalog import Catalog, Skipped, from_folder
-from beauty_bafe.data.pictures import letterbox, read_picture
+from beauty_bafe.data.pictures import UnreadablePicture, letterbox, read_picture
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
@@ -98,13 +98,14 @@ def test_what_is_on_disk_is_not_described_again(
     reads: list[str] = []
     monkeypatch.setattr(module, "read_picture", lambda path, size: reads.append(path.stem) or read_picture(path, size))
     assert np.array_equal(describe(folder, ATTENTION)[0].vectors, before[0].vectors)
-    assert reads == []
+    assert reads == ["p3"], "what could not be read is tried again"
+    reads.clear()
     (folder / "p0.jpg").unlink()
     shutil.copy(folder / "p5.jpg", folder / "a_new.jpg")
     shutil.copy(folder / "p6.jpg", folder / "p2.jpg")
     os.utime(folder / "p2.jpg", (1, 1))
     after = describe(folder, ATTENTION, GEM)
-    assert sorted(reads) == ["a_new", "p2"]
+    assert sorted(reads) == ["a_new", "p2", "p3"]
     assert after[0].ids == ("a_new", "p1", "p2", "p4", "p5", "p6")
     np.testing.assert_allclose(after[0].vectors[[0, 2]], after[0].vectors[[4, 5]], atol=1e-6)
     np.testing.assert_allclose(after[1].vectors[1], before[1].vectors[1], atol=1e-6)
@@ -172,6 +173,57 @@ def test_every_unreadable_kind_inside_a_gallery_of_many(
     again = Skipped()
     describe(tmp_path / "many", skipped=again)
     assert again.rows == skipped.rows, "remembered, with the reason"
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the picture of this name give a read error, as a network drive does; of no name, let all be read again."""
+
+    def fail(name: str) -> None:
+        def read(path: Path, size: int) -> object:
+            if path.stem == name:
+                raise UnreadablePicture("OSError: [Errno 5] Input/output error")
+            return read_picture(path, size)
+
+        monkeypatch.setattr(module, "read_picture", read)
+
+    return fail
+
+
+def test_a_read_error_that_passes_is_not_remembered(
+    folder: Path, describe: Callable[..., list[Features]], fail: Callable[[str], None]
+) -> None:
+    fail("p1")
+    skipped = Skipped()
+    (without,) = describe(folder, skipped=skipped)
+    assert [row[0] for row in skipped.rows] == ["p1", "p3"]
+    fail("")
+    skipped = Skipped()
+    for _ in range(2):  # the second time from disk
+        (after,) = describe(folder, skipped=skipped)
+        assert after.ids == ("p0", "p1", "p2", "p4", "p5", "p6")
+    assert {row[0] for row in skipped.rows} == {"p3"}
+    (folder / "p0.jpg").unlink()  # rows of the store are dropped, and with them the old note
+    (dropped,) = describe(folder)
+    assert np.array_equal(dropped.vectors, after.vectors[1:])
+    assert not np.array_equal(without.vectors[1], after.vectors[1])
+
+
+@pytest.mark.parametrize("failing", [True, False])
+def test_stores_that_disagree_on_what_can_be_read(
+    folder: Path, describe: Callable[..., list[Features]], fail: Callable[[str], None], failing: bool
+) -> None:
+    """One pooling's store has the picture, the other's does not: both have a row, or neither."""
+    describe(folder, GEM)
+    fail("p1")
+    describe(folder, ATTENTION)
+    fail("p1" if failing else "")
+    skipped = Skipped()
+    for poolings in ((ATTENTION, GEM), (GEM, ATTENTION)):
+        one, other = describe(folder, *poolings, skipped=skipped)
+        assert one.ids == other.ids
+        assert ("p1" in one.ids) is not failing
+    assert {row[0] for row in skipped.rows} == ({"p1", "p3"} if failing else {"p3"})
 
 
 def test_too_many_unreadable_pictures_stop(folder: Path, describe: Callable[..., list[Features]]) -> None:

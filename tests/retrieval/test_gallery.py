@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from beauty_bafe.retrieval.gallery import Gallery
 from beauty_bafe.retrieval.ranking import Ranking
+from beauty_bafe.retrieval.versions import Versions
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
 
@@ -30,12 +33,19 @@ class Shop:
         self.query = sorted((toy / "queries").iterdir())[0]
         shutil.copytree(toy / "gallery", root / "gallery")
 
+    def open(self, gallery: bool = True, kept: bool = True) -> Gallery:
+        shop = Gallery(self.members, self.extraction, self.kind(**self.settings))
+        gallery_source = str(self.root / "gallery") if gallery else None
+        return shop.open(gallery_source, str(self.root / "index") if kept else None, ExactIndex(device="cpu"), Skipped())
+
+    def files(self) -> dict[Path, int]:
+        """Every file of the kept index, and when it was written."""
+        return {file: file.stat().st_mtime_ns for file in (self.root / "index").rglob("*") if file.name != "lock"}
+
     def answer(self, gallery: bool = True, kept: bool = True, k: int = 5) -> Ranking:
         from beauty_bafe.data.catalog import open_catalog
 
-        shop = Gallery(self.members, self.extraction, self.kind(**self.settings))
-        gallery_source = str(self.root / "gallery") if gallery else None
-        shop.open(gallery_source, str(self.root / "index") if kept else None, ExactIndex(device="cpu"), Skipped())
+        shop = self.open(gallery, kept)
         assert set(shop.indexes[0].ids) <= set(shop.catalog.ids)
         (self.root / "queries").mkdir(exist_ok=True)
         shutil.copy(self.query, self.root / "queries" / "q.jpg")
@@ -95,3 +105,80 @@ def test_more_answers_than_pictures(shop: Shop) -> None:
         shop.answer(kept=False, k=49)
     if shop.kind is Concatenation:
         assert len(set(shop.answer(kept=False, k=48).answers(0))) == 48
+
+
+def test_twelve_fused_members_keep_their_vectors(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:
+    """As text, view10 comes before view2."""
+    shop = Shop(tmp_path, toy, tiny_checkpoint, Fusion, method="rank", weights=None, depth=20)
+    powers = [Pooling(partial(gem, p=float(p)), saliency=False) for p in range(1, 13)]
+    shop.members = load_members(str(tiny_checkpoint), dict(enumerate(powers)))
+    built = shop.open()
+    for gallery in (True, False):
+        kept = shop.open(gallery=gallery)
+        for index, expected in zip(kept.indexes, built.indexes, strict=True):
+            assert np.array_equal(index.vectors, expected.vectors)
+
+
+def test_an_unchanged_catalogue_rewrites_nothing(shop: Shop) -> None:
+    shop.open()
+    before = shop.files()
+    shop.open()
+    assert shop.files() == before
+
+
+def test_pictures_that_moved_are_found_again(shop: Shop) -> None:
+    shop.open()
+    (shop.root / "gallery").rename(shop.root / "moved")
+    (shop.root / "gallery").symlink_to(shop.root / "moved")
+    shop.open()
+    assert all(path.is_file() for path in shop.open(gallery=False).catalog.paths)
+
+
+def test_a_reader_never_sees_half_an_index(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a changed catalogue is written, and after the writer died on the way."""
+    before = shop.answer()
+    save, read = ExactIndex.save, []
+
+    def read_meanwhile(index: ExactIndex, folder: Path, about: dict[str, object]) -> None:
+        read.append(shop.answer(gallery=False))
+        save(index, folder, about)
+        read.append(shop.answer(gallery=False))
+        raise KeyboardInterrupt
+
+    (shop.root / "gallery" / f"{before.answers(0)[0]}.jpg").unlink()
+    monkeypatch.setattr(ExactIndex, "save", read_meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        shop.open()
+    monkeypatch.undo()
+    read.append(shop.answer(gallery=False))
+    assert [ranking.answers(0) for ranking in read] == [before.answers(0)] * 3
+    assert shop.answer().answers(0) == shop.answer(gallery=False).answers(0) != before.answers(0)
+
+
+def test_two_runs_at_once_on_one_index(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = shop.open(kept=False)
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(shop.open) for _ in range(3)]
+        for run in runs:
+            for index, alone in zip(run.result().indexes, expected.indexes, strict=True):
+                assert np.array_equal(index.vectors, alone.vectors)
+    printed = capsys.readouterr().out
+    assert printed.count(", built in") == 2, "once without a folder, once for all three"
+    assert printed.count("0 removed, 0 added, 48 kept") == 2
+
+
+def test_a_version_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.write(lambda place: (place / "a.txt").write_text("old"))
+
+    def read(place: Path) -> str:
+        if place.name == "000001":
+            versions.write(lambda place: (place / "a.txt").write_text("new"))
+        return (place / "a.txt").read_text()
+
+    assert versions.read(read) == "new"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000002", "current"]
+    with pytest.raises(FileNotFoundError):
+        versions.read(lambda place: (place / "b.txt").read_text())
+    with pytest.raises(ValueError, match="holds nothing yet"):
+        Versions(tmp_path / "nowhere").read(read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from beauty_bafe.data.augmentation import Augmentation, Sample
 from beauty_bafe.data.backgrounds import Backgrounds
 from beauty_bafe.data.catalog import Catalog
 from beauty_bafe.data.rehearsal import draw_street_views
@@ -183,8 +185,6 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
     """Descriptors are random here, so geometry must be heard; a query's own truth is never asked for."""
 
     def rotate(photo: np.ndarray, mask: np.ndarray, surroundings: object, rng: np.random.Generator):
-        from beauty_bafe.data.augmentation import Sample
-
         return Sample(warped(photo), mask)
 
     found = shop({"q4": warped(textured(4))})
@@ -193,6 +193,34 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
     assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
     assert "geometry weighs 0.0:" not in printed
     assert ranked.answers(0)[0] == "p4"
+
+
+def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop: Callable[..., Found]) -> None:
+    def draw(angle: float) -> Augmentation:
+        turn = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), angle, 1)
+
+        def augment(photo: np.ndarray, mask: np.ndarray, surroundings: object, rng: np.random.Generator) -> Sample:
+            return Sample(cv2.warpAffine(photo, turn, (SIZE, SIZE), borderValue=(255, 255, 255)), mask)
+
+        return augment  # type: ignore[return-value]
+
+    found = shop({"q4": warped(textured(4))})
+    assert found.scene is not None
+    rehearse = found.scene.rehearse
+    assert rehearse is not None
+
+    def run(angle: float, scene: Scene) -> Found:
+        return rerank_sift_verified(replace(found, scene=scene), 6, 0.9, DETECTOR, None, 5, draw(angle), None)
+
+    with ThreadPoolExecutor(1) as threads:
+
+        def start_another(views: Catalog) -> Found:
+            before = [path.read_bytes() for path in views.paths]
+            wait([threads.submit(run, 90, found.scene)], timeout=1)  # type: ignore[arg-type]
+            assert [path.read_bytes() for path in views.paths] == before
+            return rehearse(views)
+
+        run(30, replace(found.scene, rehearse=start_another))
 
 
 def test_distances_are_no_likeness(shop: Callable[..., Found]) -> None:

@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from beauty_bafe.data.catalog import Catalog, Skipped, from_folder
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.retrieval.features import FeatureExtraction, load_members
+from beauty_bafe.retrieval.features import FeatureExtraction, Features, load_members
+from beauty_bafe.retrieval.manifest import locked, replace_file
 from beauty_bafe.retrieval.store import Store
 
 PICTURES = [("a", "1"), ("b", "1"), ("c", "1")]
@@ -95,9 +98,93 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.safetensors", "manifest.json"]
 
 
-def describe(checkpoint: Path, catalog: Catalog, features: Path) -> None:
+def test_rows_that_another_run_moved_are_not_taken_for_others(tmp_path: Path) -> None:
+    first = filled(tmp_path)
+    Store(tmp_path, {"checkpoint": "x"}).begin(PICTURES[1:], {})
+    with pytest.raises(
+        ValueError, match=r"another run has changed .*000000.safetensors' since .*; type the same command again"
+    ):
+        first.read(PICTURES[:1])
+    with pytest.raises(ValueError, match="another run has changed"):
+        first.map(PICTURES[:1])
+
+
+def test_mapped_rows_stay_as_they_are(tmp_path: Path) -> None:
+    first = filled(tmp_path)
+    first.map(PICTURES[:2])
+    Store(tmp_path, {"checkpoint": "x"}).begin(PICTURES[1:], {})
+    assert first.row(PICTURES[0])["vectors"].tolist() == [0, 1]
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """The second starts and ends while the first writes."""
+    file = tmp_path / "a.json"
+
+    def write(part: Path) -> None:
+        part.write_text("first")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(replace_file, file, lambda part: part.write_text("second")).result()
+
+    replace_file(file, write)
+    assert file.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "000001.safetensors.123-456.part").touch()
+    Store(tmp_path, {"checkpoint": "x"}).begin(PICTURES[1:], {})
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_read_only_folder_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with locked([tmp_path]):
+        assert not list(tmp_path.iterdir())
+
+
+def describe(checkpoint: Path, catalog: Catalog, features: Path) -> list[Features]:
     extraction = FeatureExtraction(features, device="cpu", precision="32-true", num_workers=0, shard=4)
-    extraction(load_members(str(checkpoint), dict(enumerate(POOLINGS))), catalog, "gallery", "pictures", Skipped(), masks=True)
+    members = load_members(str(checkpoint), dict(enumerate(POOLINGS)))
+    return extraction(members, catalog, "gallery", "pictures", Skipped(), masks=True)
+
+
+def test_two_processes_at_once_on_one_store(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:
+    """One of them describes a catalogue that lacks some pictures, and drops their rows."""
+    whole = from_folder(toy / "gallery")
+    catalogs = [whole, whole.subset(range(5, len(whole)))]
+    children = []
+    for number, catalog in enumerate(catalogs):
+        children.append(os.fork())
+        if children[-1] == 0:
+            torch.set_num_threads(1)
+            with (tmp_path / f"{number}.txt").open("w") as report, redirect_stdout(report), redirect_stderr(report):
+                try:
+                    for round in range(3):
+                        for place, features in enumerate(describe(tiny_checkpoint, catalog, tmp_path / "features")):
+                            np.save(tmp_path / f"{number}-{round}-{place}.npy", features.vectors)
+                    os._exit(0)
+                except BaseException as error:
+                    report.write(f"{type(error).__name__}: {error}")
+                    report.flush()
+                    os._exit(1)
+    for number, child in enumerate(children):
+        assert os.waitpid(child, 0)[1] == 0, (tmp_path / f"{number}.txt").read_text()
+    for number, catalog in enumerate(catalogs):
+        for place, expected in enumerate(describe(tiny_checkpoint, catalog, tmp_path / "alone")):
+            for round in range(3):
+                assert np.array_equal(np.load(tmp_path / f"{number}-{round}-{place}.npy"), expected.vectors)
+
+
+def test_threads_at_once_on_one_store(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:
+    catalog = from_folder(toy / "gallery")
+    expected = describe(tiny_checkpoint, catalog, tmp_path / "alone")
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(describe, tiny_checkpoint, catalog, tmp_path / "features") for _ in range(3)]
+        for run in runs:
+            for features, alone in zip(run.result(), expected, strict=True):
+                assert np.array_equal(features.vectors, alone.vectors)
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 2 * 12, "described once"
 
 
 def content(features: Path) -> dict[str, bytes]:
