@@ -195,7 +195,7 @@ def test_the_same_command_again_describes_nothing(
 )
 def test_mistakes_are_answered(retrieval: Callable[..., DictConfig], override: str, message: str) -> None:
     if override.startswith("index") and torch.cuda.is_available():
-        return
+        pytest.skip("here is a GPU")
     with pytest.raises(Exception, match=message):
         retrieve(retrieval(*override.split(), "report=false"))
 

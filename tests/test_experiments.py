@@ -48,8 +48,11 @@ def test_every_experiment_answers(
     if cfg.ensemble.get("pca"):
         cfg.ensemble.pca = 8
     metrics = retrieve(cfg)
-    assert 0 <= metrics["mAP@7_by_min"] <= 1
-    assert len(list(csv.reader((tmp_path / "submission.csv").open()))) == 10
+    answers = {row[0]: row[1:] for row in csv.reader((tmp_path / "submission.csv").open())}
+    assert len(answers) == 10
+    truth = {row["query"]: row["product"] for row in csv.DictReader((small / "truth.csv").open())}
+    ranks = [answers[query].index(product) + 1 if product in answers[query] else 0 for query, product in truth.items()]
+    assert metrics["mAP@7_by_min"] == pytest.approx(sum(1 / rank for rank in ranks if rank) / len(truth))
     assert metrics["dimensions"] > 0
     assert metrics["index_bytes"] >= metrics["dimensions"] * 20 * 4
 

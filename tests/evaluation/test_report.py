@@ -15,11 +15,11 @@ from beauty_bafe.retrieval.ranking import Ranking
 
 @pytest.fixture
 def page(toy: Path, tmp_path: Path, configure):
-    """Three queries: the first misses its product, the second has it third, the third has it first."""
+    """Three queries: q1 has its product third, q2 first, the last one misses it."""
     gallery, pictures = open_catalog(toy / "gallery"), open_catalog(toy / "queries")
-    queries = Catalog(("q<0>", "q1", "q2"), pictures.paths[:3])
+    queries = Catalog(("q1", "q2", "q<0>"), pictures.paths[:3])
     ranking = Ranking(
-        queries.ids, gallery.ids, np.array([[1, 2, 3], [4, 5, 0], [0, 6, 7]]), np.array([[0.9, 0.8, 0.7]] * 3, np.float32)
+        queries.ids, gallery.ids, np.array([[4, 5, 0], [0, 6, 7], [1, 2, 3]]), np.array([[0.9, 0.8, 0.7]] * 3, np.float32)
     )
     features = Features(np.zeros((3, 1), np.float32), queries.ids, np.full((3, 56, 56), 128, np.uint8))
     truth = {name: {gallery.ids[0]} for name in queries.ids}

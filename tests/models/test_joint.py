@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,39 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
         one, other = extractor(pictures), module.extractor.eval()(pictures)
     torch.testing.assert_close(one.last, other.last)  # its batch norms were folded while it learned: other roundings
     torch.testing.assert_close(one.saliency(64), other.saliency(64))
+
+
+def test_the_loss_is_of_masks_and_pairs(tiny: dict[str, Any]) -> None:
+    """Against a slow twin of InfoNCE, a pair at a time."""
+    torch.manual_seed(0)
+    module = JointModule(tiny, **SETTINGS)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    items = [Pairs()[index] for index in range(4)]
+    pictures = torch.cat([item["pictures"] for item in items])
+    label = torch.cat([item["masks"] for item in items]).float() / 255
+    extraction = module.extractor(pictures)
+    vectors = module.describe(extraction).detach()
+    clean, street = vectors[0::2], vectors[1::2]
+    terms = []
+    for one, other in ((street, clean), (clean, street)):
+        for row in range(4):
+            likeness = [math.exp(float(one[row] @ other[column]) / SETTINGS["temperature"]) for column in range(4)]
+            terms.append(-math.log(likeness[row] / sum(likeness)))
+    expected = module.validation_loss(extraction, label).item() + SETTINGS["contrast"] * sum(terms) / len(terms)
+    assert module.training_loss(extraction, label).item() == pytest.approx(expected, rel=1e-4)
+    assert sum(terms) > 0.1
+
+
+def test_weight_decay_leaves_a_trained_network_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """At a step size of 0.01 a decay of 10 would take a tenth of every weight at every step."""
+    torch.manual_seed(0)
+    module = JointModule(tiny, **SETTINGS)
+    before = {name: value.norm().item() for name, value in module.extractor.backbone.named_parameters()}
+    fit(module, tmp_path, 4)
+    after = {name: value.norm().item() for name, value in module.extractor.backbone.named_parameters()}
+    assert module.extractor.decoder is not None
+    shrunk = [after[name] / before[name] for name in before if before[name] > 1]
+    assert min(shrunk) > 0.98
 
 
 def test_a_short_run_comes_to_full_steps_as_well(tiny: dict[str, Any], tmp_path: Path) -> None:

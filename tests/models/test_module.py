@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from beauty_bafe.models.module import SaliencyModule, check_resumable, load_extractor
@@ -60,6 +61,50 @@ def test_resuming_with_other_settings_names_the_key(tiny: dict[str, Any], tiny_c
         check_resumable(SaliencyModule(tiny | {"hidden": 4}, lr=1e-3, warmup=0), tiny_checkpoint)
     with pytest.raises(ValueError, match=r"lr=0.001, now it is 0.1"):
         check_resumable(SaliencyModule(tiny, lr=0.1, warmup=0), tiny_checkpoint)
+
+
+class Held(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Photos of squares, each with one street view that is the photo itself; `wrong` labels of the photos."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        self.wrong = wrong
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        photo = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+        photo[:, 8 + 8 * index : 40, 8:40] = torch.tensor([60 * index, 200 - 50 * index, 90], dtype=torch.uint8)[:, None, None]
+        mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        mask[:, 8 + 8 * index : 40, 8:40] = 255
+        return {"pictures": torch.stack([photo, photo]), "masks": torch.stack([255 - mask if self.wrong else mask, mask])}
+
+
+class Others(Held):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pictures": super().__getitem__(index)["pictures"][:1]}
+
+
+def validate(module: SaliencyModule, *sets: torch.utils.data.Dataset[dict[str, torch.Tensor]]) -> dict[str, float]:
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loaders = [torch.utils.data.DataLoader(one, batch_size=2) for one in sets]
+    return dict(trainer.validate(module, loaders, verbose=False)[0])
+
+
+def test_held_back_photos_are_told_apart_from_those_of_the_training_set(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module = SaliencyModule(tiny, lr=1e-3, warmup=0)
+    assert validate(module, Held())["val/mAP@7"] == 1
+    assert validate(module, Held(), Others())["val/mAP@7"] == 0.5, "each has its double among the others, and ties count"
+
+
+def test_mask_metrics_are_of_street_views_alone(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module = SaliencyModule(tiny, lr=1e-3, warmup=0)
+    right, wrong = (validate(module, Held(wrong)) for wrong in (False, True))
+    for name in ("val/mae", "val/iou", "val/f_beta"):
+        assert right[name] == wrong[name]
+    assert right["val/loss"] != wrong["val/loss"]
 
 
 def test_only_plain_values_become_hyper_parameters(tiny: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
 from beauty_bafe.models.precision import pick_device
+from beauty_bafe.models.views import View
 from beauty_bafe.retrieval import describing as module
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members, mean_masks
 
@@ -43,13 +45,14 @@ def describe(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., list[Featur
         members: Sequence[Member] | None = None,
         skipped: Skipped | None = None,
         masks: bool = False,
+        view: View | None = None,
         **options: object,
     ) -> list[Features]:
         settings: dict[str, object] = {"num_workers": 0, "device": "cpu", "precision": "32-true", "max_skipped": 0.99}
         extraction = FeatureExtraction(tmp_path / store, **settings | options)  # type: ignore[arg-type]
         catalog = source if isinstance(source, Catalog) else from_folder(source)
         members = members or load_members(str(tiny_checkpoint), dict(enumerate(poolings or (ATTENTION,))))
-        return extraction(members, catalog, "source", "pictures", skipped or Skipped(), masks)
+        return extraction(members, catalog, "source", "pictures", skipped or Skipped(), masks, view)
 
     return describe
 
@@ -118,6 +121,24 @@ def test_a_new_pooling_is_added_beside_the_old(folder: Path, describe: Callable[
     both = describe(folder, ATTENTION, GEM)
     np.testing.assert_allclose(both[1].vectors, alone.vectors, atol=1e-6)
     assert all(file.stat().st_mtime_ns == time for file, time in attention.items()), "not written twice"
+
+
+def test_what_changes_a_descriptor_has_a_store_of_its_own(folder: Path, describe: Callable[..., list[Features]]) -> None:
+    """All in one folder of features, against a folder each."""
+    choices: list[dict[str, object]] = [
+        {},
+        {"scales": (0.5, 1.0)},
+        {"flip": True},
+        {"precision": "bf16-mixed"},
+        {"dtype": "float16"},
+        {"view": View(change=lambda pictures, *_: pictures.flip(2))},
+    ]
+    found = []
+    for number, options in enumerate(choices):
+        (shared,), (alone,) = describe(folder, GEM, **options), describe(folder, GEM, store=f"alone{number}", **options)
+        assert np.array_equal(shared.vectors, alone.vectors), options
+        found.append(shared.vectors)
+    assert all(not np.array_equal(one, other) for one, other in itertools.combinations(found, 2))
 
 
 def test_several_checkpoints_share_one_pass(
