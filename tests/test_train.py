@@ -103,21 +103,24 @@ def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "1" / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("objective", ["saliency", "joint"])
-def test_two_processes_train_together(toy: Path, tmp_path: Path, objective: str) -> None:
-    run(
-        command(
-            toy,
-            tmp_path,
-            f"objective={objective}",
-            "trainer=ddp",
-            "trainer.accelerator=cpu",
-            "trainer.devices=2",
-            "trainer.max_epochs=1",
-        )
-    )
+DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def test_two_processes_train_together(toy: Path, tmp_path: Path) -> None:
+    run(command(toy, tmp_path, "objective=joint", "trainer.max_epochs=1", *DDP))
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     assert len(json.loads((tmp_path / "metrics.json").read_text())["epochs"]) == 1
+
+
+def test_two_processes_give_the_weights_of_one(toy: Path, tmp_path: Path) -> None:
+    """The mean of both halves' gradients is the whole batch's; the loss of masks has no terms between pictures."""
+    given = ("objective=saliency", "trainer.max_epochs=2", "trainer.precision=32-true")
+    run(command(toy, tmp_path / "two", "data.batch_size=2", *given, *DDP))
+    run(command(toy, tmp_path / "one", "data.batch_size=4", *given))
+    two, one = (torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True) for name in ("two", "one"))
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][key], value, atol=1e-5, rtol=1e-4)
+    assert two["global_step"] == one["global_step"] > 10
 
 
 def test_no_epochs_leave_the_untrained_network(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
