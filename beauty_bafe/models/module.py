@@ -46,6 +46,18 @@ class SaliencyModule(pl.LightningModule):
         """The mask's loss alone, for curves."""
         return saliency_loss(extraction.masks, label)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["objective"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError where another class wrote the checkpoint."""
+        written = checkpoint.get("objective", type(self).__name__)  # older checkpoints do not say
+        if written != type(self).__name__:
+            raise ValueError(
+                f"this checkpoint is of {written}, not of {type(self).__name__}; type {written}.load_from_checkpoint, "
+                "or load_extractor for the network alone"
+            )
+
     def on_fit_start(self) -> None:
         if not self.extractor.frozen:
             size = self.extractor.size

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
-from beauty_bafe.models.module import check_resumable, load_extractor
+from beauty_bafe.models.module import SaliencyModule, check_resumable, load_extractor
 from beauty_bafe.models.objectives import distillation_loss
 
 SETTINGS: dict[str, Any] = {
@@ -83,6 +83,18 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
         one, other = extractor(pictures), module.extractor.eval()(pictures)
     torch.testing.assert_close(one.last, other.last)  # its batch norms were folded while it learned: other roundings
     torch.testing.assert_close(one.saliency(64), other.saliency(64))
+
+
+def test_a_checkpoint_is_loaded_by_the_class_that_wrote_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    joint = JointModule(tiny, **SETTINGS)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False)
+    trainer.strategy.connect(joint)
+    trainer.save_checkpoint(tmp_path / "joint.ckpt")
+    again = JointModule.load_from_checkpoint(tmp_path / "joint.ckpt", weights_only=True)
+    assert again.hparams == joint.hparams
+    torch.testing.assert_close(again.state_dict(), joint.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"is of JointModule, not of SaliencyModule; type JointModule\.load_from_checkpoint"):
+        SaliencyModule.load_from_checkpoint(tmp_path / "joint.ckpt", weights_only=True, strict=False)
 
 
 def test_a_short_run_comes_to_full_steps_as_well(tiny: dict[str, Any], tmp_path: Path) -> None:
