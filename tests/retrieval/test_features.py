@@ -212,8 +212,8 @@ def test_work_that_will_not_fit_says_so_at_once(
 
 def test_an_ensemble_looks_at_the_mean_mask() -> None:
     masks = [np.full((1, 2, 2), value, np.uint8) for value in (0, 255)]
-    members = [Features(np.ones((1, 3), np.float32), ("a",), mask) for mask in masks]
-    without = Features(np.ones((1, 3), np.float32), ("a",))
+    members = [Features(np.eye(1, 3, dtype=np.float32), ("a",), mask) for mask in masks]
+    without = Features(np.eye(1, 3, dtype=np.float32), ("a",))
     for shown in (members, [without, *members]):
         assert mean_masks(shown).masks.tolist() == [[[128, 128], [128, 128]]]  # type: ignore[union-attr]
     assert mean_masks([without, without]).masks is None
@@ -224,6 +224,14 @@ def test_features_prove_themselves() -> None:
         Features(np.zeros((2, 3), np.float32), ("a",))
     with pytest.raises(ValueError, match="'b' is not finite"):
         Features(np.array([[0.0], [np.nan]], np.float32), ("a", "b"))
+    lengths = np.array([[1.0, 0.0], [0.0, 0.0], [3.0, 4.0]], np.float32)
+    with pytest.raises(ValueError, match="'c' has length 5, not 1; bring it there by `unit`, or say any_length=True"):
+        Features(lengths, tuple("abc"))
+    Features(lengths, tuple("abc"), any_length=True)
+    Features(lengths[:2], tuple("ab"))
+    rounded = np.random.default_rng(0).normal(size=(50, 700))
+    rounded /= np.linalg.norm(rounded, axis=1, keepdims=True)
+    Features(rounded.astype(np.float16).astype(np.float32), tuple(map(str, range(50))))
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda", "sees no GPU here"), ("tpu", "type auto, cpu or cuda")])
