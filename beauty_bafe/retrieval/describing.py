@@ -185,7 +185,6 @@ class Pass:
                 pin_memory=self.settings.device == "cuda",
             )
             return
-        quiet_worker(0)
         with ThreadPoolExecutor(default_workers()) as threads:
             for lot in lots:
                 yield _stack(list(threads.map(pictures.__getitem__, lot)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.precision import fastest_precision, pick_device
+from ..process import HeldSetting
 from .index import Index
 
 QUERIES = 1024  # searched together
@@ -97,7 +96,7 @@ class ExactIndex(Index):
     @torch.inference_mode()
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = []
-        with _plain_arithmetic():
+        with _PLAIN_ARITHMETIC:
             for start in range(0, len(queries), QUERIES):
                 asked = torch.from_numpy(queries[start : start + QUERIES]).to(self._rows.device)
                 found.append(self._search_together(asked, k))
@@ -216,15 +215,19 @@ def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Te
     return best, positions
 
 
-@contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    """Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
-    matmul.allow_bf16_reduced_precision_reduction = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before[0]
-        torch.set_float32_matmul_precision(before[1])
+Arithmetic = tuple[bool, str, str]
+
+
+def _read_arithmetic() -> Arithmetic:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision
+
+
+def _write_arithmetic(values: Arithmetic) -> None:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    # Not torch.set_float32_matmul_precision: it fails in a process that has used these newer settings.
+    cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision = values
+
+
+# Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it.
+_PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data.catalog import Catalog, Skipped, stamp
+from ..data.workers import one_opencv_thread
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
@@ -197,7 +198,8 @@ class FeatureExtraction:
         lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
         if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
             asked = [(member.extractor, member.pooling) for member in members]
-            Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
+            with one_opencv_thread:
+                Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
         readable = [picture for picture in pictures if picture in stores[0].rows]
         broken = Skipped()
         for row, picture in enumerate(pictures):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_a_descriptor_does_not_depend_on_its_batch(
     for row, name in enumerate(together.ids):
         (alone,) = describe(catalog.subset([catalog.ids.index(name)]), pooling, store=f"alone{name}", precision=precision)
         np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_opencv_keeps_its_threads(folder: Path, describe: Callable[..., list[Features]], workers: int) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        describe(folder, ATTENTION, num_workers=workers)
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_what_is_on_disk_is_not_described_again(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +253,22 @@ def test_the_manifest_says_how_it_was_made(tmp_path: Path) -> None:
     assert manifest["rows"] == 90
     assert manifest["dimensions"] == 4
     assert manifest["index"] == "faiss IVF{lists},Flat"
+
+
+@pytest.mark.parametrize("settings", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')"])
+def test_exact_search_beside_any_setting_of_float32_products(settings: str) -> None:
+    """In a process of its own, as torch does not forget that the newer settings were used; they are found as they were."""
+    lines = f"""
+import numpy as np, torch
+from beauty_bafe.retrieval.exact import ExactIndex
+{settings}
+rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+index = ExactIndex(device="cpu", first_pass="float32").fit(rows, tuple(map(str, range(300))))
+read = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+before = read()
+ranking = index.search(rows[:20], tuple(map(str, range(20))), 9)
+assert np.array_equal(ranking.positions, np.argsort(-(rows[:20].astype(float) @ rows.T.astype(float)), axis=1)[:, :9])
+assert read() == before
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
