@@ -24,11 +24,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     from beauty_bafe.models.callbacks import History
     from beauty_bafe.models.module import check_resumable
-    from beauty_bafe.models.precision import fastest_precision, keep_memory
+    from beauty_bafe.models.precision import keep_memory, trainer_settings
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business
+    settings = trainer_settings(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
     output = Path(cfg.output_dir)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
@@ -46,9 +47,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
     print(data.describe(), flush=True)
 
-    precision = fastest_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=instantiate(cfg.logger))
+    trainer = instantiate(cfg.trainer, **settings, callbacks=callbacks, logger=instantiate(cfg.logger))
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
 
     history = next(callback for callback in callbacks if isinstance(callback, History))

@@ -182,7 +182,7 @@ class Pass:
                 num_workers=self.workers,
                 collate_fn=_stack,
                 worker_init_fn=quiet_worker,
-                pin_memory=self.settings.device == "cuda",
+                pin_memory=self.settings.device.startswith("cuda"),
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:

@@ -20,6 +20,12 @@ PAIRS = 1 << 19  # float64 numbers of a re-scoring held at once
 UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
 
 
+def search_device(device: str) -> str:
+    """`pick_device`, but the CPU beside Apple's GPUs: they have no float64."""
+    picked = pick_device(device)
+    return "cpu" if picked == "mps" else picked
+
+
 class ExactIndex(Index):
     """The result of comparing every query with every row, in less time than that takes.
 
@@ -33,7 +39,7 @@ class ExactIndex(Index):
 
     def __init__(self, metric: str = "ip", device: str = "auto", first_pass: str = "auto") -> None:
         super().__init__(metric)
-        self.device = pick_device(device)
+        self.device = search_device(device)
         if first_pass not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"index.first_pass={first_pass}: type auto, bfloat16 or float32")
         half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
@@ -60,7 +66,7 @@ class ExactIndex(Index):
     def _placed(self) -> Tensor:
         """The vectors where candidates are scored again: on the GPU where they fit beside all else, else in memory."""
         rows = torch.from_numpy(self.vectors)
-        roomy = self.device == "cuda" and torch.cuda.mem_get_info()[0] > 3 * rows.nbytes
+        roomy = self.device != "cpu" and torch.cuda.mem_get_info(self.device)[0] > 3 * rows.nbytes
         return rows.to(self.device) if roomy else rows
 
     def _round(self, start: int) -> None:
@@ -110,7 +116,7 @@ class ExactIndex(Index):
         bound = _Bound(queries.to(self.device), self._coarse, self._norms, self._errors, self.metric)
         best = queries.new_full((len(queries), k), -torch.inf)
         positions = torch.full((len(queries), k), len(self._rows), device=queries.device)
-        rows = max(CELLS[self.device] // len(queries), 4 * k, GROUP)
+        rows = max(CELLS[torch.device(self.device).type] // len(queries), 4 * k, GROUP)
         for start in range(0, len(self._rows), rows):
             part = slice(start, min(start + rows, len(self._rows)))
             scores = bound.scores(part)

@@ -147,8 +147,8 @@ class FeatureExtraction:
 
     `features`: folder of the stores. `scales`, `flip`: sizes (shares of the network's own) and mirror images whose
     descriptors are added. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
-    loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: auto,
-    cpu, cuda. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
+    loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: see
+    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
     file, what a kill loses at most. `dtype`: float32 or float16, on disk. `max_skipped`: share of unreadable pictures
     above which to stop. Raises ValueError for a device that is not there or an unknown dtype.
     """

@@ -17,7 +17,6 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
-from beauty_bafe.models.precision import pick_device
 from beauty_bafe.retrieval import describing as module
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members, mean_masks
 
@@ -244,10 +243,3 @@ def test_features_prove_themselves() -> None:
     rounded = np.random.default_rng(0).normal(size=(50, 700))
     rounded /= np.linalg.norm(rounded, axis=1, keepdims=True)
     Features(rounded.astype(np.float16).astype(np.float32), tuple(map(str, range(50))))
-
-
-@pytest.mark.parametrize(("device", "message"), [("cuda", "sees no GPU here"), ("tpu", "type auto, cpu or cuda")])
-def test_a_device_that_is_not_there_is_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
-        pick_device(device)

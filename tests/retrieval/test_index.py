@@ -210,7 +210,8 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
         (lambda: ExactIndex("cosine"), "index.metric=cosine: type ip, l2, l1"),
         (lambda: ExactIndex(first_pass="int8"), "index.first_pass=int8: type auto, bfloat16 or float32"),
         (lambda: FaissIndex("Flat", device="gpu"), "index.device=gpu, but faiss sees no GPU here"),
-        (lambda: FaissIndex("Flat", device="cuda"), "index.device=cuda: type auto, cpu, gpu or all_gpus"),
+        (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
+        (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),
         (lambda: FaissIndex("Flat", target_recall=1.5), "index.target_recall=1.5"),
         (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss refuses index.factory=Nonsense"),
         (
