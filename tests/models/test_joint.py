@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
-from beauty_bafe.models.module import SaliencyModule, check_resumable, load_extractor
+from beauty_bafe.models.module import SaliencyModule, load_extractor
 from beauty_bafe.models.objectives import distillation_loss
+from beauty_bafe.models.resuming import check_resumable
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
@@ -125,7 +126,7 @@ def test_a_step_size_of_0_freezes_the_backbone(tiny: dict[str, Any], tmp_path: P
     assert not module.extractor(Pairs()[0]["pictures"]).last.requires_grad
 
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    check_resumable(module, tmp_path / "a.ckpt")
+    check_resumable(module, {}, tmp_path / "a.ckpt")
     extractor = load_extractor(tmp_path / "a.ckpt")
     assert extractor.frozen
     pictures = Pairs()[1]["pictures"]
