@@ -23,21 +23,24 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from beauty_bafe.models.callbacks import History
-    from beauty_bafe.models.module import check_resumable
-    from beauty_bafe.models.precision import fastest_precision, keep_memory
+    from beauty_bafe.models.precision import keep_memory, trainer_settings
+    from beauty_bafe.models.resuming import KeepRunSettings, check_resumable, run_settings
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business
+    settings = trainer_settings(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
     output = Path(cfg.output_dir)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output / "config.yaml", resolve=True)
     keep_memory()
     pl.seed_everything(cfg.seed, verbose=False)
 
     module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    run = run_settings(plain, settings["precision"])
     if cfg.ckpt_path is not None:
-        check_resumable(module, cfg.ckpt_path)
+        check_resumable(module, run, cfg.ckpt_path)
+    OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
     try:
         data.setup()
@@ -46,9 +49,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
     print(data.describe(), flush=True)
 
-    precision = fastest_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=instantiate(cfg.logger))
+    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), KeepRunSettings(run)]
+    trainer = instantiate(cfg.trainer, **settings, callbacks=callbacks, logger=instantiate(cfg.logger))
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
 
     history = next(callback for callback in callbacks if isinstance(callback, History))

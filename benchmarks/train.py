@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
-from beauty_bafe.models.precision import fastest_precision, keep_memory
+from beauty_bafe.models.precision import fastest_precision, keep_memory, pick_device
 
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 WARM_UP = 3  # batches
@@ -64,7 +64,7 @@ def ours(module: pl.LightningModule, batches: Iterable[Any], count: int) -> floa
     trainer = pl.Trainer(
         max_epochs=1,
         limit_train_batches=WARM_UP + count + 1,
-        precision=fastest_precision(),
+        precision=fastest_precision(pick_device("auto")),
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
@@ -140,7 +140,8 @@ def main() -> None:
         print(json.dumps(measure(arguments, *arguments.child.split())))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {fastest_precision()}; images per second")
+    precision = fastest_precision(pick_device("auto"))
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; images per second")
     for objective in arguments.objectives:
         rows: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
         for _ in range(arguments.rounds):  # in turns, as the machine may be shared

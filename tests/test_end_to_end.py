@@ -185,7 +185,7 @@ def test_the_same_command_again_describes_nothing(
     [
         ("k=49", "k=49, but the gallery has 48 readable pictures"),
         ("index=flat index.device=gpu", "index.device=gpu, but faiss sees no GPU"),
-        ("index.device=gpu", "device=gpu: type auto, cpu or cuda"),
+        ("index.device=gpu", "device=gpu, but PyTorch sees no GPU here"),
         ("ensemble=pca", "ensemble.pca=512 of 256 dimensions and 48 gallery pictures"),
         ("ensemble.weights=[1,2]", "for 1 members; give one number"),
         ("checkpoints=[nothing.ckpt]", "checkpoint 'nothing.ckpt' does not exist"),

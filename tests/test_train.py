@@ -94,6 +94,28 @@ def test_a_stopped_run_resumes_to_the_same_result(
     assert [row["val/mAP@7"] for row in epochs[0]] == [row["val/mAP@7"] for row in epochs[1]]
 
 
+def test_a_run_does_not_go_on_with_other_pictures(toy: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
+    """Elsewhere, the same pictures are the same; one more or another in the place of one are not."""
+    settings = ["data=folder", "data.num_workers=0", "data.batch_size=16", "trainer.precision=32-true", *TINY_MODEL]
+    settings += [f"output_dir={tmp_path / 'run'}", f"data.backgrounds={toy / 'queries'}"]
+    train(configure("train", *settings, f"data.root={toy / 'gallery'}", "trainer.max_epochs=1"))
+    again = [*settings, "trainer.max_epochs=2", f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]
+    copied = Path(shutil.copytree(toy / "gallery", tmp_path / "copied"))
+    first, second = sorted(copied.iterdir())[:2]
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=r"started with 48 pictures \(\w+\) in data.root, now there are 48 pictures \(\w+\)"):
+        train(configure("train", *again, f"data.root={copied}"))
+    second.unlink()
+    with pytest.raises(ValueError, match=r"started with 48 pictures .* in data.root, now there are 47 .*; type data.root="):
+        train(configure("train", *again, f"data.root={copied}"))
+    shutil.copy(toy / "gallery" / second.name, second)
+    with pytest.raises(ValueError, match=r"started with 24 pictures .* in data.backgrounds, now there are drawn scenes"):
+        train(configure("train", *again, f"data.root={copied}", "data.backgrounds=null"))
+    with pytest.raises(ValueError, match=r"trained with seed=2019, now it is 1; type seed=2019"):
+        train(configure("train", *again, f"data.root={copied}", "seed=1"))
+    assert train(configure("train", *again, f"data.root={copied}"))["epoch"] == 1
+
+
 def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
     done = run([*command(toy, tmp_path / "sweep", "trainer.max_epochs=1"), "seed=1,2", "-m"])
     rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").open()))

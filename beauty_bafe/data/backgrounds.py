@@ -12,7 +12,7 @@ from .catalog import Catalog
 from .pictures import read_picture
 
 BACKGROUND_LONGEST = 640  # photographs are kept at twice this on the long side at most, so that crops have detail
-CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB
+CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB, at 1280 x 960 px 470 MB
 
 
 class Backgrounds:
@@ -41,6 +41,10 @@ class Backgrounds:
             self._cache.move_to_end(path)
             return self._cache[path]
         photo = read_picture(path, BACKGROUND_LONGEST).rgb
+        share = 2 * BACKGROUND_LONGEST / max(photo.shape)
+        if share < 1:
+            width, height = (max(1, round(extent * share)) for extent in photo.shape[1::-1])
+            photo = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA)
         self._cache[path] = photo
         if len(self._cache) > CACHED_PHOTOS:
             self._cache.popitem(last=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Catalog:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def fingerprint(self) -> str:
+        """What tells these pictures from others, wherever they lie: how many, and a digest of their ids and file sizes."""
+        listed = "\n".join(f"{name} {os.stat(path).st_size}" for name, path in zip(self.ids, self.paths, strict=True))
+        return f"{len(self)} pictures ({hashlib.sha256(listed.encode()).hexdigest()[:16]})"
 
     def subset(self, indices: Iterable[int]) -> Catalog:
         chosen = list(indices)

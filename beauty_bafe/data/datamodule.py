@@ -178,6 +178,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.skipped, self.looked_at = Skipped(), 0
         self.train_set: ForegroundDataset | None = None
         self.val_set: ForegroundDataset | None = None
+        self._pictures: dict[str, str] = {}  # in use: setting -> fingerprint
 
     def setup(self, stage: str | None = None) -> None:
         """Look through every file once and split off the validation photos. Raises ValueError when too few are usable."""
@@ -198,6 +199,8 @@ class SaliencyDataModule(pl.LightningDataModule):
                 f"{len(usable)} of {len(self.catalog)} catalogue photos are usable, see skipped.csv; "
                 "training needs at least 2, one of them to validate on"
             )
+        drawn = "drawn scenes" if photos is None else photos.fingerprint()
+        self._pictures = {"data.root": self.catalog.subset(usable).fingerprint(), "data.backgrounds": drawn}
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
         held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
         backgrounds = Backgrounds(photos)
@@ -206,6 +209,19 @@ class SaliencyDataModule(pl.LightningDataModule):
             ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed, views)
             for part, views in ((shuffled[:held_back], self.val_views), (shuffled[held_back:], 1))
         )
+
+    def state_dict(self) -> dict[str, str]:
+        """For checkpoints: the pictures in use, wherever they lie."""
+        return self._pictures
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Raise ValueError where a resumed run was started on other pictures."""
+        for key, now in self._pictures.items():
+            if state_dict[key] != now:
+                raise ValueError(
+                    f"the run was started with {state_dict[key]} in {key}, now there are {now}; "
+                    f"type {key}= where those are, or leave out ckpt_path to start anew"
+                )
 
     def describe(self) -> str:
         """One line on what training will see."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 # A header can announce any size; above this the pixels alone would need over 1 GB.
 MAX_PIXELS = 400_000_000
-
-Image.MAX_IMAGE_PIXELS = None  # our own limit below refuses with a reason instead of a warning
 
 
 class UnreadablePicture(ValueError):
@@ -37,7 +36,7 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
     Raises UnreadablePicture with the reason; never returns a stand-in.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
             whole = image.size
@@ -54,6 +53,26 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
             raise
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise UnreadablePicture(reason.replace(str(path), Path(path).name)) from error
+
+
+def _open(path: str | Path) -> Image.Image:
+    """Image.open without its limit on pixels: `read_picture` has its own, and Pillow's is the whole process's to set.
+
+    Pillow's decoders of GIF, TIFF and WebP go on looking at theirs.
+    """
+    with open(path, "rb") as stream:
+        start = stream.read(16)
+    Image.preinit()  # the common formats first
+    Image.init()
+    for factory, accepts in [Image.OPEN[name] for name in Image.ID]:
+        try:
+            accepted = accepts is None or accepts(start)
+            if not accepted or isinstance(accepted, str):  # a text says what is missing to read it
+                continue
+            return factory(str(path), str(path))  # type: ignore[arg-type]  # opens it itself, and closes it
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # another format, as Image.open takes it
+    raise UnidentifiedImageError("cannot identify image file")
 
 
 def _decode_jpeg(path: str | Path, image: Image.Image, whole: tuple[int, int]) -> Picture | None:

@@ -6,6 +6,11 @@ import os
 
 import cv2
 
+from ..process import HeldSetting
+
+# For threads of our own around it: OpenCV's would fight over the same cores.
+one_opencv_thread = HeldSetting(cv2.getNumThreads, cv2.setNumThreads, 1)
+
 
 def default_workers() -> int:
     """One per core this process may use, at most 16."""

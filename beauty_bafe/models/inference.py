@@ -163,7 +163,7 @@ class Engine:
 
     def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, compiled: bool | None) -> None:
         self.device, self.compiled = device, compiled
-        suits = GPU_BATCH if device == "cuda" else 1 << max(0, min(6, (CPU_PIXELS // describer.canvas**2).bit_length() - 1))
+        suits = GPU_BATCH if device != "cpu" else 1 << max(0, min(6, (CPU_PIXELS // describer.canvas**2).bit_length() - 1))
         self.batch = batch or suits
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
         if not describer.masks and describer.view is None:
@@ -246,8 +246,8 @@ class Engine:
 
 
 def _compiler_is_there(device: str) -> bool:
-    if device == "cuda":
-        return importlib.util.find_spec("triton") is not None
+    if device != "cpu":
+        return device.startswith("cuda") and importlib.util.find_spec("triton") is not None
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -258,4 +258,6 @@ def _compiler_is_there(device: str) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "MPS backend out of memory")
+    )

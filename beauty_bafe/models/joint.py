@@ -70,7 +70,7 @@ class JointModule(SaliencyModule):
                 "objective.average=0 objective.distill=0"
             )
         super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
-        extra = {"backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
+        extra = {"width": width, "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         extra |= {"distill": distill, "average": average, "settle": settle}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p

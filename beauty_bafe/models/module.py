@@ -46,6 +46,18 @@ class SaliencyModule(pl.LightningModule):
         """The mask's loss alone, for curves."""
         return saliency_loss(extraction.masks, label)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["objective"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError where another class wrote the checkpoint."""
+        written = checkpoint.get("objective", type(self).__name__)  # older checkpoints do not say
+        if written != type(self).__name__:
+            raise ValueError(
+                f"this checkpoint is of {written}, not of {type(self).__name__}; type {written}.load_from_checkpoint, "
+                "or load_extractor for the network alone"
+            )
+
     def on_fit_start(self) -> None:
         if not self.extractor.frozen:
             size = self.extractor.size
@@ -129,23 +141,3 @@ def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
             f"'{checkpoint}' names model {model['name']} but its weights are of another network: {error}"
         ) from error
     return extractor.eval()
-
-
-def check_resumable(module: pl.LightningModule, checkpoint: str | Path) -> None:
-    """Raise ValueError where a run cannot go on from `checkpoint`: not ours, or made with another hyper-parameter (named)."""
-    load_extractor(checkpoint)
-    content = read_checkpoint(checkpoint)
-    old, new = _flat(content["hyper_parameters"]), _flat(dict(module.hparams))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {key}={old.get(key)}, now it is {new.get(key)}; "
-                "type the command that started the run, with ckpt_path added"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

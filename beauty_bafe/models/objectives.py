@@ -39,7 +39,8 @@ def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
 def contrast_loss(street: Tensor, clean: Tensor, temperature: float) -> Tensor:
     """InfoNCE (Oord et al., 2018) both ways between float (B, D) of length 1: row i of each shows product i. Gives a scalar."""
     own = torch.arange(len(street), device=street.device)
-    scores = street @ clean.T / temperature
+    with torch.autocast(street.device.type, enabled=False):  # bfloat16's rounding, divided by 0.05, would move scores by 0.04
+        scores = street.float() @ clean.float().T / temperature
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from typing import Any
 
 import torch
 
 
-def fastest_precision(device: str | None = None) -> str:
-    """Lightning's name of the fastest safe precision of `device` ("cpu", "cuda", None for what is there)."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+def check_device(device: str, key: str = "device") -> None:
+    """Raise ValueError for what is no name of a device."""
+    if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"{key}={device}: type auto, cpu, gpu, cuda, cuda:1 (or another number) or mps")
+
+
+def pick_device(device: str) -> str:
+    """The setting `device` -> a torch device: cpu, cuda, cuda:N or mps (Apple's GPU).
+
+    auto is a GPU where there is one, else cpu; gpu insists on one. Raises ValueError for a device that is not there.
+    """
+    check_device(device)
+    cuda = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    gpus = cuda + (["mps"] if torch.backends.mps.is_available() else [])
+    if device in ("auto", "gpu") and gpus:
+        return gpus[0]
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if device not in gpus:
+        raise ValueError(
+            f"device={device}, but PyTorch sees {', '.join(gpus) or 'no GPU'} here; type device=cpu or device=auto"
+        )
+    return device
+
+
+def fastest_precision(device: str) -> str:
+    """Lightning's name of the fastest safe precision of a torch device."""
+    if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Without AVX512-BF16 or AMX, oneDNN emulates bf16 and is slower than in float32.
@@ -20,13 +45,20 @@ def fastest_precision(device: str | None = None) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def pick_device(device: str) -> str:
-    """`auto`, `cpu` or `cuda` -> a torch device. Raises ValueError where there is no GPU to use."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device}: type auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but PyTorch sees no GPU here; type device=cpu or device=auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:
+    """Lightning's `accelerator`, `devices` and `precision` for the setting `device` and a precision that may be auto.
+
+    Raises ValueError for a device that is not there, or one GPU's number beside several devices.
+    """
+    device = pick_device(accelerator)
+    kind, _, number = device.partition(":")
+    if number and devices != 1:
+        raise ValueError(f"device={device} is one GPU, but trainer.devices={devices}; type device=cuda to train on several")
+    return {
+        "accelerator": kind,
+        "devices": [int(number)] if number else devices,
+        "precision": fastest_precision(device) if precision == "auto" else precision,
+    }
 
 
 def keep_memory() -> None:

@@ -182,10 +182,9 @@ class Pass:
                 num_workers=self.workers,
                 collate_fn=_stack,
                 worker_init_fn=quiet_worker,
-                pin_memory=self.settings.device == "cuda",
+                pin_memory=self.settings.device.startswith("cuda"),
             )
             return
-        quiet_worker(0)
         with ThreadPoolExecutor(default_workers()) as threads:
             for lot in lots:
                 yield _stack(list(threads.map(pictures.__getitem__, lot)))

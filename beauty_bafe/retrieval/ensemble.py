@@ -83,7 +83,7 @@ class Concatenation:
         return self
 
     def transform(self, members: Sequence[Features]) -> list[Features]:
-        """One Features per member, of the same pictures -> one in a list, float32 (N, D), rows of length 1."""
+        """One Features per member, of the same pictures -> one in a list, float32 (N, D), of length 1 if `normalize`."""
         if any(features.ids != members[0].ids for features in members):
             raise ValueError("the members' features are of different pictures; extract them from one catalogue")
         width = self.pca or sum(features.vectors.shape[1] for features in members)
@@ -94,7 +94,7 @@ class Concatenation:
                 block = (block - self._learned["centre"]) @ self._learned["axes"].T
                 block = unit(block) if self.normalize else block
             joined[start : start + BLOCK] = block
-        return [Features(joined, members[0].ids, mean_masks(members).masks)]
+        return [Features(joined, members[0].ids, mean_masks(members).masks, any_length=not self.normalize)]
 
     def _joined(self, members: Sequence[np.ndarray]) -> np.ndarray:
         parts = []
@@ -146,7 +146,12 @@ class Fusion:
         return [Features(unit(features.vectors).astype(np.float32), features.ids, features.masks) for features in members]
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
-        """The k best of all members' rankings of the same queries over the same gallery; ties in the gallery's order."""
+        """The k best of all members' rankings of the same queries over the same gallery; ties in the gallery's order.
+
+        Raises ValueError where a member's ranking is shorter than k: whether all together reach k would be a matter of luck.
+        """
+        for ranking in rankings:
+            ranking.first(k)
         weights = self.weights or [1.0] * len(rankings)
         positions = np.zeros((len(rankings[0].query_ids), k), np.int64)
         scores = np.zeros(positions.shape, np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.precision import fastest_precision, pick_device
+from ..process import HeldSetting
 from .index import Index
 
 QUERIES = 1024  # searched together
@@ -19,6 +18,12 @@ CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores held at once: on a CPU what 
 GROUP = 32  # scores looked at through their maximum first
 PAIRS = 1 << 19  # float64 numbers of a re-scoring held at once
 UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
+
+
+def search_device(device: str) -> str:
+    """`pick_device`, but the CPU beside Apple's GPUs: they have no float64."""
+    picked = pick_device(device)
+    return "cpu" if picked == "mps" else picked
 
 
 class ExactIndex(Index):
@@ -34,7 +39,7 @@ class ExactIndex(Index):
 
     def __init__(self, metric: str = "ip", device: str = "auto", first_pass: str = "auto") -> None:
         super().__init__(metric)
-        self.device = pick_device(device)
+        self.device = search_device(device)
         if first_pass not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"index.first_pass={first_pass}: type auto, bfloat16 or float32")
         half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
@@ -61,7 +66,7 @@ class ExactIndex(Index):
     def _placed(self) -> Tensor:
         """The vectors where candidates are scored again: on the GPU where they fit beside all else, else in memory."""
         rows = torch.from_numpy(self.vectors)
-        roomy = self.device == "cuda" and torch.cuda.mem_get_info()[0] > 3 * rows.nbytes
+        roomy = self.device != "cpu" and torch.cuda.mem_get_info(self.device)[0] > 3 * rows.nbytes
         return rows.to(self.device) if roomy else rows
 
     def _round(self, start: int) -> None:
@@ -97,7 +102,7 @@ class ExactIndex(Index):
     @torch.inference_mode()
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = []
-        with _plain_arithmetic():
+        with _PLAIN_ARITHMETIC:
             for start in range(0, len(queries), QUERIES):
                 asked = torch.from_numpy(queries[start : start + QUERIES]).to(self._rows.device)
                 found.append(self._search_together(asked, k))
@@ -111,7 +116,7 @@ class ExactIndex(Index):
         bound = _Bound(queries.to(self.device), self._coarse, self._norms, self._errors, self.metric)
         best = queries.new_full((len(queries), k), -torch.inf)
         positions = torch.full((len(queries), k), len(self._rows), device=queries.device)
-        rows = max(CELLS[self.device] // len(queries), 4 * k, GROUP)
+        rows = max(CELLS[torch.device(self.device).type] // len(queries), 4 * k, GROUP)
         for start in range(0, len(self._rows), rows):
             part = slice(start, min(start + rows, len(self._rows)))
             scores = bound.scores(part)
@@ -216,15 +221,19 @@ def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Te
     return best, positions
 
 
-@contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    """Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, torch.get_float32_matmul_precision()
-    matmul.allow_bf16_reduced_precision_reduction = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before[0]
-        torch.set_float32_matmul_precision(before[1])
+Arithmetic = tuple[bool, str, str]
+
+
+def _read_arithmetic() -> Arithmetic:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision
+
+
+def _write_arithmetic(values: Arithmetic) -> None:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    # Not torch.set_float32_matmul_precision: it fails in a process that has used these newer settings.
+    cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision = values
+
+
+# Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it.
+_PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

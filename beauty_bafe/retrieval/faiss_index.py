@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch  # noqa: F401  # first: loaded after faiss, torch can find faiss's OpenMP and hang
 
+from ..models.precision import check_device
 from .exact import ExactIndex
 from .index import Index
 from .manifest import replace_file
@@ -18,14 +19,17 @@ SAMPLES = 200  # gallery rows that stand for queries when an approximate index i
 
 
 class FaissIndex(Index):
-    """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64np", "HNSW32"), on CPU, one GPU or all.
+    """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64np", "HNSW32"), on CPU or GPUs.
+
+    `device`: auto for all GPUs that faiss sees, else the CPU; gpu, cuda or cuda:N for one; cpu, as does mps, which faiss
+    does not know.
 
     In `factory`, `{lists}` becomes a number of lists that suits the gallery, `{bytes}` a PQ code size that divides its
     width. `target_recall` (0 to 1) sets nprobe / efSearch: the smallest that finds this share of the `tune_k` true
     neighbours of gallery samples; None leaves faiss's own. `float16` halves GPU memory; `temp_memory` is its scratch
     space in MiB a GPU. Equal scores are in the gallery's order among those faiss returns.
 
-    Raises ValueError for device=gpu or all_gpus where faiss sees none, or a factory string that faiss refuses.
+    Raises ValueError for a GPU that faiss does not see, or a factory string that faiss refuses.
     """
 
     def __init__(
@@ -41,16 +45,17 @@ class FaissIndex(Index):
         import faiss
 
         super().__init__(metric)
-        if device not in ("auto", "cpu", "gpu", "all_gpus"):
-            raise ValueError(f"index.device={device}: type auto, cpu, gpu or all_gpus")
-        gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-        if device in ("gpu", "all_gpus") and not gpus:
+        check_device(device, "index.device")
+        seen = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+        number = int(device.partition(":")[2] or 0)
+        if device.startswith(("gpu", "cuda")) and number >= seen:
             raise ValueError(
-                f"index.device={device}, but faiss sees no GPU here (or is faiss-cpu); type index.device=cpu or auto"
+                f"index.device={device}, but faiss sees {seen or 'no'} GPU here (or is faiss-cpu); "
+                "type index.device=cpu or auto"
             )
         if target_recall is not None and not 0 < target_recall <= 1:
             raise ValueError(f"index.target_recall={target_recall}: type a number above 0 and up to 1, or null")
-        self.gpus = 0 if device == "cpu" else 1 if device == "gpu" else gpus
+        self.gpus = list(range(seen)) if device == "auto" else [number] if device.startswith(("gpu", "cuda")) else []
         self.factory, self.float16, self.temp_memory = factory, float16, temp_memory
         self.target_recall, self.tune_k = target_recall, tune_k
 
@@ -62,7 +67,7 @@ class FaissIndex(Index):
         return {"index": f"faiss {self.factory}", "metric": self.metric, "target_recall": self.target_recall}
 
     def __str__(self) -> str:
-        return f"faiss {self.factory} {self.metric} on {f'{self.gpus} GPU' if self.gpus else 'cpu'}"
+        return f"faiss {self.factory} {self.metric} on {f'{len(self.gpus)} GPU' if self.gpus else 'cpu'}"
 
     def _build(self) -> None:
         import faiss
@@ -122,12 +127,12 @@ class FaissIndex(Index):
         if not self.gpus or "HNSW" in self.factory:
             return
         options = faiss.GpuMultipleClonerOptions()
-        options.useFloat16, options.shard = self.float16, self.gpus > 1
-        resources = [faiss.StandardGpuResources() for _ in range(self.gpus)]
+        options.useFloat16, options.shard = self.float16, len(self.gpus) > 1
+        resources = [faiss.StandardGpuResources() for _ in self.gpus]
         for resource in resources:
             resource.setTempMemory(self.temp_memory << 20)
         self._resources = resources  # faiss does not keep them alive
-        self._on_gpu = faiss.index_cpu_to_gpu_multiple_py(resources, self._index, co=options)
+        self._on_gpu = faiss.index_cpu_to_gpu_multiple_py(resources, self._index, co=options, gpus=self.gpus)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         # A GPU index answers at most GPU_MOST; the CPU one beside it has the same rows.
@@ -150,7 +155,7 @@ class FaissIndex(Index):
         rows = np.random.default_rng(0).choice(len(self.vectors), min(SAMPLES, len(self.vectors)), replace=False)
         k = min(self.tune_k, len(self.vectors) - 1)
         samples = self.vectors[rows]
-        true = ExactIndex(self.metric).fit(self.vectors, self.ids)._search(samples, k + 1)[1]
+        true = ExactIndex(self.metric, "auto" if self.gpus else "cpu").fit(self.vectors, self.ids)._search(samples, k + 1)[1]
         for value, set_to in self._steps():
             set_to(value)
             found = self._search(samples, k + 1)[1]

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.precision import pick_device
-from .exact import ExactIndex
+from .exact import ExactIndex, search_device
 from .faiss_index import FaissIndex
 from .index import Index
 
@@ -24,7 +23,7 @@ class FastestIndex(Index):
 
     def __init__(self, metric: str = "ip", device: str = "auto") -> None:
         super().__init__(metric)
-        self.device = pick_device(device)
+        self.device = search_device(device)
         self._chosen: Index | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data.catalog import Catalog, Skipped, stamp
+from ..data.workers import one_opencv_thread
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
@@ -24,6 +25,7 @@ from .describing import Pass, readable_now
 from .manifest import digest, locked
 from .store import Picture, Store
 
+TOLERANCE = 1e-3  # of a vector's length: extraction.dtype=float16 rounds it
 PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
 PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
 
@@ -32,20 +34,32 @@ PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
 class Features:
     """`vectors`: float32 (N, D), one row a picture. `ids`: N names. `masks`: uint8 (N, M, M) saliency, 0 to 255, or None.
 
-    Raises ValueError where rows and ids differ or a vector is not finite.
+    Every vector has length 1, or 0 where a picture showed nothing to describe, unless `any_length` says otherwise: the
+    ensemble of BAFE's code (`ensemble.normalize=false`) leaves them as they are. Whoever needs length 1 then calls `unit`.
+
+    Raises ValueError where rows and ids differ, a vector is not finite or has another length.
     """
 
     vectors: np.ndarray
     ids: tuple[str, ...]
     masks: np.ndarray | None = None
+    any_length: bool = False
 
     def __post_init__(self) -> None:
         if len(self.vectors) != len(self.ids):
             raise ValueError(f"{len(self.vectors)} vectors for {len(self.ids)} ids")
         for start in range(0, len(self.vectors), 1 << 14):
-            broken = np.flatnonzero(~np.isfinite(self.vectors[start : start + (1 << 14)]).all(axis=1))
+            block = self.vectors[start : start + (1 << 14)]
+            broken = np.flatnonzero(~np.isfinite(block).all(axis=1))
             if len(broken):
                 raise ValueError(f"the descriptor of '{self.ids[start + broken[0]]}' is not finite; try precision=32-true")
+            lengths = np.linalg.norm(block, axis=1)
+            other = np.flatnonzero((np.abs(lengths - 1) > TOLERANCE) & (lengths != 0))
+            if len(other) and not self.any_length:
+                raise ValueError(
+                    f"the descriptor of '{self.ids[start + other[0]]}' has length {lengths[other[0]]:.6g}, not 1; "
+                    "bring it there by `unit`, or say any_length=True"
+                )
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,8 @@ class FeatureExtraction:
 
     `features`: folder of the stores. `scales`, `flip`: sizes (shares of the network's own) and mirror images whose
     descriptors are added. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
-    loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: auto,
-    cpu, cuda. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
+    loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: see
+    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
     file, what a kill loses at most. `dtype`: float32 or float16, on disk. `max_skipped`: share of unreadable pictures
     above which to stop. Raises ValueError for a device that is not there or an unknown dtype.
     """
@@ -188,7 +202,8 @@ class FeatureExtraction:
             lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
                 asked = [(member.extractor, member.pooling) for member in members]
-                Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
+                with one_opencv_thread:
+                    Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
             readable, broken = [], Skipped()
             for row, picture in enumerate(pictures):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -236,17 +251,17 @@ class FeatureExtraction:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows (N, D) at length 1; a row of zeros stays one."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    """Vectors (..., D) at length 1; one of zeros stays as it is."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def mean_masks(members: Sequence[Features]) -> Features:
     """What an ensemble looks at: the first member's features with the mean of the masks of those that take one."""
     masks = [features.masks for features in members if features.masks is not None]
     if not masks:
-        return Features(members[0].vectors, members[0].ids)
+        return replace(members[0], masks=None)
     mean = np.asarray(masks, np.float32).mean(axis=0) + 0.5
-    return Features(members[0].vectors, members[0].ids, np.asarray(mean, np.uint8))
+    return replace(members[0], masks=np.asarray(mean, np.uint8))
 
 
 def describe_members(members: Sequence[Member]) -> list[Mapping[str, Any]]:

@@ -11,7 +11,8 @@ import numpy as np
 class Ranking:
     """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), never rising along a row.
 
-    Raises ValueError where shapes differ, a position is out of range or twice in a row, or scores rise.
+    Raises ValueError where shapes differ, a position is out of range or twice in a row, or scores rise or are not
+    finite.
     """
 
     query_ids: tuple[str, ...]
@@ -29,6 +30,12 @@ class Ranking:
         ordered = np.sort(self.positions, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError("a gallery picture stands twice in one query's answer")
+        broken = np.flatnonzero(~np.isfinite(self.scores).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"the scores of query '{self.query_ids[broken[0]]}' are not finite: {self.scores[broken[0]].tolist()[:7]}; "
+                "type rerank=none to see whether a re-ranking step makes them so"
+            )
         if (np.diff(self.scores, axis=1) > 0).any():
             raise ValueError("scores must not rise along a row")
 

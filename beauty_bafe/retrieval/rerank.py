@@ -1,7 +1,7 @@
 """A better ranking from a first one. Every step takes and gives a `Found`; conf/rerank names and orders them.
 
 No step compares the whole gallery with itself at once: they look at each query's first `depth` answers, or search block
-by block. Likeness is the inner product of descriptors of length 1, whatever metric the index searches by.
+by block. Likeness is the cosine, whatever metric the index searches by and whatever length its vectors have.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ def expand_queries(found: Found, n: int, alpha: float) -> Found:
     An answer weighs likeness^alpha (nothing where negative), the query itself 1. `n` beyond the gallery is all of it.
     """
     found = with_depth(found, n)
-    answers = found.index.vectors[found.ranking.positions[:, :n]]
-    weights = np.maximum(np.einsum("qd,qnd->qn", found.queries.vectors, answers), 0) ** alpha
-    expanded = unit(found.queries.vectors + np.einsum("qn,qnd->qd", weights, answers)).astype(np.float32)
-    return _search_again(found, expanded, found.index)
+    queries, answers = found.queries.vectors, found.index.vectors[found.ranking.positions[:, :n]]
+    items = np.concatenate([queries[:, None], answers], axis=1)
+    return _search_again(found, _turn(queries, items, alpha), found.index)
 
 
 def augment_gallery(found: Found, n: int, alpha: float) -> Found:
@@ -70,10 +69,15 @@ def augment_gallery(found: Found, n: int, alpha: float) -> Found:
     for start in track(starts, f"augmenting {rows} gallery descriptors") if rows > SILENT else starts:
         block = index.vectors[start : start + BLOCK]
         near = index.search(block, index.ids[start : start + BLOCK], min(n + 1, rows)).positions
-        neighbours = index.vectors[near]
-        weights = np.maximum(np.einsum("qd,qnd->qn", block, neighbours), 0) ** alpha
-        augmented[start : start + BLOCK] = unit(np.einsum("qn,qnd->qd", weights, neighbours))
+        augmented[start : start + BLOCK] = _turn(block, index.vectors[near], alpha)
     return _search_again(found, found.queries.vectors, copy.copy(index).fit(augmented, index.ids))
+
+
+def _turn(vectors: np.ndarray, items: np.ndarray, alpha: float) -> np.ndarray:
+    """(N, D) in the direction of the sum of its `items`, (N, n, D), each at length 1 times likeness^alpha; lengths stay."""
+    directions = unit(items)
+    weights = np.maximum(np.einsum("qd,qnd->qn", unit(vectors), directions), 0) ** alpha
+    return unit(np.einsum("qn,qnd->qd", weights, directions)) * np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def rerank_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: float) -> Found:
@@ -148,13 +152,15 @@ def rerank_superglobal(found: Found, depth: int, k: int, beta: float) -> Found:
 
 
 def _rescore(found: Found, depth: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Found:
-    """Order each query's first `depth` answers by `score(query (D,), answers (depth, D))`; equal ones keep their order."""
+    """Order each query's first `depth` answers by `score(query (D,), answers (depth, D))`, vectors at length 1; equal ones
+    keep their order.
+    """
     found = with_depth(found, depth)
     positions = found.ranking.positions[:, :depth]
     queries = range(len(positions))
     values = np.empty(positions.shape, np.float32)
     for row in track(queries, f"re-ranking {len(positions)} queries") if len(positions) > SILENT else queries:
-        values[row] = score(found.queries.vectors[row], np.asarray(found.index.vectors[positions[row]]))
+        values[row] = score(unit(found.queries.vectors[row]), unit(found.index.vectors[positions[row]]))
     return reorder(found, values)
 
 
@@ -177,8 +183,7 @@ def with_depth(found: Found, depth: int) -> Found:
 
 def _search_again(found: Found, queries: np.ndarray, index: Index) -> Found:
     ranking = index.search(queries, found.queries.ids, found.ranking.positions.shape[1])
-    features = Features(queries, found.queries.ids, found.queries.masks)
-    return replace(found, ranking=ranking, queries=features, index=index)
+    return replace(found, ranking=ranking, queries=replace(found.queries, vectors=queries), index=index)
 
 
 def _mutual(order: np.ndarray, k: int) -> np.ndarray:

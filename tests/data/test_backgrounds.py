@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from beauty_bafe.data.backgrounds import Backgrounds, procedural_background
@@ -34,3 +35,14 @@ def test_photographs_are_read_once(tmp_path: Path) -> None:
     first = backgrounds(np.random.default_rng(0), 32)
     (tmp_path / "a.png").unlink()
     assert np.array_equal(first, backgrounds(np.random.default_rng(1), 32))
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (1900, 20)])
+def test_large_photographs_are_kept_small(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Twelve megapixels came out of the JPEG decoder at half their side, 9 MB for each of 128 and each worker."""
+    Image.new("RGB", size, "red").save(tmp_path / "a.jpg")
+    backgrounds = Backgrounds(from_folder(tmp_path))
+    backgrounds(np.random.default_rng(0), 224)
+    (kept,) = backgrounds._cache.values()
+    assert max(kept.shape) == 1280
+    assert kept.shape[1] / kept.shape[0] == pytest.approx(size[0] / size[1], rel=0.1)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +95,18 @@ def test_absurd_size_is_refused_before_decoding(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("beauty_bafe.data.pictures.MAX_PIXELS", 100)
     with pytest.raises(UnreadablePicture, match="20 x 20 is over 100 pixels"):
         read_picture(save(tmp_path / "a.png", Image.new("RGB", (20, 20))))
+
+
+def test_pillows_own_limit_is_neither_used_nor_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    files = [save(tmp_path / f"a{suffix}", picture) for suffix in (".png", ".jpg", ".bmp", ".ppm")]
+    wanted = [read_picture(file).rgb for file in files]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Image.open refuses 1,200
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        assert all(np.array_equal(read_picture(file).rgb, rgb) for file, rgb in zip(files, wanted, strict=True))
+    lines = "from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import beauty_bafe.data.pictures; "
+    subprocess.run([sys.executable, "-c", lines + "assert before == Image.MAX_IMAGE_PIXELS"], check=True)
 
 
 def test_one_pixel_and_huge_pictures_are_read(tmp_path: Path) -> None:

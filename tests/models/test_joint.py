@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from beauty_bafe.models.decoder import TopDownDecoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
 from beauty_bafe.models.joint import JointModule
-from beauty_bafe.models.module import check_resumable, load_extractor
+from beauty_bafe.models.module import SaliencyModule, load_extractor
 from beauty_bafe.models.objectives import distillation_loss
+from beauty_bafe.models.resuming import check_resumable
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
@@ -119,6 +120,18 @@ def test_weight_decay_leaves_a_trained_network_alone(tiny: dict[str, Any], tmp_p
     assert min(shrunk) > 0.98
 
 
+def test_a_checkpoint_is_loaded_by_the_class_that_wrote_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    joint = JointModule(tiny, **SETTINGS)
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_model_summary=False)
+    trainer.strategy.connect(joint)
+    trainer.save_checkpoint(tmp_path / "joint.ckpt")
+    again = JointModule.load_from_checkpoint(tmp_path / "joint.ckpt", weights_only=True)
+    assert again.hparams == joint.hparams
+    torch.testing.assert_close(again.state_dict(), joint.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"is of JointModule, not of SaliencyModule; type JointModule\.load_from_checkpoint"):
+        SaliencyModule.load_from_checkpoint(tmp_path / "joint.ckpt", weights_only=True, strict=False)
+
+
 def test_a_short_run_comes_to_full_steps_as_well(tiny: dict[str, Any], tmp_path: Path) -> None:
     trainer = fit(JointModule(tiny, **SETTINGS | {"warmup": 1000}), tmp_path, 8)  # two steps each
     factor = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
@@ -147,7 +160,7 @@ def test_a_step_size_of_0_freezes_the_backbone(tiny: dict[str, Any], tmp_path: P
     assert not module.extractor(Pairs()[0]["pictures"]).last.requires_grad
 
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    check_resumable(module, tmp_path / "a.ckpt")
+    check_resumable(module, {}, tmp_path / "a.ckpt")
     extractor = load_extractor(tmp_path / "a.ckpt")
     assert extractor.frozen
     pictures = Pairs()[1]["pictures"]

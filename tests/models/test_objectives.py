@@ -73,6 +73,14 @@ def test_contrast_loss_against_loops() -> None:
     assert contrast_loss(clean, clean, 0.01).item() < 0.1 < contrast_loss(street, clean, 0.01).item()
 
 
+def test_contrast_loss_is_float32_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    street, clean = (F.normalize(torch.randn(16, 256, generator=generator) + 1) for _ in range(2))
+    wanted = contrast_loss(street, clean, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrast_loss(street, clean, 0.05), wanted)
+
+
 def test_average_precision_against_the_evaluation() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, gallery = (F.normalize(torch.randn(n, 3, generator=generator)) for n in (20, 30))

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import DictConfig
 
-from beauty_bafe.models.precision import fastest_precision, keep_memory
+from beauty_bafe.models.precision import fastest_precision, keep_memory, pick_device, trainer_settings
+from beauty_bafe.retrieval.exact import ExactIndex
+from beauty_bafe.retrieval.fastest import FastestIndex
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
@@ -14,13 +20,74 @@ def test_bf16_only_where_the_processor_multiplies_it(supported: bool, expected: 
     assert fastest_precision("cuda") == expected
 
 
-def test_without_a_device_named_the_gpu_decides_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fastest_precision() == "bf16-mixed"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fastest_precision() == "32-true"
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
+    """Makes PyTorch see so many CUDA GPUs, which multiply bfloat16 while the CPU does not, and Apple's."""
+
+    def machine(cuda: int, mps: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "picked"),
+    [
+        (2, False, "auto", "cuda"),
+        (2, False, "gpu", "cuda"),
+        (2, False, "cuda:1", "cuda:1"),
+        (2, False, "cpu", "cpu"),
+        (0, True, "auto", "mps"),
+        (0, True, "gpu", "mps"),
+        (0, True, "mps", "mps"),
+        (0, False, "auto", "cpu"),
+    ],
+)
+def test_one_setting_names_every_device(machine, cuda: int, mps: bool, device: str, picked: str) -> None:
+    machine(cuda, mps)
+    assert pick_device(device) == picked
+    if not picked.startswith("cuda"):
+        assert ExactIndex(device=device).device == FastestIndex(device=device).device == "cpu", "Apple's have no float64"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "device=cuda, but PyTorch sees no GPU here; type device=cpu or device=auto"),
+        ("gpu", "device=gpu, but PyTorch sees no GPU here"),
+        ("mps", "device=mps, but PyTorch sees no GPU here"),
+        ("cuda:2", "device=cuda:2, but PyTorch sees cuda, cuda:0, cuda:1 here"),
+        ("tpu", "device=tpu: type auto, cpu, gpu, cuda, cuda:1 .* or mps"),
+        ("cuda:x", "device=cuda:x: type auto"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(machine, device: str, message: str) -> None:
+    machine(2 if device == "cuda:2" else 0, False)
+    with pytest.raises(ValueError, match=message):
+        pick_device(device)
+
+
+def test_training_takes_the_precision_of_the_device_it_runs_on(machine) -> None:
+    machine(2, False)
+    assert trainer_settings("cpu", 2, "auto") == {"accelerator": "cpu", "devices": 2, "precision": "32-true"}
+    assert trainer_settings("auto", 1, "auto") == {"accelerator": "cuda", "devices": 1, "precision": "bf16-mixed"}
+    assert trainer_settings("cuda:1", 1, "32-true") == {"accelerator": "cuda", "devices": [1], "precision": "32-true"}
+    with pytest.raises(ValueError, match=r"device=cuda:1 is one GPU, but trainer.devices=4; type device=cuda"):
+        trainer_settings("cuda:1", 4, "auto")
+    machine(0, True)
+    assert trainer_settings("auto", 1, "auto") == {"accelerator": "mps", "devices": 1, "precision": "32-true"}
+
+
+@pytest.mark.parametrize("index", sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "index").glob("*.yaml")))
+def test_the_device_reaches_every_part(index: str, configure: Callable[..., DictConfig]) -> None:
+    cfg = configure("retrieve", f"index={index}", "device=cuda:1", "queries=Q")
+    assert cfg.index.device == cfg.extraction.device == "cuda:1"
+    assert configure("train", "device=cuda:1").trainer.accelerator == "cuda:1"
+    assert configure("train", "trainer=ddp", "device=cpu").trainer.accelerator == "cpu"
 
 
 def test_memory_is_kept_without_harm() -> None:

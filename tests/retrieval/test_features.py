@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
-from beauty_bafe.models.precision import pick_device
 from beauty_bafe.models.views import View
 from beauty_bafe.retrieval import describing as module
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members, mean_masks
@@ -91,6 +91,17 @@ def test_a_descriptor_does_not_depend_on_its_batch(
     for row, name in enumerate(together.ids):
         (alone,) = describe(catalog.subset([catalog.ids.index(name)]), pooling, store=f"alone{name}", precision=precision)
         np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_opencv_keeps_its_threads(folder: Path, describe: Callable[..., list[Features]], workers: int) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        describe(folder, ATTENTION, num_workers=workers)
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_what_is_on_disk_is_not_described_again(
@@ -285,8 +296,8 @@ def test_work_that_will_not_fit_says_so_at_once(
 
 def test_an_ensemble_looks_at_the_mean_mask() -> None:
     masks = [np.full((1, 2, 2), value, np.uint8) for value in (0, 255)]
-    members = [Features(np.ones((1, 3), np.float32), ("a",), mask) for mask in masks]
-    without = Features(np.ones((1, 3), np.float32), ("a",))
+    members = [Features(np.eye(1, 3, dtype=np.float32), ("a",), mask) for mask in masks]
+    without = Features(np.eye(1, 3, dtype=np.float32), ("a",))
     for shown in (members, [without, *members]):
         assert mean_masks(shown).masks.tolist() == [[[128, 128], [128, 128]]]  # type: ignore[union-attr]
     assert mean_masks([without, without]).masks is None
@@ -297,10 +308,11 @@ def test_features_prove_themselves() -> None:
         Features(np.zeros((2, 3), np.float32), ("a",))
     with pytest.raises(ValueError, match="'b' is not finite"):
         Features(np.array([[0.0], [np.nan]], np.float32), ("a", "b"))
-
-
-@pytest.mark.parametrize(("device", "message"), [("cuda", "sees no GPU here"), ("tpu", "type auto, cpu or cuda")])
-def test_a_device_that_is_not_there_is_refused(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
-        pick_device(device)
+    lengths = np.array([[1.0, 0.0], [0.0, 0.0], [3.0, 4.0]], np.float32)
+    with pytest.raises(ValueError, match="'c' has length 5, not 1; bring it there by `unit`, or say any_length=True"):
+        Features(lengths, tuple("abc"))
+    Features(lengths, tuple("abc"), any_length=True)
+    Features(lengths[:2], tuple("ab"))
+    rounded = np.random.default_rng(0).normal(size=(50, 700))
+    rounded /= np.linalg.norm(rounded, axis=1, keepdims=True)
+    Features(rounded.astype(np.float16).astype(np.float32), tuple(map(str, range(50))))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +210,8 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
         (lambda: ExactIndex("cosine"), "index.metric=cosine: type ip, l2, l1"),
         (lambda: ExactIndex(first_pass="int8"), "index.first_pass=int8: type auto, bfloat16 or float32"),
         (lambda: FaissIndex("Flat", device="gpu"), "index.device=gpu, but faiss sees no GPU here"),
-        (lambda: FaissIndex("Flat", device="cuda"), "index.device=cuda: type auto, cpu, gpu or all_gpus"),
+        (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
+        (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),
         (lambda: FaissIndex("Flat", target_recall=1.5), "index.target_recall=1.5"),
         (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss refuses index.factory=Nonsense"),
         (
@@ -251,3 +254,22 @@ def test_the_manifest_says_how_it_was_made(tmp_path: Path) -> None:
     assert manifest["rows"] == 90
     assert manifest["dimensions"] == 4
     assert manifest["index"] == "faiss IVF{lists},Flat"
+
+
+@pytest.mark.parametrize("settings", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')"])
+def test_exact_search_beside_any_setting_of_float32_products(settings: str) -> None:
+    """In a process of its own, as torch does not forget that the newer settings were used; they are found as they were."""
+    lines = f"""
+import numpy as np, torch
+from beauty_bafe.retrieval.exact import ExactIndex
+{settings}
+rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+index = ExactIndex(device="cpu", first_pass="float32").fit(rows, tuple(map(str, range(300))))
+read = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+before = read()
+ranking = index.search(rows[:20], tuple(map(str, range(20))), 9)
+assert np.array_equal(ranking.positions, np.argsort(-(rows[:20].astype(float) @ rows.T.astype(float)), axis=1)[:, :9])
+assert read() == before
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -180,3 +180,25 @@ def test_duplicates_and_a_gallery_smaller_than_the_depth(step) -> None:
     ranking = step(Found(index.search(queries.vectors, queries.ids, 11), queries, index)).ranking
     assert np.isfinite(ranking.scores).all()
     assert ranking.answers(0)[-1] == "k"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_vectors_of_any_length_are_compared_by_their_direction(step) -> None:
+    """As BAFE's code leaves them: z-scored, of lengths around 30, searched by L2. Six products, ten pictures each."""
+    rng = np.random.default_rng(0)
+    product = np.repeat(np.arange(6), 10)
+
+    def pictures(products: np.ndarray) -> np.ndarray:
+        directions = np.eye(DIMS)[products] + 0.1 * rng.normal(size=(len(products), DIMS))
+        return (directions * rng.uniform(25, 35, size=(len(products), 1))).astype(np.float32)
+
+    index = ExactIndex("l2", device="cpu").fit(pictures(product), tuple(map(str, range(60))))
+    queries = Features(pictures(np.arange(6)), tuple("abcdef"), any_length=True)
+    found = Found(index.search(queries.vectors, queries.ids, 7), queries, index)
+    for result in (found, step(found)):
+        assert (product[result.ranking.positions[:, :7]] == np.arange(6)[:, None]).all()
+
+    larger = ExactIndex("l2", device="cpu").fit(1024 * index.vectors, index.ids)
+    longer = Features(1024 * queries.vectors, queries.ids, any_length=True)
+    scaled = step(Found(larger.search(longer.vectors, longer.ids, 7), longer, larger)).ranking
+    assert np.array_equal(scaled.positions, step(found).ranking.positions), "units of length do not matter"

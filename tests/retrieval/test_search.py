@@ -15,11 +15,19 @@ from beauty_bafe.retrieval.ranking import Ranking
 
 def features(rows: int, dims: int, seed: int) -> Features:
     vectors = np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
-    return Features(vectors, tuple(f"{seed}-{row}" for row in range(rows)))
+    return Features(vectors, tuple(f"{seed}-{row}" for row in range(rows)), any_length=True)
 
 
 def named(features: Features, like: Features) -> Features:
-    return Features(features.vectors, like.ids)
+    return Features(features.vectors, like.ids, any_length=True)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_ensemble_says_whether_its_vectors_have_length_1(normalize: bool) -> None:
+    gallery = features(9, 4, 0)
+    result = Concatenation(True, None, normalize=normalize).fit([gallery]).transform([gallery])[0]
+    assert result.any_length == (not normalize)
+    assert np.allclose(np.linalg.norm(result.vectors, axis=1), 1) == normalize
 
 
 @pytest.mark.parametrize("zscore", [False, True])
@@ -53,14 +61,16 @@ def test_zscore_takes_the_gallerys_statistics() -> None:
     ensemble = Concatenation(True, None).fit([gallery])
     alone = ensemble.transform([query])[0].vectors
     assert np.isfinite(alone).all()
-    together = ensemble.transform([Features(np.vstack([query.vectors, gallery.vectors]), (*query.ids, *gallery.ids))])[0]
+    together = ensemble.transform(
+        [Features(np.vstack([query.vectors, gallery.vectors]), (*query.ids, *gallery.ids), any_length=True)]
+    )[0]
     np.testing.assert_allclose(together.vectors[:1], alone, atol=1e-6)
 
 
 def test_a_constant_dimension_stays_finite() -> None:
     vectors = features(6, 3, 0).vectors.copy()
     vectors[:, 1] = 4
-    gallery = Features(vectors, tuple("abcdef"))
+    gallery = Features(vectors, tuple("abcdef"), any_length=True)
     assert np.isfinite(Concatenation(True, None).fit([gallery]).transform([gallery])[0].vectors).all()
 
 
@@ -91,6 +101,8 @@ def test_k_beyond_the_gallery_is_refused(k: int) -> None:
         ([[0, 1]], [[0.8, 0.9]], "must not rise"),
         ([[0, -1]], [[0.9, 0.8]], "must lie in 0..2"),
         ([[0, 1], [0, 1]], [[0.9, 0.8]], "do not fit 1 queries"),
+        ([[0, 1]], [[np.nan, 0.8]], r"scores of query 'q' are not finite: \[nan, 0.8\]; type rerank=none"),
+        ([[0, 1]], [[0.9, -np.inf]], "are not finite"),
     ],
 )
 def test_a_ranking_checks_itself(positions: list[list[int]], scores: list[list[float]], message: str) -> None:
@@ -102,7 +114,7 @@ def test_a_ranking_checks_itself(positions: list[list[int]], scores: list[list[f
 def test_pca_against_the_covariance(whiten: bool) -> None:
     rng = np.random.default_rng(0)
     mixed = (rng.normal(size=(400, 12)) * np.linspace(3, 0.1, 12)) @ rng.normal(size=(12, 12)) + 2
-    gallery = Features(mixed.astype(np.float32), tuple(map(str, range(400))))
+    gallery = Features(mixed.astype(np.float32), tuple(map(str, range(400))), any_length=True)
     (result,) = Concatenation(False, None, pca=5, whiten=whiten).fit([gallery]).transform([gallery])
     rows = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
     values, axes = np.linalg.eigh(np.cov(rows.T))
@@ -123,7 +135,7 @@ def test_one_query_a_year_later_is_treated_as_today(ensemble: Concatenation, tmp
     today = ensemble.fit([one, named(two, one)]).transform([one, named(two, one)])[0]
     ensemble.save(tmp_path)
     later = Concatenation(ensemble.zscore, ensemble.weights, ensemble.pca, ensemble.whiten).load(tmp_path)
-    row = [Features(member.vectors[7:8], ("q",)) for member in (one, two)]
+    row = [Features(member.vectors[7:8], ("q",), any_length=True) for member in (one, two)]
     np.testing.assert_allclose(later.transform(row)[0].vectors[0], today.vectors[7], atol=1e-6)
 
 
@@ -154,3 +166,12 @@ def test_too_short_a_ranking_says_what_to_raise() -> None:
     ranking = ExactIndex(device="cpu").fit(unit(9, 4, 0), tuple("abcdefghi")).search(unit(1, 4, 1), ("q",), 3)
     with pytest.raises(ValueError, match=r"k=7, but re-ranking or fusion kept 3 answers; raise their depth"):
         ranking.first(7)
+
+
+@pytest.mark.parametrize("method", ["score", "rank"])
+def test_fusion_of_too_short_rankings_says_what_to_raise(method: str) -> None:
+    """Re-ranking with a depth below k leaves each member fewer answers than are wanted."""
+    index = ExactIndex(device="cpu").fit(unit(9, 4, 0), tuple("abcdefghi"))
+    rankings = [index.search(unit(2, 4, seed), ("p", "q"), 3) for seed in (1, 2)]
+    with pytest.raises(ValueError, match=r"k=7, but re-ranking or fusion kept 3 answers; raise their depth"):
+        Fusion(method, None, 100).fuse(rankings, 7)

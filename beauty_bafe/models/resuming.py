@@ -1,0 +1,94 @@
+"""Resuming a run to the same result: what decides the result is kept in the checkpoint and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from .module import load_extractor, read_checkpoint
+
+# How pictures are read, and where they lie; which they are the data module compares itself.
+FREE = {f"data.{key}" for key in ("_target_", "root", "backgrounds", "titles", "num_workers", "cache", "cache_gb")}
+TRAINER = ("num_nodes", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
+
+
+def run_settings(cfg: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """What decides a run's result beside its hyper-parameters and pictures: key of the configuration -> plain value.
+
+    `cfg`: train.py's configuration as plain values. `precision`: the one it trains in. `trainer.max_epochs` is free: a run
+    may be made longer.
+    """
+    settings = _flat({key: cfg[key] for key in ("seed", "data", "augmentation")})
+    settings = {key: value for key, value in settings.items() if key not in FREE}
+    settings |= {f"trainer.{key}": cfg["trainer"].get(key) for key in TRAINER}
+    devices = cfg["trainer"]["devices"]
+    return settings | {
+        "trainer.devices": len(devices) if isinstance(devices, list) else devices,
+        "trainer.precision": precision,
+    }
+
+
+class KeepRunSettings(Callback):
+    """Writes `settings` into every checkpoint, for `check_resumable`."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.settings
+
+
+def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], checkpoint: str | Path) -> None:
+    """Raise ValueError where a run of `module` under `settings` would not go on from `checkpoint` to the same result.
+
+    That is where the file is not ours, is of another objective, or differs in a key, which is named.
+    """
+    load_extractor(checkpoint)
+    content = read_checkpoint(checkpoint)
+    objective = content.get("objective", type(module).__name__)  # older checkpoints do not say
+    anew = "or leave out ckpt_path to start anew"
+    if objective != type(module).__name__:
+        raise ValueError(
+            f"ckpt_path='{checkpoint}' was trained by {objective}, now it is {type(module).__name__}; "
+            f"type the objective= that started the run, {anew}"
+        )
+    old = _hyper_parameters(content["hyper_parameters"]) | content.get("run", {})
+    new = _hyper_parameters(module.hparams) | dict(settings)
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key.startswith("model."), key)):  # objectives change models
+        if key not in old:
+            raise ValueError(
+                f"ckpt_path='{checkpoint}' is of an older version, which kept no {key} (now {_typed(new[key])}), so the result "
+                f"may not be the same; resume it with the version that started it, {anew}"
+            )
+        if key not in new:
+            raise ValueError(
+                f"ckpt_path='{checkpoint}' was trained with {key}={_typed(old[key])}, a setting that is not there now; "
+                f"type the command that started the run, with the version of that day, {anew}"
+            )
+        if old[key] != new[key]:
+            was = f"{key}={_typed(old[key])}"
+            raise ValueError(
+                f"ckpt_path='{checkpoint}' was trained with {was}, now it is {_typed(new[key])}; type {was}, {anew}"
+            )
+
+
+def _hyper_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Under the keys of the configuration: model's are in a section of its own."""
+    return {key if key.startswith("model.") else f"objective.{key}": value for key, value in _flat(values).items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _typed(value: Any) -> str:
+    """As it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
