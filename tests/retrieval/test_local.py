@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from beauty_bafe.data.backgrounds import Backgrounds
 from beauty_bafe.data.catalog import Catalog
@@ -253,3 +254,20 @@ def test_a_later_step_rehearses_on_what_this_one_finds(shop: Callable[..., Found
     assert practice.ranking.as_answers() == first.ranking.as_answers() != found.ranking.as_answers()
     second = rerank_verified(first, 2, DETECTOR, MATCHER, 1.0, 0, None, None).ranking  # type: ignore[arg-type]
     assert set(second.answers(0)) == set(first.ranking.answers(0)[:2])
+
+
+def test_learned_keypoints_go_the_same_way(shop: Callable[..., Found], tmp_path: Path) -> None:
+    """With random weights, so that the order of products proves nothing; that of a blank query must stay."""
+    kornia = pytest.importorskip("kornia.feature", reason="the extra `matching`")
+    from beauty_bafe.retrieval.learned import Aliked
+
+    torch.save(kornia.ALIKED("aliked-n16rot").state_dict(), tmp_path / "aliked.pth")
+    detector = Aliked(SIZE, 50, foreground=True, weights=str(tmp_path / "aliked.pth"))
+    blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    found = shop({"q4": warped(textured(4)), "blank": blank}, masks=False)
+    for path in found.scene.gallery.paths[:2]:  # type: ignore[union-attr]
+        cv2.imwrite(str(path), blank)
+    ranked = rerank_verified(found, 6, detector, MATCHER, 1.0, 0, None, None).ranking  # type: ignore[arg-type]
+    assert ranked.answers(1) == found.ranking.answers(1)
+    assert (tmp_path / "features").is_dir()
+    assert rerank_verified(found, 6, detector, MATCHER, 1.0, 0, None, None).ranking.as_answers() == ranked.as_answers()  # type: ignore[arg-type]
