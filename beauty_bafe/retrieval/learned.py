@@ -96,9 +96,13 @@ class Learned(Detector):
 
 @dataclass(frozen=True)
 class Aliked(Learned):
-    """ALIKED (Zhao et al., TIM 2023), 128-d. `variant`: kornia's name; aliked-n16rot was trained with all rotations."""
+    """ALIKED (Zhao et al., TIM 2023), 128-d. `variant`: kornia's name; aliked-n16rot was trained with all rotations.
+
+    `least`: the score that a keypoint needs, 0 to 1; those of a blank or noisy picture stay below 0.02.
+    """
 
     variant: str = "aliked-n16rot"
+    least: float = 0.05
 
     @cached_property
     def network(self) -> Any:
@@ -110,7 +114,8 @@ class Aliked(Learned):
     @torch.inference_mode()
     def __call__(self, rgb: np.ndarray, inside: np.ndarray | None = None) -> Keypoints:
         features, scores = self.network.extract_dense_map(self._pixels(rgb, self.network))
-        found = self.network.dkd(scores)[0][0]  # -1 to 1
+        places, strengths, _ = self.network.dkd(scores)
+        found = places[0][strengths[0] > self.least]  # -1 to 1
         points = (found + 1) / 2 * (len(rgb) - 1)
         kept = self._kept(points, inside)
         descriptors = self.network.desc_head(features, [found[kept]])[0][0]

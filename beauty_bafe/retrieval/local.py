@@ -56,12 +56,14 @@ def rerank_verified(
     rehearsals: int,
     augmentation: Augmentation,
     backgrounds: str | None,
+    every_turn: bool = False,
 ) -> Found:
     """Likeness + `weight` x log(1 + inliers) among each query's first `depth` answers: geometry beside appearance.
 
     With `detector.foreground` the keypoints are the product's: of the query by its predicted mask, of a catalogue photo by
     its plain backdrop. `weight` None: the one that finds gallery pictures best from `rehearsals` street views of themselves,
-    drawn by `augmentation` on `backgrounds` (a folder, None for drawn scenes).
+    drawn by `augmentation` on `backgrounds` (a folder, None for drawn scenes). `every_turn`: the query is matched upright and
+    turned by 90, 180 and 270 degrees, and the most inliers count, for keypoints that bear little rotation.
 
     A step after this one rehearses on what this one finds, so a cheap matcher can choose the few that a dear one looks at.
     """
@@ -72,16 +74,16 @@ def rerank_verified(
 
     def verify(found: Found, weight: float) -> Found:
         found = with_depth(found, depth)
-        return reorder(found, _likeness(found, depth) + weight * _look(found, depth, detector, geometry))
+        return reorder(found, _likeness(found, depth) + weight * _look(found, depth, detector, geometry, turns))
 
-    scene = _present(found.scene)
+    scene, turns = _present(found.scene), 4 if every_turn else 1
     if weight is None:
         photos = Backgrounds(None if backgrounds is None else open_catalog(backgrounds))
         views = draw_street_views(
             scene.gallery, rehearsals, augmentation, photos, detector.size, scene.folder / f"rehearsal-{detector.size}"
         )
         practice = with_depth(scene.rehearse(views), depth)
-        weight = choose_weight(practice, _look(practice, depth, detector, geometry))
+        weight = choose_weight(practice, _look(practice, depth, detector, geometry, turns))
     chosen = weight
     later = replace(scene, rehearse=lambda pictures: verify(scene.rehearse(pictures), chosen))
     return replace(verify(found, chosen), scene=later)
@@ -129,18 +131,27 @@ def _present(scene: Scene | None) -> Scene:
 
 
 def _look(
-    found: Found, depth: int, detector: Detector, score: Callable[[Keypoints, Sequence[Keypoints]], np.ndarray]
+    found: Found,
+    depth: int,
+    detector: Detector,
+    score: Callable[[Keypoints, Sequence[Keypoints]], np.ndarray],
+    turns: int = 1,
 ) -> np.ndarray:
-    """`score(query, its first answers)` of every query, float (Q, depth); queries on all cores."""
+    """`score(query, its first answers)` of every query, float (Q, depth), the best of so many quarter turns; on all cores."""
     scene, ranking = _present(found.scene), found.ranking
     positions = ranking.positions[:, :depth]
     gallery = _GalleryKeypoints(scene, detector)
     paths = dict(zip(scene.asked.ids, scene.asked.paths, strict=True))
 
     def look(row: int) -> np.ndarray:
-        picture = read_picture(paths[ranking.query_ids[row]], detector.size)
-        query = detector.look(picture.rgb, None if found.queries.masks is None else found.queries.masks[row])
-        return score(query, [gallery[ranking.gallery_ids[place]] for place in positions[row]])
+        rgb = read_picture(paths[ranking.query_ids[row]], detector.size).rgb
+        mask = None if found.queries.masks is None else found.queries.masks[row]
+        candidates = [gallery[ranking.gallery_ids[place]] for place in positions[row]]
+        scores = []
+        for turn in range(turns):
+            turned = (None if part is None else np.ascontiguousarray(np.rot90(part, turn)) for part in (rgb, mask))
+            scores.append(score(detector.look(*turned), candidates))  # type: ignore[arg-type]
+        return np.max(scores, axis=0)
 
     before = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(1)  # the queries keep the cores busy
