@@ -70,7 +70,7 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
     elif group in ("callbacks", "rerank"):
         if "retrieval.learned" in file.read_text():
             pytest.importorskip("kornia", reason="the extra `matching`")
-            for package in set(re.findall(r"package:(\w+)", file.read_text())):
+            for package in set(re.findall(r"package:(\w+)/\S+[.]pth?\b", file.read_text())):
                 if find_spec(package) is None:
                     pytest.skip(f"{package} is not installed")
         for part in cfg[group].values():
