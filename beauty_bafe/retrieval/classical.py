@@ -19,7 +19,7 @@ from ..data.catalog import Catalog, open_catalog
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
 from .faiss_index import kmeans
 from .features import Member, unit
-from .local import Detector, root_sift
+from .keypoints import Sift, root_sift
 from .manifest import digest, replace_file
 
 LEARNED_FROM = 2000  # gallery pictures that give a vocabulary, evenly spread
@@ -87,7 +87,7 @@ class Vlad:
 
     def __init__(self, words: int, keypoints: int) -> None:
         self.words, self.keypoints = words, keypoints
-        self.detector = Detector(CANVAS, keypoints)
+        self.detector = Sift(CANVAS, keypoints)
         self.vocabulary: np.ndarray | None = None
 
     def __str__(self) -> str:

