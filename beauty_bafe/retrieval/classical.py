@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.catalog import Catalog, open_catalog
-from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..data.images import Pictures
+from ..data.pictures import UnreadablePicture, letterbox
 from .faiss_index import kmeans
 from .features import Member, unit
 from .keypoints import Sift, root_sift
@@ -114,12 +114,12 @@ class Vlad:
         np.add.at(total, nearest, (descriptors - self.vocabulary[nearest]) * shares[:, None])
         return unit(total).ravel()
 
-    def learn(self, catalog: Catalog) -> None:
+    def learn(self, pictures: Pictures) -> None:
         """Cluster the RootSIFT of some of the pictures. Raises ValueError where they have too few."""
         found = []
-        for row in np.unique(np.linspace(0, len(catalog) - 1, LEARNED_FROM).astype(int)):
+        for row in np.unique(np.linspace(0, len(pictures) - 1, LEARNED_FROM).astype(int)):
             try:
-                rgb = read_picture(catalog.paths[row], CANVAS).rgb
+                rgb = pictures.read(int(row), CANVAS).rgb
             except UnreadablePicture:
                 continue  # the pass over the gallery reports it
             found.append(root_sift(self.detector(letterbox(rgb, CANVAS)).descriptors))
@@ -133,19 +133,20 @@ class Vlad:
         self.vocabulary = kmeans(descriptors, self.words)
 
 
-def learn(members: Sequence[Member], source: str | None, kept: Path | None, features: Path) -> None:
-    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `source`.
+def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kept: Path | None, features: Path) -> None:
+    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `pictures`.
 
+    `source`: where the pictures come from, by which `features` is searched.
     A catalogue that changes keeps its vocabulary, so that what was described stays valid.
     """
     for number, vlad in enumerate(_vlads(members)):
-        file = features / f"vocabulary-{digest(str(vlad), str(Path(source or '').expanduser().resolve()))}.npy"
+        file = features / f"vocabulary-{digest(str(vlad), str(Path(source).expanduser().resolve()))}.npy"
         if kept is not None:
             file = _kept(kept, number)
         if file.is_file():
             vlad.vocabulary = np.load(file)
-        elif source is not None:
-            vlad.learn(open_catalog(source))
+        elif pictures is not None:
+            vlad.learn(pictures)
             _save(file, vlad)
 
 
