@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .config import compose
+from .extras import explain
 
 # Groups that a recipe of conf/experiment may name for the other script.
 ELSEWHERE = {
@@ -120,12 +121,13 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
     try:
         return function(cfg)
-    except (ValueError, OSError, RuntimeError, InstantiationException) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, InstantiationException) as error:
         # A sweep goes on with its other jobs and reports at the end; a developer wants the traceback.
         if hydra.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+        text = explain(cause) if isinstance(cause, ImportError) else cause
+        sys.exit(f"error: {text}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
 def require_retrieval_inputs(cfg: DictConfig) -> None:

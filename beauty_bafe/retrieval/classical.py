@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..data.images import Pictures
 from ..data.pictures import UnreadablePicture, letterbox
+from ..extras import explain
 from .faiss_index import kmeans
 from .features import Member, unit
 from .keypoints import Sift, root_sift
@@ -60,22 +62,27 @@ def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2
 
     A histogram of 10 patterns a radius, square-rooted.
     """
-    from skimage.feature import local_binary_pattern
-
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    patterns = [local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
+    patterns = [_skimage().local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
     return np.concatenate([_root_histogram(pattern, weight, 10) for pattern in patterns])
 
 
 @_of_each_picture
 def hog(rgb: np.ndarray, weight: np.ndarray | None, cells: int = 7, orientations: int = 9) -> np.ndarray:
     """Histograms of oriented gradients over `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
-    from skimage.feature import hog as gradients
-
     if weight is not None:
         rgb = (rgb * weight[..., None] + 255 * (1 - weight[..., None])).astype(np.uint8)
     side = rgb.shape[0] // cells
-    return gradients(rgb, orientations, (side, side), (2, 2), channel_axis=-1)
+    return _skimage().hog(rgb, orientations, (side, side), (2, 2), channel_axis=-1)
+
+
+def _skimage() -> Any:
+    """scikit-image's features. Raises ImportError saying how to install it."""
+    try:
+        from skimage import feature
+    except ImportError as error:
+        raise ImportError(explain(error)) from error
+    return feature
 
 
 class Vlad:

@@ -6,7 +6,6 @@ import copy
 import csv
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -144,7 +143,7 @@ class Gallery:
         Raises ValueError for a bad k.
         """
         check_k(k, len(self.indexes[0].ids))
-        depths = [step.keywords.get("depth", 0) for step in steps if isinstance(step, partial)]
+        depths = [getattr(step, "depth", None) or getattr(step, "keywords", {}).get("depth", 0) for step in steps]
         depth = min(max([k, self.ensemble.depth, *depths]), len(self.indexes[0].ids))
         rankings = []
         for number, view in enumerate(self.ensemble.transform(described)):

@@ -50,7 +50,7 @@ class Index(ABC):
                 rows[name] = row
         if missing := wanted.difference(rows):
             raise self._unknown(missing)
-        return np.asarray(self.vectors[[rows[name] for name in ids]])
+        return np.asarray(self.vectors[np.array([rows[name] for name in ids], np.int64)])
 
     def add(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
         """Append rows. Raises ValueError for an id that is already there or another width."""
