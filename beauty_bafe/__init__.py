@@ -24,3 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(retriever, name)
     raise AttributeError(f"module 'beauty_bafe' has no attribute '{name}'; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,11 +6,12 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from . import cli
 from .config import CONF, check_targets, compose
@@ -20,7 +21,7 @@ from .models.inference import MASK_SIZE
 from .recipe import resolve_auto
 from .retrieval.features import Features, mean_masks
 from .retrieval.gallery import Gallery
-from .retrieval.manifest import digest, locked
+from .retrieval.manifest import digest, locked, replace_file
 from .retrieval.memory import MemoryExtraction
 from .retrieval.parts import Parts, build_parts
 from .retrieval.ranking import check_k
@@ -112,9 +113,10 @@ class Retriever:
             if not (place / ABOUT).is_file():
                 raise ValueError(f"'{folder}' was not written by Retriever.save; retrieve.py index_dir={folder} can use it")
             about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-            words = [*about["overrides"], *overrides]
-            files = [str(place / f"{number}.ckpt") for number in range(about["checkpoints"])]
-            parts, gallery = _prepare(files, words, about["overrides"])
+            # Hydra refuses a group that is chosen twice.
+            words = list({word.partition("=")[0]: word for word in [*about["overrides"], *overrides]}.values())
+            files = [str(_kept(Path(folder), name)) for name in about["checkpoints"]]
+            parts, gallery = _prepare(files, words, from_file=True)
             gallery.load(place, parts.index)
             return cls(parts, gallery, files, words)
 
@@ -127,21 +129,26 @@ class Retriever:
 
         Pictures are not copied. Raises ValueError where a checkpoint's file is no longer the one that was loaded.
         """
-        gallery = self._shelf.gallery
+        gallery, place = self._shelf.gallery, Path(folder)
         sources = {member.source for member in gallery.members}
-
-        def write(place: Path) -> None:
-            gallery.save(place)
-            for number, file in enumerate(self._checkpoints):
-                content = Path(file).read_bytes()
-                if digest(content) not in sources:
-                    raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
-                (place / f"{number}.ckpt").write_bytes(content)
-            about = {"checkpoints": len(self._checkpoints), "overrides": self._overrides}
-            (place / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-        place = Path(folder)
+        names = []
         with locked([place]):
+            for file in self._checkpoints:
+                content = Path(file).read_bytes()
+                names.append(digest(content))
+                if names[-1] not in sources:
+                    raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
+                # Named by their content and beside the versions, so that those who loaded one find it there later.
+                kept = _kept(place, names[-1])
+                if not kept.is_file():
+                    kept.parent.mkdir(exist_ok=True)
+                    replace_file(kept, partial(_write, content))
+            about = json.dumps({"checkpoints": names, "overrides": self._overrides}, indent=1)
+
+            def write(version: Path) -> None:
+                gallery.save(version)
+                (version / ABOUT).write_text(about, encoding="utf-8")
+
             Versions(place).write(write)
 
     def search(self, images: Iterable[ImageLike], k: int = 7) -> list[list[Hit]]:
@@ -230,8 +237,16 @@ class Retriever:
         return f"<Retriever: {len(self)} pictures, {self._shelf.gallery.indexes[0]}>"
 
 
-def _prepare(checkpoints: Sequence[str], words: Sequence[str], saved: Sequence[str] = ()) -> tuple[Parts, Gallery]:
-    """The parts that the settings name, and a gallery that is still empty. `saved`: words that came from a file."""
+def _kept(folder: Path, name: str) -> Path:
+    return folder / "checkpoints" / f"{Path(name).name}.ckpt"
+
+
+def _write(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+
+
+def _prepare(checkpoints: Sequence[str], words: Sequence[str], from_file: bool = False) -> tuple[Parts, Gallery]:
+    """The parts that the settings name, and a gallery that is still empty. `from_file`: words may come from anybody's file."""
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in SCRIPT_ONLY:
@@ -241,8 +256,10 @@ def _prepare(checkpoints: Sequence[str], words: Sequence[str], saved: Sequence[s
     if fault := cli.find_fault(CONF, "retrieve", words):
         raise ValueError(fault)
     cfg = compose("retrieve", words)
-    if saved:
-        check_targets(OmegaConf.to_container(cfg), "the saved retriever")
+    if from_file:
+        # Resolved: an interpolation can make a target out of texts.
+        used = [cfg[key] for key in cfg if key not in SCRIPT_ONLY and isinstance(cfg[key], DictConfig)]
+        check_targets([OmegaConf.to_container(part, resolve=True) for part in used], "the saved retriever")
     cfg.checkpoints = list(checkpoints)
     if not checkpoints and not cli.untrained_models(cfg):
         raise ValueError(

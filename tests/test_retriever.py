@@ -257,6 +257,7 @@ def test_a_year_on_disk(shop: Retriever, toy: Path, tiny_checkpoint: Path, queri
     shop.save(tmp_path / "shop")
     shop.save(tmp_path / "shop")
     checkpoint.unlink()
+    assert len(list((tmp_path / "shop" / "checkpoints").iterdir())) == 1
     with pytest.raises(FileNotFoundError):
         shop.save(tmp_path / "other")
     later = Retriever.load(tmp_path / "shop")
@@ -264,7 +265,8 @@ def test_a_year_on_disk(shop: Retriever, toy: Path, tiny_checkpoint: Path, queri
     assert {hit.path for hit in later.search(queries[:2], k=1)[0]} == {None}
     later.remove(["memory"])
     later.save(tmp_path / "shop")
-    assert Retriever.load(tmp_path / "shop", ["device=cpu"]).ids == later.ids
+    later.save(tmp_path / "shop")
+    assert Retriever.load(tmp_path / "shop", ["device=cpu", "query=both"]).ids == later.ids
     with pytest.raises(ValueError, match="made with members="):
         Retriever.load(tmp_path / "shop", ["pooling=mac"])
 
@@ -272,9 +274,15 @@ def test_a_year_on_disk(shop: Retriever, toy: Path, tiny_checkpoint: Path, queri
 def test_what_is_loaded_cannot_say_which_code_to_run(shop: Retriever, tmp_path: Path) -> None:
     shop.save(tmp_path / "shop")
     file = next((tmp_path / "shop").glob("*/retriever.json"))
-    for words in (["pooling=gem", "pooling.function._target_=os.system"], ["pooling=gem", "pooling={_target_: os.system}"]):
-        file.write_text(json.dumps({"checkpoints": 1, "overrides": words}))
-        with pytest.raises(ValueError, match=r"asks to run 'os\.system', which no file of conf names"):
+    saved = json.loads(file.read_text())
+    for word in (
+        "pooling.function._target_=os.system",
+        "+poolings.x={_target_: os.system}",
+        "pooling.function='${oc.create:{_target_: os.system}}'",
+        "pooling.function._target_=beauty_bafe.data.workers.os.system",
+    ):
+        file.write_text(json.dumps(saved | {"overrides": ["pooling=gem", word]}))
+        with pytest.raises(ValueError, match=r"asks to run '.*os\.system', which no file of conf names"):
             Retriever.load(tmp_path / "shop")
     with pytest.raises(ValueError, match=r"holds no retriever; Retriever\.save"):
         Retriever.load(tmp_path)
