@@ -13,8 +13,8 @@ WORKDIR /app
 
 COPY pyproject.toml constraints.txt README.md ./
 COPY beauty_bafe ./beauty_bafe
-RUN pip install --constraint constraints.txt .
 COPY conf ./conf
+RUN pip install --constraint constraints.txt .
 COPY train.py retrieve.py docker-entrypoint.sh ./
 
 RUN useradd --create-home --uid 1000 shopper && mkdir /answers && chown shopper /answers

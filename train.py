@@ -1,67 +1,7 @@
 """Train a background-agnostic extractor on catalogue photos: python train.py model=resnet50 data=folder data.root=GALLERY"""
 
-from __future__ import annotations
-
-import logging
-import sys
-import warnings
-from pathlib import Path
-from typing import Any
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from beauty_bafe import cli, recipe
-
-CONF = Path(__file__).parent / "conf"
-
-
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """Train as configured and return the last epoch's metrics; writes checkpoints/, config.yaml, metrics.json, curves.png."""
-    recipe.check_recipe(cfg.retrieval, CONF)
-    import pytorch_lightning as pl
-    from hydra.utils import instantiate
-
-    from beauty_bafe.models.callbacks import History
-    from beauty_bafe.models.precision import keep_memory, trainer_settings
-    from beauty_bafe.models.resuming import KeepRunSettings, check_resumable, run_settings
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business
-    settings = trainer_settings(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
-    output = Path(cfg.output_dir)
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    keep_memory()
-    pl.seed_everything(cfg.seed, verbose=False)
-
-    module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    run = run_settings(plain, settings["precision"])
-    if cfg.ckpt_path is not None:
-        check_resumable(module, run, cfg.ckpt_path)
-    OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
-    data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
-    try:
-        data.setup()
-    finally:  # also where too little is left to train on
-        data.skipped.write(output / "skipped.csv")
-    data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
-    print(data.describe(), flush=True)
-
-    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), KeepRunSettings(run)]
-    trainer = instantiate(cfg.trainer, **settings, callbacks=callbacks, logger=instantiate(cfg.logger))
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-
-    history = next(callback for callback in callbacks if isinstance(callback, History))
-    return history.epochs[-1] if history.epochs else {}
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    cli.run(train, cfg)
-
+from beauty_bafe.commands.train import main
+from beauty_bafe.commands.train import train as train
 
 if __name__ == "__main__":
-    cli.check_overrides(CONF, "train", sys.argv[1:])
     main()

@@ -1,3 +1,30 @@
-"""Background-agnostic product retrieval learned from catalogue photos alone."""
+"""Background-agnostic product retrieval learned from catalogue photos alone.
+
+>>> from beauty_bafe import Retriever                                            # doctest: +SKIP
+>>> shop = Retriever.build("RUN/checkpoints/best.ckpt", gallery="GALLERY")       # doctest: +SKIP
+>>> hits = shop.search(["photo.jpg"], k=7)                                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .retriever import Hit as Hit
+    from .retriever import Retriever as Retriever
 
 __version__ = "0.1.0"
+__all__ = ["Hit", "Retriever"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: torch takes seconds, and `import beauty_bafe` alone should not.
+    if name in __all__:
+        from . import retriever
+
+        return getattr(retriever, name)
+    raise AttributeError(f"module 'beauty_bafe' has no attribute '{name}'; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

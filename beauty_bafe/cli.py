@@ -6,11 +6,14 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from .config import compose
+from .extras import explain
 
 # Groups that a recipe of conf/experiment may name for the other script.
 ELSEWHERE = {
@@ -19,9 +22,14 @@ ELSEWHERE = {
 }
 
 
-def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
+def check_overrides(conf: Path, config_name: str, arguments: Sequence[str]) -> None:
     """Exit with the allowed keys where an override names an unknown one; Hydra alone says only that it is unknown."""
-    from hydra import compose, initialize_config_dir
+    if fault := find_fault(conf, config_name, arguments):
+        sys.exit(f"error: {fault}")
+
+
+def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | None:
+    """What is wrong with the keys of these overrides; None where nothing is, or Hydra has a good message for it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -30,10 +38,9 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
         overrides = OverridesParser.create().parse_overrides(words)
         groups = [o for o in overrides if (conf / o.key_or_group.split("@")[0]).is_dir()]
         chosen = [str(o.input_line) for o in groups if not o.is_sweep_override()]
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            settings: Any = OmegaConf.to_container(compose(config_name, chosen, return_hydra_config=True))
-    except HydraException:
-        return  # not a matter of keys: Hydra's own message names the options
+        settings: Any = OmegaConf.to_container(compose(config_name, chosen, conf, with_hydra=True))
+    except (HydraException, ValueError):
+        return None  # not a matter of keys: Hydra's own message names the options
     swept = {o.key_or_group for o in groups if o.is_sweep_override()}
     swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
     other = {"train": "retrieve", "retrieve": "train"}[config_name]
@@ -48,11 +55,11 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
                 if key in settings.get("retrieval", {}) and "[" not in value
                 else ""
             )
-            sys.exit(f"error: {key} is chosen for {other}.py; here it would change nothing{hint}")
+            return f"{key} is chosen for {other}.py; here it would change nothing{hint}"
         if config_name == "retrieve" and key == "retrieval.enlarge":
-            sys.exit("error: retrieval is train.py's; here type size=PIXELS")
+            return "retrieval is train.py's; here type size=PIXELS"
         if config_name == "retrieve" and group == "retrieval":
-            sys.exit(f"error: retrieval is train.py's; here type {rest or 'pooling'}={value if rest else 'NAME'}")
+            return f"retrieval is train.py's; here type {rest or 'pooling'}={value if rest else 'NAME'}"
         if (
             override in groups
             or override.is_add()
@@ -63,7 +70,7 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
             continue
         if rest and isinstance(settings.get(group), dict) and "auto" in settings[group]:
             if not swept & {group, "experiment"}:
-                sys.exit(_setting_left_at_auto(conf, config_name, group, rest, word))
+                return _setting_left_at_auto(conf, config_name, group, rest, word)
             continue
         parent: Any = settings
         parts = key.split(".")
@@ -73,28 +80,26 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
                 where = ".".join(parts[:depth]) or "the top level"
                 near = difflib.get_close_matches(part, allowed, n=1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
-                sys.exit(f"error: '{key}' is no setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}")
+                return f"'{key}' is no setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}"
             parent = parent[part]
+    return None
 
 
 def _setting_left_at_auto(conf: Path, config_name: str, group: str, setting: str, word: str) -> str:
     """The answer to a setting of a group that is left at auto: the files of the group that have it."""
-    from hydra import compose, initialize_config_dir
-
     names = sorted(file.stem for file in (conf / group).glob("*.yaml") if file.stem != "auto")
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        files = {name: compose(config_name, [f"{group}={name}"])[group] for name in names}
+    files = {name: compose(config_name, [f"{group}={name}"], conf)[group] for name in names}
     having = [name for name in names if OmegaConf.select(files[name], setting, default=files) is not files]
     if not having:
         keys = dict.fromkeys(key for file in files.values() for key in _keys(OmegaConf.to_container(file)))
         near = difflib.get_close_matches(setting, keys, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"error: '{group}.{setting}' is no setting of any file in conf/{group} ({', '.join(names)}).{hint}"
+        return f"'{group}.{setting}' is no setting of any file in conf/{group} ({', '.join(names)}).{hint}"
     # First what the setting itself names, then what train.py gives its checkpoints.
     preferred = {*setting.split("."), OmegaConf.load(conf / "train.yaml").retrieval[group]}
     having.sort(key=lambda name: name not in preferred)
     others = f" (or {group}={', '.join(having[1:])})" if having[1:] else ""
-    return f"error: {group}=auto leaves {group} to the checkpoints; to set it, type {group}={having[0]} {word}{others}"
+    return f"{group}=auto leaves {group} to the checkpoints; to set it, type {group}={having[0]} {word}{others}"
 
 
 def _keys(settings: Any, prefix: str = "") -> list[str]:
@@ -116,12 +121,13 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
     try:
         return function(cfg)
-    except (ValueError, OSError, RuntimeError, InstantiationException) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, InstantiationException) as error:
         # A sweep goes on with its other jobs and reports at the end; a developer wants the traceback.
         if hydra.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        sys.exit(f"error: {cause}\n(HYDRA_FULL_ERROR=1 shows where)")
+        text = explain(cause) if isinstance(cause, ImportError) else cause
+        sys.exit(f"error: {text}\n(HYDRA_FULL_ERROR=1 shows where)")
 
 
 def require_retrieval_inputs(cfg: DictConfig) -> None:

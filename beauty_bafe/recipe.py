@@ -6,11 +6,12 @@ Names alone, looked up among the files that are there, so that a checkpoint can 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+
+from .config import compose
 
 GROUPS = ("pooling", "query", "rerank")
 LEAST, MOST = 0.25, 4.0  # times the size of training
@@ -61,7 +62,7 @@ def resolve_auto(cfg: DictConfig, conf: Path) -> None:
     else:
         names, why = UNTRAINED, "for networks without trained masks"
     words = [f"{group}={names[group]}" for group in left]
-    chosen = _compose(conf, words)
+    chosen = compose("retrieve", words, conf)
     for group in left:
         cfg[group] = chosen[group]
     print(f"{why}: {' '.join(words)}", flush=True)
@@ -103,13 +104,3 @@ def _check_name(group: str, name: object, conf: Path, where: str, key: str) -> N
             f"{where} asks for {group}={str(name)[:80]}, and conf/{group} has {', '.join(allowed)}; "
             f"type {key}=NAME, one of these"
         )
-
-
-def _compose(conf: Path, words: list[str]) -> DictConfig:
-    """retrieve.py's settings under these choices, by the Hydra that runs the script where one does."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    at_work = GlobalHydra.instance().is_initialized()
-    with nullcontext() if at_work else initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return compose("retrieve", words)

@@ -21,7 +21,7 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_questions_are_answered_without_loading_torch(script: str, question: str, tmp_path: Path) -> None:
     """Quick because nothing heavy is imported; a clock would tell of the machine instead."""
     code = (
-        "import sys, runpy\n"
+        f"import sys, runpy; sys.path.insert(0, r'{ROOT}')\n"
         f"sys.argv = ['{script}.py', *'{question}'.split()]\n"
         "try:\n"
         f"    runpy.run_path(r'{ROOT / script}.py', run_name='__main__')\n"

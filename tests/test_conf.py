@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 
-from .conftest import ROOT
+from .conftest import ROOT, TINY
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
@@ -65,8 +65,7 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
         assert len(extractor.backbone.channels) == 4
         assert extractor.backbone.strides == sorted(extractor.backbone.strides)
     elif group == "objective":
-        tiny = {"name": "test_efficientnet", "taps": ["blocks.0"], "last": "bn2", "size": 64, "pretrained": False}
-        instantiate(cfg.objective, model=tiny, _recursive_=False, _convert_="all")
+        instantiate(cfg.objective, model=TINY, _recursive_=False, _convert_="all")
     elif group in ("callbacks", "rerank"):
         if "retrieval.learned" in file.read_text():
             pytest.importorskip("kornia", reason="the extra `matching`")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .pictures import SUFFIXES
+from .pictures import SUFFIXES, Picture, read_picture
 
 ID_COLUMNS = ("id", "image id", "image_id", "product")
 PATH_COLUMNS = ("path", "file", "filename")
@@ -41,6 +41,15 @@ class Catalog:
         """What tells these pictures from others, wherever they lie: how many, and a digest of their ids and file sizes."""
         listed = "\n".join(f"{name} {os.stat(path).st_size}" for name, path in zip(self.ids, self.paths, strict=True))
         return f"{len(self)} pictures ({hashlib.sha256(listed.encode()).hexdigest()[:16]})"
+
+    @property
+    def files(self) -> Catalog:
+        """Itself: all of its pictures are files."""
+        return self
+
+    def read(self, row: int, longest: int | None = None) -> Picture:
+        """Decode picture `row`, see `read_picture`. Raises UnreadablePicture."""
+        return read_picture(self.paths[row], longest)
 
     def subset(self, indices: Iterable[int]) -> Catalog:
         chosen = list(indices)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
@@ -27,8 +29,8 @@ class Picture(NamedTuple):
     alpha: np.ndarray | None
 
 
-def read_picture(path: str | Path, longest: int | None = None) -> Picture:
-    """Decode a picture: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
+def read_picture(source: str | Path | bytes, longest: int | None = None) -> Picture:
+    """Decode a file, or the bytes of one: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
 
     With `longest` a picture of more than four times as many pixels on its longest side is shrunk to two to four times, so
     that memory stays bounded; the JPEG decoder then skips detail nobody will see.
@@ -36,7 +38,7 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
     Raises UnreadablePicture with the reason; never returns a stand-in.
     """
     try:
-        with _open(path) as image:
+        with _open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
             whole = image.size
@@ -44,24 +46,34 @@ def read_picture(path: str | Path, longest: int | None = None) -> Picture:
                 # draft() keeps both sides at or above the size asked for, so the shorter side must be scaled along.
                 scale = 2 * longest / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-            picture = _decode_jpeg(path, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
-            return _shrink(picture, longest) if longest else picture
+            picture = _decode_jpeg(source, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
+            return shrink(picture, longest)
     except UnreadablePicture:
         raise
     except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
         if isinstance(error, MemoryError):
             raise
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        raise UnreadablePicture(reason.replace(str(path), Path(path).name)) from error
+        if not isinstance(source, bytes):
+            reason = reason.replace(str(source), Path(source).name)
+        raise UnreadablePicture(reason) from error
 
 
-def _open(path: str | Path) -> Image.Image:
+def convert_image(image: Image.Image, longest: int | None = None) -> Picture:
+    """An opened picture as `read_picture` gives a file's."""
+    return shrink(_to_rgb(ImageOps.exif_transpose(image)), longest)
+
+
+def _open(source: str | Path | bytes) -> Image.Image:
     """Image.open without its limit on pixels: `read_picture` has its own, and Pillow's is the whole process's to set.
 
     Pillow's decoders of GIF, TIFF and WebP go on looking at theirs.
     """
-    with open(path, "rb") as stream:
-        start = stream.read(16)
+    if isinstance(source, bytes):
+        start = source[:16]
+    else:
+        with open(source, "rb") as stream:
+            start = stream.read(16)
     Image.preinit()  # the common formats first
     Image.init()
     for factory, accepts in [Image.OPEN[name] for name in Image.ID]:
@@ -69,20 +81,25 @@ def _open(path: str | Path) -> Image.Image:
             accepted = accepts is None or accepts(start)
             if not accepted or isinstance(accepted, str):  # a text says what is missing to read it
                 continue
-            return factory(str(path), str(path))  # type: ignore[arg-type]  # opens it itself, and closes it
+            if isinstance(source, bytes):
+                return factory(io.BytesIO(source), "")
+            return factory(str(source), str(source))  # type: ignore[arg-type]  # opens it itself, and closes it
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # another format, as Image.open takes it
     raise UnidentifiedImageError("cannot identify image file")
 
 
-def _decode_jpeg(path: str | Path, image: Image.Image, whole: tuple[int, int]) -> Picture | None:
+def _decode_jpeg(source: str | Path | bytes, image: Image.Image, whole: tuple[int, int]) -> Picture | None:
     """An upright, colour or grey JPEG that the draft left at its `whole` size: Pillow's pixels in half its time."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or image.size != whole:
         return None
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
     try:
-        pixels = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)
+        content = (
+            torch.frombuffer(bytearray(source), dtype=torch.uint8) if isinstance(source, bytes) else read_file(str(source))
+        )
+        pixels = decode_jpeg(content, mode=ImageReadMode.RGB)
     except RuntimeError:
         return None  # Pillow says what is wrong, or can read it after all
     return Picture(pixels.permute(1, 2, 0).contiguous().numpy(), None)
@@ -106,7 +123,10 @@ def _to_rgb(image: Image.Image) -> Picture:
     return Picture(np.array(image.convert("RGB")), None)
 
 
-def _shrink(picture: Picture, longest: int) -> Picture:
+def shrink(picture: Picture, longest: int | None) -> Picture:
+    """A picture over four times as large as `longest` at twice `longest`; others, and all where it is None, as they are."""
+    if not longest:
+        return picture
     scale = 2 * longest / max(picture.rgb.shape)
     if scale >= 0.5:
         return picture

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.catalog import Catalog, open_catalog
-from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..data.images import Pictures
+from ..data.pictures import UnreadablePicture, letterbox
+from ..extras import explain
 from .faiss_index import kmeans
 from .features import Member, unit
 from .keypoints import Sift, root_sift
@@ -60,22 +62,27 @@ def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2
 
     A histogram of 10 patterns a radius, square-rooted.
     """
-    from skimage.feature import local_binary_pattern
-
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    patterns = [local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
+    patterns = [_skimage().local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
     return np.concatenate([_root_histogram(pattern, weight, 10) for pattern in patterns])
 
 
 @_of_each_picture
 def hog(rgb: np.ndarray, weight: np.ndarray | None, cells: int = 7, orientations: int = 9) -> np.ndarray:
     """Histograms of oriented gradients over `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
-    from skimage.feature import hog as gradients
-
     if weight is not None:
         rgb = (rgb * weight[..., None] + 255 * (1 - weight[..., None])).astype(np.uint8)
     side = rgb.shape[0] // cells
-    return gradients(rgb, orientations, (side, side), (2, 2), channel_axis=-1)
+    return _skimage().hog(rgb, orientations, (side, side), (2, 2), channel_axis=-1)
+
+
+def _skimage() -> Any:
+    """scikit-image's features. Raises ImportError saying how to install it."""
+    try:
+        from skimage import feature
+    except ImportError as error:
+        raise ImportError(explain(error)) from error
+    return feature
 
 
 class Vlad:
@@ -114,12 +121,12 @@ class Vlad:
         np.add.at(total, nearest, (descriptors - self.vocabulary[nearest]) * shares[:, None])
         return unit(total).ravel()
 
-    def learn(self, catalog: Catalog) -> None:
+    def learn(self, pictures: Pictures) -> None:
         """Cluster the RootSIFT of some of the pictures. Raises ValueError where they have too few."""
         found = []
-        for row in np.unique(np.linspace(0, len(catalog) - 1, LEARNED_FROM).astype(int)):
+        for row in np.unique(np.linspace(0, len(pictures) - 1, LEARNED_FROM).astype(int)):
             try:
-                rgb = read_picture(catalog.paths[row], CANVAS).rgb
+                rgb = pictures.read(int(row), CANVAS).rgb
             except UnreadablePicture:
                 continue  # the pass over the gallery reports it
             found.append(root_sift(self.detector(letterbox(rgb, CANVAS)).descriptors))
@@ -133,19 +140,20 @@ class Vlad:
         self.vocabulary = kmeans(descriptors, self.words)
 
 
-def learn(members: Sequence[Member], source: str | None, kept: Path | None, features: Path) -> None:
-    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `source`.
+def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kept: Path | None, features: Path) -> None:
+    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `pictures`.
 
+    `source`: where the pictures come from, by which `features` is searched.
     A catalogue that changes keeps its vocabulary, so that what was described stays valid.
     """
     for number, vlad in enumerate(_vlads(members)):
-        file = features / f"vocabulary-{digest(str(vlad), str(Path(source or '').expanduser().resolve()))}.npy"
+        file = features / f"vocabulary-{digest(str(vlad), str(Path(source).expanduser().resolve()))}.npy"
         if kept is not None:
             file = _kept(kept, number)
         if file.is_file():
             vlad.vocabulary = np.load(file)
-        elif source is not None:
-            vlad.learn(open_catalog(source))
+        elif pictures is not None:
+            vlad.learn(pictures)
             _save(file, vlad)
 
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,38 +18,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.catalog import Catalog
-from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..data.pictures import UnreadablePicture
 from ..data.workers import default_workers, quiet_worker
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.inference import FEW, MASK_SIZE, Describer, Engine
+from ..models.inference import FEW, MASK_SIZE
 from ..models.views import View
+from .engine import Canvas, EnsembleEngine, Network, fit, longest, stack
+from .engine import Settings as EngineSettings
 from .store import Picture, Store
 
 LOT = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
 
 
-class Settings(Protocol):
+class Settings(EngineSettings, Protocol):
     """What of `FeatureExtraction` a pass needs."""
 
-    batch_size: int | None
     num_workers: int | None
-    device: str
-    precision: str
-    compiled: bool | None
     shard: int
     dtype: np.dtype
-    scales: tuple[float, ...]
-    flip: bool
-
-
-@dataclass
-class Network:
-    """One network at work: `numbers` of the members it serves, which canvas it looks at, and how it is run."""
-
-    numbers: list[int]
-    canvas: int
-    engine: Engine
 
 
 class Pass:
@@ -75,18 +61,14 @@ class Pass:
         self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
         self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
         self.poolings = [pooling for _, pooling in asked]
-        members: dict[BackgroundAgnosticExtractor, list[int]] = {}
+        numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
         for number, (extractor, _) in enumerate(asked):
-            members.setdefault(extractor, []).append(number)
+            numbers.setdefault(extractor, []).append(number)
         # A network all of whose stores are complete has nothing to do.
-        members = {extractor: numbers for extractor, numbers in members.items() if self._lack(lacking, numbers)}
-        engines = [(numbers, self._engine(extractor, numbers)) for extractor, numbers in members.items()]
-        seen = [(engine.describer.canvas, engine.describer.extractor.pad) for _, engine in engines]
-        self.canvases = sorted(set(seen))
-        self.networks = [
-            Network(numbers, self.canvases.index(canvas), engine)
-            for (numbers, engine), canvas in zip(engines, seen, strict=True)
-        ]
+        members = {number: asked[number] for same in numbers.values() if self._lack(lacking, same) for number in same}
+        begun = {number: store.plan(pictures) for number, store in enumerate(stores)}
+        engine = EnsembleEngine(settings, members, masks, view, begun)
+        self.networks, self.canvases = engine.networks, engine.canvases
         # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
         # than threads that decode between its batches).
         automatic = 0 if settings.device == "cpu" else default_workers()
@@ -94,16 +76,6 @@ class Pass:
 
     def _lack(self, rows: Sequence[int], numbers: Sequence[int]) -> bool:
         return any(self.pictures[row] not in self.stores[number] for row in rows for number in numbers)
-
-    def _engine(self, extractor: BackgroundAgnosticExtractor, numbers: list[int]) -> Engine:
-        settings = self.settings
-        # A resumed pass goes on as it began: the other way the rest would differ in its last bits.
-        begun = next((plan for number in numbers if (plan := self.stores[number].plan(self.pictures))), {})
-        compiled = settings.compiled if settings.compiled is not None else begun.get("compiled")
-        poolings = [self.poolings[number] for number in numbers]
-        masks = self.masks and any(pooling.saliency for pooling in poolings)  # none is kept of others
-        describer = Describer(extractor, poolings, masks, settings.scales, settings.flip, self.view)
-        return Engine(describer, settings.device, settings.precision, settings.batch_size or begun.get("batch"), compiled)
 
     def run(self) -> None:
         """Plan, forecast, compile where it pays, describe, and say how long it took."""
@@ -212,7 +184,7 @@ def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
 
     def readable(row: int) -> bool:
         try:
-            return bool(read_picture(catalog.paths[row], size))
+            return bool(catalog.read(row, size))
         except UnreadablePicture:
             return False
 
@@ -223,7 +195,7 @@ def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
 class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
     """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
 
-    def __init__(self, catalog: Catalog, canvases: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, catalog: Catalog, canvases: Sequence[Canvas]) -> None:
         self.catalog, self.canvases = catalog, canvases
 
     def __len__(self) -> int:
@@ -232,17 +204,15 @@ class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
     def __getitem__(self, index: int) -> tuple[list[Tensor], str, float]:
         start = time.perf_counter()
         try:
-            picture = read_picture(self.catalog.paths[index], max(size for size, _ in self.canvases)).rgb
+            picture = self.catalog.read(index, longest(self.canvases)).rgb
         except UnreadablePicture as error:
             return [], str(error), time.perf_counter() - start
-        views = [torch.from_numpy(letterbox(picture, *canvas)).permute(2, 0, 1) for canvas in self.canvases]
-        return views, "", time.perf_counter() - start
+        return fit(picture, self.canvases), "", time.perf_counter() - start
 
 
 def _stack(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
-    good = [views for views, reason, _ in items if not reason]
     return (
-        [torch.stack(views) for views in zip(*good, strict=True)],
+        stack([views for views, reason, _ in items if not reason]),
         [reason for _, reason, _ in items],
         sum(seconds for _, _, seconds in items),
     )

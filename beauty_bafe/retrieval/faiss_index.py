@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch  # noqa: F401  # first: loaded after faiss, torch can find faiss's OpenMP and hang
@@ -58,6 +60,7 @@ class FaissIndex(Index):
         self.gpus = list(range(seen)) if device == "auto" else [number] if device.startswith(("gpu", "cuda")) else []
         self.factory, self.float16, self.temp_memory = factory, float16, temp_memory
         self.target_recall, self.tune_k = target_recall, tune_k
+        self._one_at_a_time = threading.Lock()  # faiss's GPU indexes share scratch space
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +105,13 @@ class FaissIndex(Index):
         if self.target_recall is not None:
             self._tune()
 
+    def clone(self) -> Self:
+        import faiss
+
+        twin = super().clone()
+        twin._index = faiss.clone_index(self._index)
+        return twin
+
     def _grown(self, before: int) -> None:
         new = np.arange(self._next, self._next + len(self.vectors) - before, dtype=np.int64)
         for start in range(0, len(new), 1 << 16):  # faiss keeps a copy of what it is given
@@ -137,7 +147,8 @@ class FaissIndex(Index):
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         # A GPU index answers at most GPU_MOST; the CPU one beside it has the same rows.
         index = self._on_gpu if self._on_gpu is not None and k <= GPU_MOST else self._index
-        scores, labels = index.search(queries, k)
+        with self._one_at_a_time if index is self._on_gpu else nullcontext():
+            scores, labels = index.search(queries, k)
         missing = (labels < 0).any(axis=1)
         if missing.any():
             # An approximate index may look at fewer than k rows; those queries are answered by looking at all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -47,6 +47,11 @@ class FastestIndex(Index):
     def _build(self) -> None:
         self._chosen = FaissIndex("Flat", self.metric, "cpu") if self._is_small() else ExactIndex(self.metric, self.device)
         self._chosen.fit(self.vectors, self.ids)
+
+    def clone(self) -> Self:
+        twin = super().clone()
+        twin._chosen = None if self._chosen is None else self._chosen.clone()
+        return twin
 
     def _grown(self, before: int) -> None:
         if not isinstance(self._chosen, ExactIndex):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data.catalog import Catalog, Skipped, stamp
+from ..data.images import Pictures
 from ..data.workers import one_opencv_thread
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
@@ -180,32 +181,35 @@ class FeatureExtraction:
     def __call__(
         self,
         members: Sequence[Member],
-        catalog: Catalog,
+        pictures: Pictures,
         source: str,
         what: str,
         skipped: Skipped,
         masks: bool = False,
         view: View | None = None,
     ) -> list[Features]:
-        """Features of each member over the catalogue, from disk where they are there; unreadable pictures go to `skipped`.
+        """Features of each member over files, from disk where they are there; unreadable pictures go to `skipped`.
 
-        `source` is where the catalogue came from: its stores are found again by it. `what` names the pictures in messages.
+        `source` is where the pictures came from: its stores are found again by it. `what` names the pictures in messages.
         With `masks` the saliency is kept of members whose pooling takes it. `view`: see Describer.
         Raises ValueError where too many pictures cannot be read, or the work will not fit on disk or in memory.
         """
-        pictures = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
+        catalog = pictures.files
+        if len(catalog) < len(pictures):
+            raise ValueError(f"{len(pictures) - len(catalog)} {what} are no files, and descriptors are stored by file")
+        stamped = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
             opened = {folder: Store(folder, key) for folder, key in places}  # one for members that are the same
             stores = [opened[folder] for folder, _ in places]
-            self._retry(members, stores, catalog, pictures)
-            lacking = [row for row, picture in enumerate(pictures) if not all(picture in store for store in stores)]
-            if lacking or any(len(store.rows) + len(store.unreadable) > len(pictures) for store in stores):
+            self._retry(members, stores, catalog, stamped)
+            lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
+            if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
                 asked = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    Pass(self, asked, stores, catalog, pictures, lacking, what, masks, view).run()
+                    Pass(self, asked, stores, catalog, stamped, lacking, what, masks, view).run()
             readable, broken = [], Skipped()
-            for row, picture in enumerate(pictures):
+            for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
                 if reason is None:
                     readable.append(picture)

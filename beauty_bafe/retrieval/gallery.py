@@ -6,15 +6,15 @@ import copy
 import csv
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from ..data.catalog import Catalog, Skipped, open_catalog
+from ..data.images import Pictures
 from ..models.views import View
 from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
-from .features import FeatureExtraction, Features, Member, describe_members
+from .features import Features, Member, describe_members
 from .index import Index
 from .manifest import locked, replace_file
 from .ranking import Ranking, check_k
@@ -24,24 +24,42 @@ from .versions import Versions
 CATALOG = "gallery.csv"  # the pictures of a kept index
 
 
+class Extraction(Protocol):
+    """Describes pictures, see FeatureExtraction (kept on disk) and MemoryExtraction. `root`: where files may be kept."""
+
+    root: Path
+    scales: tuple[float, ...]
+    flip: bool
+
+    def __call__(
+        self,
+        members: Sequence[Member],
+        pictures: Pictures,
+        source: str,
+        what: str,
+        skipped: Skipped,
+        masks: bool = False,
+        view: View | None = None,
+    ) -> list[Features]: ...
+
+
 class Gallery:
     """A gallery that can be asked: how pictures are described and fused, and an index of it per view (or member, where
     rankings are fused).
 
-    `view` changes queries before they are described, see Describer.
+    `view` changes queries before they are described, see Describer. `catalog`: the pictures that lie in files.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
-        extraction: FeatureExtraction,
+        extraction: Extraction,
         ensemble: Concatenation | Fusion,
         view: View | None = None,
     ) -> None:
         self.members, self.extraction, self.ensemble, self.view = members, extraction, ensemble, view
         self.catalog = Catalog((), ())
         self.indexes: list[Index] = []
-        self.seconds = 0.0  # that answering took
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
@@ -58,30 +76,27 @@ class Gallery:
         """
         kept = Versions(Path(folder)) if folder is not None else None
         if source is not None:
-            self.catalog = open_catalog(source)
+            pictures = open_catalog(source)
             # A second run on the same folder waits, and then finds what the first one wrote.
             with locked([] if kept is None else [kept.folder]):
-                self._build(source, kept, index, skipped)
+                print(self.build(pictures, source, index, skipped, kept))
             return self
         if kept is None or kept.current() is None:
             raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
 
-        def load(place: Path) -> None:
-            learn(self.members, None, place, self.extraction.root)
-            self.indexes, self.catalog = self._load(place, index), open_catalog(place / CATALOG)
-
-        kept.read(load)
+        kept.read(lambda place: self.load(place, index))
         print(f"index: {self.indexes[0]}, {len(self.indexes[0].ids)} pictures from {folder}")
         return self
 
-    def _build(self, source: str, kept: Versions | None, index: Index, skipped: Skipped) -> None:
-        """Describe the pictures of `source` and index them, as a change of what is `kept` where something is."""
+    def build(self, pictures: Pictures, source: str, index: Index, skipped: Skipped, kept: Versions | None = None) -> str:
+        """Describe the pictures and index them, as a change of what is `kept` where something is; returns what was done."""
         place = kept.current() if kept is not None else None
-        learn(self.members, source, place, self.extraction.root)
-        features = self.extraction(self.members, self.catalog, source, "gallery pictures", skipped)
+        self.catalog = pictures.files
+        learn(self.members, pictures, source, place, self.extraction.root)
+        features = self.extraction(self.members, pictures, source, "gallery pictures", skipped)
         start = time.perf_counter()
         if place is not None:
-            self.indexes = self._load(place, index)
+            self.indexes = self._load_indexes(place, index)
             views = self.ensemble.transform(features)
             changes = [index.hold(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
             changed = any(removed or added for removed, added, _ in changes) or open_catalog(place / CATALOG) != self._held()
@@ -92,42 +107,56 @@ class Gallery:
             self.indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
             how, changed = "built", True
         rows, width = self.indexes[0].vectors.shape
-        print(f"index: {self.indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s")
+        done = f"index: {self.indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s"
         if kept is not None and changed:
-            kept.write(self._save)
+            kept.write(self.save)
+        return done
 
-    def describe(self, catalog: Catalog, source: str, what: str, skipped: Skipped) -> list[Features]:
+    def added(self, pictures: Pictures, described: Sequence[Features]) -> Gallery:
+        """This gallery with more pictures, the ensemble as first learned. Raises ValueError for an id that is there already."""
+        larger = copy.copy(self)
+        larger.indexes = [index.clone() for index in self.indexes]
+        for index, view in zip(larger.indexes, self.ensemble.transform(described), strict=True):
+            index.add(view.vectors, view.ids)
+        new, held = pictures.files, self._held()
+        larger.catalog = Catalog(held.ids + new.ids, held.paths + new.paths)
+        return larger
+
+    def removed(self, ids: tuple[str, ...]) -> Gallery:
+        """This gallery without these pictures. Raises ValueError for an id that is not there."""
+        smaller = copy.copy(self)
+        smaller.indexes = [index.clone() for index in self.indexes]
+        for index in smaller.indexes:
+            index.remove(ids)
+        smaller.catalog = smaller._held()
+        return smaller
+
+    def describe(self, pictures: Pictures, source: str, what: str, skipped: Skipped) -> list[Features]:
         """Features of each member over pictures to ask with, their masks among them."""
-        return self.extraction(self.members, catalog, source, what, skipped, masks=True, view=self.view)
+        return self.extraction(self.members, pictures, source, what, skipped, masks=True, view=self.view)
 
     def answer(
         self, asked: Catalog, described: Sequence[Features], steps: Sequence[Callable[[Found], Found]], k: int
     ) -> Ranking:
-        """Search each view for `described` (of the pictures `asked`), re-rank, fuse: the k best of every query.
+        """Search each view for `described`, re-rank, fuse: the k best of every query. `asked`: those queries that are files.
 
         Raises ValueError for a bad k.
         """
         check_k(k, len(self.indexes[0].ids))
-        depths = [step.keywords.get("depth", 0) for step in steps if isinstance(step, partial)]
+        depths = [getattr(step, "depth", None) or getattr(step, "keywords", {}).get("depth", 0) for step in steps]
         depth = min(max([k, self.ensemble.depth, *depths]), len(self.indexes[0].ids))
-        queries = self.ensemble.transform(described)
-        start = time.perf_counter()
         rankings = []
-        for number, view in enumerate(queries):
+        for number, view in enumerate(self.ensemble.transform(described)):
             found = self._search(number, view, asked, depth)
             for step in steps:
                 found = step(found)
             rankings.append(found.ranking)
-        ranking, self.seconds = self.ensemble.fuse(rankings, k), time.perf_counter() - start
-        count = len(ranking.query_ids)
-        print(f"searched for {count} queries in {self.seconds:.2f} s, {1e3 * self.seconds / count:.2f} ms each")
-        return ranking
+        return self.ensemble.fuse(rankings, k)
 
-    def costs(self, queries: int) -> dict[str, float]:
-        """Of the last answer: dimensions of a picture, milliseconds a query (re-ranking included), bytes of the index."""
+    def costs(self) -> dict[str, float]:
+        """Dimensions of a picture and bytes of the index."""
         return {
             "dimensions": sum(index.vectors.shape[1] for index in self.indexes),
-            "ms_per_query": 1e3 * self.seconds / max(queries, 1),
             "index_bytes": sum(index.nbytes for index in self.indexes),
         }
 
@@ -144,24 +173,33 @@ class Gallery:
         seen = {"scales": list(self.extraction.scales), "flip": self.extraction.flip}
         return self.ensemble.describe() | seen | {"members": describe_members(self.members)}
 
-    def _load(self, place: Path, index: Index) -> list[Index]:
+    def load(self, place: Path, index: Index) -> None:
+        """Take what `save` wrote. Raises ValueError naming the key that differs."""
+        learn(self.members, None, "", place, self.extraction.root)
+        self.indexes = self._load_indexes(place, index)
+        self.catalog = open_catalog(place / CATALOG) if (place / CATALOG).is_file() else Catalog((), ())
+
+    def _load_indexes(self, place: Path, index: Index) -> list[Index]:
         """The kept indexes, one a view; the ensemble takes up what it had learned."""
         self.ensemble.load(place)
         views = sorted(place.glob("view*"), key=lambda view: int(view.name.removeprefix("view")))
         return [copy.copy(index).load(view, self._about()) for view in views]
 
     def _held(self) -> Catalog:
-        """The pictures that the index holds, where they lie now."""
+        """The files of the pictures that the index holds, where they lie now."""
         present = set(self.indexes[0].ids)
         held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in present)
         return Catalog(held.ids, tuple(path.resolve() for path in held.paths))
 
-    def _save(self, place: Path) -> None:
+    def save(self, place: Path) -> None:
+        """Write ensemble, indexes and where the pictures lie into a folder of their own."""
         self.ensemble.save(place)
         keep_learned(self.members, place)
         for number, index in enumerate(self.indexes):
             index.save(place / f"view{number}", self._about())
         held = self._held()
+        if not len(held):
+            return
 
         def write(part: Path) -> None:
             with part.open("w", newline="", encoding="utf-8") as stream:

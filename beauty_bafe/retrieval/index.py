@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +38,20 @@ class Index(ABC):
         self._build()
         return self
 
+    def clone(self) -> Self:
+        """An index of the same rows; adding to it or removing from it leaves this one as it is."""
+        return copy.copy(self)
+
+    def get(self, ids: Sequence[str]) -> np.ndarray:
+        """The vectors of these ids, float32 (len(ids), D), in their order. Raises ValueError for an id that is not there."""
+        wanted, rows = set(ids), {}
+        for row, name in enumerate(self.ids):
+            if name in wanted:
+                rows[name] = row
+        if missing := wanted.difference(rows):
+            raise self._unknown(missing)
+        return np.asarray(self.vectors[np.array([rows[name] for name in ids], np.int64)])
+
     def add(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
         """Append rows. Raises ValueError for an id that is already there or another width."""
         _check_rows(vectors, ids, self.vectors.shape[1])
@@ -53,11 +69,14 @@ class Index(ABC):
         gone = set(ids)
         unknown = gone.difference(self.ids)
         if unknown:
-            raise ValueError(f"the index holds no '{min(unknown)}'; it has {len(self.ids)} ids, the first '{self.ids[:1]}'")
+            raise self._unknown(unknown)
         keep = np.array([name not in gone for name in self.ids])
         self.vectors = self.vectors[keep]
         self.ids = tuple(name for name in self.ids if name not in gone)
         self._shrunk(keep)
+
+    def _unknown(self, ids: Set[str]) -> ValueError:
+        return ValueError(f"the index holds no '{min(ids)}'; it has {len(self.ids)} ids, the first '{self.ids[:1]}'")
 
     def hold(self, vectors: np.ndarray, ids: tuple[str, ...]) -> tuple[int, int, int]:
         """Change as little as needed to hold exactly these rows; how many were removed, added and kept."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from ..data.augmentation import Augmentation
 from ..data.backgrounds import Backgrounds
-from ..data.catalog import open_catalog, stamp
+from ..data.catalog import Catalog, open_catalog, stamp
 from ..data.foreground import find_foreground
 from ..data.photos import VERSION as MASKS
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
@@ -141,8 +142,9 @@ def _look(
     """`score(query, its first answers)` of every query, float (Q, depth), the best of so many quarter turns; on all cores."""
     scene, ranking = _present(found.scene), found.ranking
     positions = ranking.positions[:, :depth]
+    _paths(scene.gallery, (ranking.gallery_ids[place] for place in np.unique(positions)))
     gallery = _GalleryKeypoints(scene, detector)
-    paths = dict(zip(scene.asked.ids, scene.asked.paths, strict=True))
+    paths = _paths(scene.asked, ranking.query_ids)
 
     def look(row: int) -> np.ndarray:
         rgb = read_picture(paths[ranking.query_ids[row]], detector.size).rgb
@@ -161,6 +163,16 @@ def _look(
         looked = list(track(threads.map(look, range(len(positions))), f"matching {what}", total=len(positions)))
         print(f"matched {what}: {len(positions) / (time.perf_counter() - start):.1f} queries a second")
         return np.array(looked)
+
+
+def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Path]:
+    """Where these pictures lie. Raises ValueError for one that is no file."""
+    paths = dict(zip(catalog.ids, catalog.paths, strict=True))
+    if missing := [name for name in names if name not in paths]:
+        raise ValueError(
+            f"local features need pictures as files, and '{missing[0]}' was given as pixels; give its path, or rerank=none"
+        )
+    return paths
 
 
 class _GalleryKeypoints:

@@ -124,7 +124,7 @@ def test_a_vocabulary_is_learned_once(tmp_path: Path, toy: Path, capsys: pytest.
     for _ in range(2):
         pooling = Pooling(Vlad(words=4, keypoints=60), saliency=False, map="picture")
         member = Member("m", "s", BackgroundAgnosticExtractor.__new__(BackgroundAgnosticExtractor), pooling)
-        learn([member], str(toy / "gallery"), None, tmp_path)
+        learn([member], from_folder(toy / "gallery"), str(toy / "gallery"), None, tmp_path)
         names.append(str(pooling))
     assert names[0] == names[1]
     assert "vocabulary=none" not in names[0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beauty_bafe.data import catalog
 from beauty_bafe.data.catalog import Catalog, Skipped, from_folder
 from beauty_bafe.data.pictures import UnreadablePicture, letterbox, read_picture
 from beauty_bafe.models.descriptor import Pooling
@@ -19,7 +20,7 @@ from beauty_bafe.models.inference import MASK_SIZE
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, mac, spoc
 from beauty_bafe.models.views import View
-from beauty_bafe.retrieval import describing as module
+from beauty_bafe.retrieval import describing
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members, mean_masks
 
 ATTENTION = Pooling(spoc, saliency=True)
@@ -110,7 +111,7 @@ def test_what_is_on_disk_is_not_described_again(
     """A changed catalogue: only new and changed pictures are read, gone ones leave, order follows the catalogue."""
     before = describe(folder, ATTENTION, GEM)
     reads: list[str] = []
-    monkeypatch.setattr(module, "read_picture", lambda path, size: reads.append(path.stem) or read_picture(path, size))
+    monkeypatch.setattr(catalog, "read_picture", lambda path, size: reads.append(path.stem) or read_picture(path, size))
     assert np.array_equal(describe(folder, ATTENTION)[0].vectors, before[0].vectors)
     assert reads == ["p3"], "what could not be read is tried again"
     reads.clear()
@@ -159,7 +160,7 @@ def test_several_checkpoints_share_one_pass(
     second.size = 96
     members = [Member("one", "1", first, ATTENTION), Member("two", "2", second, ATTENTION)]
     reads: list[object] = []
-    monkeypatch.setattr(module, "read_picture", lambda *a: reads.append(a) or read_picture(*a))
+    monkeypatch.setattr(catalog, "read_picture", lambda *a: reads.append(a) or read_picture(*a))
     one, two = describe(folder, members=members)
     assert len(reads) == 7
     assert one.ids == two.ids
@@ -217,7 +218,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 raise UnreadablePicture("OSError: [Errno 5] Input/output error")
             return read_picture(path, size)
 
-        monkeypatch.setattr(module, "read_picture", read)
+        monkeypatch.setattr(catalog, "read_picture", read)
 
     return fail
 
@@ -282,14 +283,14 @@ def test_half_precision_on_disk(folder: Path, describe: Callable[..., list[Featu
 def test_work_that_will_not_fit_says_so_at_once(
     folder: Path, describe: Callable[..., list[Features]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FEW", 3)
+    monkeypatch.setattr(describing, "FEW", 3)
     describe(folder, store="fits")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setattr(describing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(ValueError, match=r"7 pictures need 0.0 GB on disk, .* has 0.0 GB left; type features=DIR"):
         describe(folder, store="disk")
     monkeypatch.undo()
-    monkeypatch.setattr(module, "FEW", 3)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
+    monkeypatch.setattr(describing, "FEW", 3)
+    monkeypatch.setattr(describing.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
     with pytest.raises(ValueError, match=r"GB of memory to be searched, 0.0 GB are free; use fewer checkpoints"):
         describe(folder, store="memory")
 

@@ -161,6 +161,31 @@ def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: p
     assert "WARNING" not in capfd.readouterr().err, "small galleries are fine"
 
 
+@pytest.mark.parametrize("kind", ["exact", "fastest", *FACTORIES])
+def test_a_clone_changes_alone(kind: str) -> None:
+    gallery, queries, ids = unit(600, 16, 0), unit(9, 16, 1), names(600)
+    index = build(kind).fit(gallery[:500], ids[:500])
+    before = index.search(queries, names(9), 20)
+    twin = index.clone()
+    twin.add(gallery[500:], ids[500:])
+    twin.remove(ids[:200])
+    after = index.search(queries, names(9), 20)
+    assert index.ids == ids[:500]
+    assert np.array_equal(before.positions, after.positions)
+    assert np.array_equal(before.scores, after.scores)
+    assert twin.ids == ids[200:]
+    assert twin.search(gallery[550:551], ("q",), 1).answers(0) == [ids[550]]
+
+
+def test_vectors_by_id() -> None:
+    gallery = unit(9, 4, 0)
+    index = build("exact").fit(gallery, names(9))
+    assert np.array_equal(index.get(["n7", "n2", "n7"]), gallery[[7, 2, 7]])
+    assert index.get([]).shape == (0, 4)
+    with pytest.raises(ValueError, match="the index holds no 'n9'; it has 9 ids"):
+        index.get(["n1", "n9"])
+
+
 def test_a_saved_index_names_what_differs(tmp_path: Path) -> None:
     index = build("exact").fit(unit(9, 4, 0), names(9))
     index.save(tmp_path, {"members": ["a"]})

@@ -1,0 +1,37 @@
+"""The command `beauty-bafe`, and `python -m beauty_bafe`."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+
+from . import __version__
+
+COMMANDS = {
+    "train": "train an extractor on catalogue photos, as train.py does",
+    "retrieve": "answer queries from a gallery, as retrieve.py does",
+}
+
+
+def main() -> None:
+    """Run the command that the first word names with the other words as its overrides. Exits for an unknown one."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {command:10}{what}" for command, what in COMMANDS.items()]
+        print("\n".join(["usage: beauty-bafe COMMAND [override ...]", *lines, "beauty-bafe COMMAND --help lists its settings"]))
+        return
+    if name == "--version":
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.exit(f"error: '{name}' is not a command; type beauty-bafe {' or '.join(COMMANDS)}{hint}")
+    sys.argv = [sys.argv[0], *words]
+    # As `python -m` would, so that the processes of training on several GPUs are started with the same command.
+    runpy.run_module(f"beauty_bafe.commands.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

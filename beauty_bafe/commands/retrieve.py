@@ -1,0 +1,78 @@
+"""Answer queries from a gallery: python retrieve.py checkpoints='[RUN/checkpoints/best.ckpt]' gallery=DIR queries=DIR"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from beauty_bafe import cli, recipe
+from beauty_bafe.config import CONF
+
+
+def retrieve(cfg: DictConfig) -> dict[str, Any]:
+    """Retrieve as configured; writes submission.csv, with truth metrics.json, and report.html. Returns the metrics."""
+    cli.require_retrieval_inputs(cfg)
+    recipe.resolve_auto(cfg, CONF)
+    from beauty_bafe.data.catalog import Skipped, open_catalog
+    from beauty_bafe.evaluation.masks import evaluate_masks
+    from beauty_bafe.evaluation.metrics import evaluate, read_truth
+    from beauty_bafe.evaluation.report import write_report
+    from beauty_bafe.retrieval.features import mean_masks
+    from beauty_bafe.retrieval.gallery import Gallery
+    from beauty_bafe.retrieval.parts import build_parts
+    from beauty_bafe.retrieval.submission import write_submission
+
+    output = Path(cfg.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+    truth = read_truth(cfg.truth) if cfg.truth is not None else None
+    parts = build_parts(cfg)
+
+    skipped = Skipped()
+    gallery = Gallery(parts.members, parts.extraction, parts.ensemble, parts.view)
+    try:
+        gallery.open(cfg.gallery, cfg.index_dir, parts.index, skipped)
+        asked = open_catalog(cfg.queries)
+        described = gallery.describe(asked, cfg.queries, "queries", skipped)
+    finally:
+        skipped.write(output / "skipped.csv")
+
+    start = time.perf_counter()
+    ranking = gallery.answer(asked, described, parts.steps, cfg.k)
+    milliseconds = 1e3 * (time.perf_counter() - start) / len(ranking.query_ids)
+    queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": asked}
+    write_submission(ranking, cfg.submission)
+    print(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
+
+    evaluation = None if truth is None else evaluate(ranking.as_answers(), truth, cfg.k)
+    metrics = gallery.costs() | {"ms_per_query": milliseconds} | ({} if evaluation is None else evaluation.summary())
+    if evaluation is not None:
+        evaluation.write_per_query(output / "per_query.csv")
+    metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+    if cfg.report:
+        write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth)
+        print(f"report: {output / 'report.html'}")
+    return metrics
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="retrieve")
+def _run(cfg: DictConfig) -> None:
+    cli.run(retrieve, cfg)
+
+
+def main() -> None:
+    """Run with the overrides of the command line."""
+    cli.check_overrides(CONF, "retrieve", sys.argv[1:])
+    _run()
+
+
+if __name__ == "__main__":
+    main()

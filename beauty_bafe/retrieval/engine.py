@@ -1,0 +1,108 @@
+"""The networks of an ensemble: uint8 pictures in, every member's descriptors and masks out. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.pictures import letterbox
+from ..models.descriptor import Pooling
+from ..models.extractor import BackgroundAgnosticExtractor
+from ..models.inference import Describer, Engine
+from ..models.views import View
+
+Canvas = tuple[int, int]  # side in pixels, and the value around oblong pictures
+
+
+class Settings(Protocol):
+    """How networks are run, see FeatureExtraction."""
+
+    batch_size: int | None
+    device: str
+    precision: str
+    compiled: bool | None
+    scales: tuple[float, ...]
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network: `numbers` of the members it serves, which canvas it takes, and how it is run."""
+
+    numbers: list[int]
+    canvas: int
+    engine: Engine
+
+
+class Described(NamedTuple):
+    """A member's output for N pictures: `vectors`, float32 (N, D) of length 1; `masks`, uint8 (N, 112, 112), or None."""
+
+    vectors: np.ndarray
+    masks: np.ndarray | None
+
+
+class EnsembleEngine:
+    """Built once, then called from any number of threads; a picture's descriptors depend on that picture alone.
+
+    `members`: network and pooling by the member's number. `masks`: whether to return masks of members whose pooling takes
+    them. `view`: see Describer. `begun`: by member, the batch size and compilation of a run that is being resumed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        members: Mapping[int, tuple[BackgroundAgnosticExtractor, Pooling]],
+        masks: bool,
+        view: View | None = None,
+        begun: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.masks, self.poolings = masks, {number: pooling for number, (_, pooling) in members.items()}
+        shared: dict[BackgroundAgnosticExtractor, list[int]] = {}
+        for number, (extractor, _) in members.items():
+            shared.setdefault(extractor, []).append(number)
+        engines = []
+        for extractor, numbers in shared.items():
+            # A resumed run continues as it began: the other way the rest would differ in its last bits.
+            plan = next((begun[number] for number in numbers if begun and begun.get(number)), {})
+            poolings = [self.poolings[number] for number in numbers]
+            drawn = masks and any(pooling.saliency for pooling in poolings)
+            describer = Describer(extractor, poolings, drawn, settings.scales, settings.flip, view)
+            compiled = settings.compiled if settings.compiled is not None else plan.get("compiled")
+            batch = settings.batch_size or plan.get("batch")
+            engines.append((numbers, Engine(describer, settings.device, settings.precision, batch, compiled)))
+        taken = [(engine.describer.canvas, engine.describer.extractor.pad) for _, engine in engines]
+        self.canvases: list[Canvas] = sorted(set(taken))
+        self.networks = [
+            Network(numbers, self.canvases.index(canvas), engine)
+            for (numbers, engine), canvas in zip(engines, taken, strict=True)
+        ]
+
+    def __call__(self, canvases: Sequence[Tensor]) -> list[Described]:
+        """A batch per canvas, uint8 (N, 3, S, S), as `stack` makes them -> one Described per member, in their order."""
+        results: dict[int, Described] = {}
+        for network in self.networks:
+            outputs = [output.numpy() for output in network.engine(canvases[network.canvas])]
+            for place, number in enumerate(network.numbers):
+                drawn = self.masks and self.poolings[number].saliency
+                results[number] = Described(outputs[place], outputs[-1] if drawn else None)
+        return [results[number] for number in sorted(results)]
+
+
+def longest(canvases: Sequence[Canvas]) -> int:
+    """The side, in pixels, that pictures are needed at."""
+    return max(side for side, _ in canvases)
+
+
+def fit(rgb: np.ndarray, canvases: Sequence[Canvas]) -> list[Tensor]:
+    """uint8 (H, W, 3) -> one uint8 (3, S, S) per canvas."""
+    return [torch.from_numpy(letterbox(rgb, *canvas)).permute(2, 0, 1) for canvas in canvases]
+
+
+def stack(pictures: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What `fit` made of each of N pictures -> one uint8 (N, 3, S, S) per canvas."""
+    return [torch.stack(views) for views in zip(*pictures, strict=True)]

@@ -1,0 +1,270 @@
+"""Search a gallery from Python: build or load a Retriever, then search, add, remove, save."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from . import cli
+from .config import CONF, check_targets, compose
+from .data.catalog import Skipped, open_catalog
+from .data.images import ImageLike, Images
+from .models.inference import MASK_SIZE
+from .recipe import resolve_auto
+from .retrieval.features import Features, mean_masks
+from .retrieval.gallery import Gallery
+from .retrieval.manifest import digest, locked, replace_file
+from .retrieval.memory import MemoryExtraction
+from .retrieval.parts import Parts, build_parts
+from .retrieval.ranking import check_k
+from .retrieval.rerank import Found
+from .retrieval.versions import Versions
+
+ABOUT = "retriever.json"
+# Settings of retrieve.py that are arguments here, or that have no meaning without its files.
+SCRIPT_ONLY = (
+    *("checkpoints", "gallery", "queries", "truth", "masks", "index_dir", "output_dir", "submission", "k"),
+    *("report", "report_queries", "features", "num_workers", "hydra"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it had none.
+
+    `probability`: that the answer is right, 0 to 1; None for now, as nothing calibrates it yet.
+    """
+
+    id: str
+    score: float
+    probability: float | None
+    path: Path | None
+
+
+class _Shelf(NamedTuple):
+    """What a search sees: replaced as a whole, never changed."""
+
+    gallery: Gallery
+    paths: Mapping[str, Path]
+
+
+class Retriever:
+    """A gallery of product pictures and the networks to search it with.
+
+    Make one with `Retriever.build(...)` or `Retriever.load(...)`. An image is a path (str or Path), a PIL image, the bytes of
+    an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods may be called from several threads at once.
+    Nothing is written to disk but by `save`; re-rankers that look at pictures (rerank=sift, sift_verified) and VLAD keep
+    theirs in a temporary folder, removed with the object. Answers are those of retrieve.py for the same checkpoints,
+    gallery, queries and settings, to the bit, unless its network is compiled and this one's is not (extraction.compiled).
+    """
+
+    def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
+        self._steps: Sequence[Callable[[Found], Found]] = parts.steps
+        self._checkpoints, self._overrides = list(checkpoints), list(overrides)
+        self._changing = threading.Lock()
+        self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason
+        self._put(gallery)
+        self.describe([np.zeros((8, 8, 3), np.uint8)])  # builds the queries' engine, so that the first search is quick
+
+    @classmethod
+    def build(
+        cls,
+        checkpoints: str | Path | Sequence[str | Path],
+        gallery: str | Path | Mapping[str, ImageLike],
+        overrides: Sequence[str] = (),
+    ) -> Retriever:
+        """Describe a gallery and index it.
+
+        `checkpoints`: what train.py wrote; several become one ensemble. `gallery`: a folder of pictures, a csv with the
+        columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them, such as "query=whole",
+        "size=320" or "device=cpu"; without them everything is as the checkpoints ask for. Of a folder or csv, unreadable
+        pictures are left out and listed in `skipped`, up to the share max_skipped.
+
+        Raises ValueError for files that are no checkpoints, unknown settings, an empty or unreadable gallery; TypeError for
+        what is no image.
+        """
+        files = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+        parts, shop = _prepare([str(file) for file in files], overrides)
+        skipped = Skipped()
+        pictures = Images.named(gallery) if isinstance(gallery, Mapping) else open_catalog(gallery)
+        if not len(pictures):
+            raise ValueError("the gallery is empty; give a dict of at least one id -> image")
+        shop.build(pictures, str(gallery) if isinstance(gallery, str | Path) else "gallery", parts.index, skipped)
+        retriever = cls(parts, shop, [str(file) for file in files], overrides)
+        retriever.skipped = skipped.rows
+        return retriever
+
+    @classmethod
+    def load(cls, folder: str | Path, overrides: Sequence[str] = ()) -> Retriever:
+        """Take what `save` wrote. `overrides` come after those it was built with, such as "device=cpu".
+
+        Raises ValueError where `folder` holds nothing, or was made with other settings (the key is named).
+        """
+
+        def read(place: Path) -> Retriever:
+            if not (place / ABOUT).is_file():
+                raise ValueError(f"'{folder}' was not written by Retriever.save; retrieve.py index_dir={folder} can use it")
+            about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+            # Hydra refuses a group that is chosen twice.
+            words = list({word.partition("=")[0]: word for word in [*about["overrides"], *overrides]}.values())
+            files = [str(_kept(Path(folder), name)) for name in about["checkpoints"]]
+            parts, gallery = _prepare(files, words, from_file=True)
+            gallery.load(place, parts.index)
+            return cls(parts, gallery, files, words)
+
+        if Versions(Path(folder)).current() is None:
+            raise ValueError(f"'{folder}' holds no retriever; Retriever.save(folder) writes one")
+        return Versions(Path(folder)).read(read)
+
+    def save(self, folder: str | Path) -> None:
+        """Write gallery, settings and checkpoints to `folder`, for `load`; what it held before is replaced in one step.
+
+        Pictures are not copied. Raises ValueError where a checkpoint's file is no longer the one that was loaded.
+        """
+        gallery, place = self._shelf.gallery, Path(folder)
+        sources = {member.source for member in gallery.members}
+        names = []
+        with locked([place]):
+            for file in self._checkpoints:
+                content = Path(file).read_bytes()
+                names.append(digest(content))
+                if names[-1] not in sources:
+                    raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
+                # Named by their content and beside the versions, so that those who loaded one find it there later.
+                kept = _kept(place, names[-1])
+                if not kept.is_file():
+                    kept.parent.mkdir(exist_ok=True)
+                    replace_file(kept, partial(_write, content))
+            about = json.dumps({"checkpoints": names, "overrides": self._overrides}, indent=1)
+
+            def write(version: Path) -> None:
+                gallery.save(version)
+                (version / ABOUT).write_text(about, encoding="utf-8")
+
+            Versions(place).write(write)
+
+    def search(self, images: Iterable[ImageLike], k: int = 7) -> list[list[Hit]]:
+        """The k best pictures of the gallery for each image, best first.
+
+        Raises ValueError for a bad k or an image that cannot be read, TypeError for what is no image, naming its number.
+        """
+        shelf = self._shelf
+        check_k(k, len(shelf.gallery.indexes[0].ids))
+        queries = Images.numbered(images)
+        if not len(queries):
+            return []
+        ranking = shelf.gallery.answer(queries.files, self._described(shelf.gallery, queries), self._steps, k)
+        return [
+            [
+                Hit(name, float(score), None, shelf.paths.get(name))
+                for name, score in zip(ranking.answers(row), ranking.scores[row], strict=True)
+            ]
+            for row in range(len(queries))
+        ]
+
+    def describe(self, images: Iterable[ImageLike]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images as queries are described: vectors, float32 (N, D) of length 1, and saliency masks, uint8 (N, 112, 112).
+
+        Masks are None where no pooling uses them. Where an ensemble fuses rankings, D is all of its members' side by side.
+        Raises as `search` does.
+        """
+        gallery = self._shelf.gallery
+        queries = Images.numbered(images)
+        if not len(queries):
+            width = sum(index.vectors.shape[1] for index in gallery.indexes)
+            return np.zeros((0, width), np.float32), np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
+        described = self._described(gallery, queries)
+        views = gallery.ensemble.transform(described)
+        return np.concatenate([view.vectors for view in views], axis=1), mean_masks(described).masks
+
+    def add(self, images: Mapping[str, ImageLike]) -> None:
+        """Add pictures by id. Searches that start later see all of them; where one fails, none is added.
+
+        Raises ValueError for an id that is there already or a picture that cannot be read, TypeError for what is no image.
+        """
+        new = Images.named(images)
+        if not len(new):
+            return
+        self._check_new(new)
+        gallery = self._shelf.gallery
+        described = gallery.extraction(gallery.members, new, "added", "added pictures", Skipped())
+        with self._changing:
+            self._put(self._shelf.gallery.added(new, described))
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove pictures by id. Searches that start later see none of them; where one fails, none is removed.
+
+        Raises ValueError for an id that is not there, or where nothing would be left; TypeError for a single str.
+        """
+        if isinstance(ids, str):
+            raise TypeError(f"got one id; give a list of ids, ['{ids}']")
+        gone = tuple(dict.fromkeys(ids))
+        with self._changing:
+            gallery = self._shelf.gallery
+            if gone and set(gone) >= set(gallery.indexes[0].ids):
+                raise ValueError("that would remove every picture of the gallery; add others first")
+            if gone:
+                self._put(gallery.removed(gone))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the gallery's pictures."""
+        return self._shelf.gallery.indexes[0].ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _described(self, gallery: Gallery, queries: Images) -> list[Features]:
+        return gallery.describe(queries, "queries", "queries", Skipped())
+
+    def _check_new(self, new: Images) -> None:
+        """Before the work of describing; the index checks again when it takes them."""
+        if known := set(new.ids) & set(self.ids):
+            raise ValueError(f"the gallery already holds '{min(known)}'; remove it first to replace it")
+
+    def _put(self, gallery: Gallery) -> None:
+        self._shelf = _Shelf(gallery, dict(zip(gallery.catalog.ids, gallery.catalog.paths, strict=True)))
+
+    def __repr__(self) -> str:
+        return f"<Retriever: {len(self)} pictures, {self._shelf.gallery.indexes[0]}>"
+
+
+def _kept(folder: Path, name: str) -> Path:
+    return folder / "checkpoints" / f"{Path(name).name}.ckpt"
+
+
+def _write(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+
+
+def _prepare(checkpoints: Sequence[str], words: Sequence[str], from_file: bool = False) -> tuple[Parts, Gallery]:
+    """The parts that the settings name, and a gallery that is still empty. `from_file`: words may come from anybody's file."""
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if key.split(".")[0] in SCRIPT_ONLY:
+            raise ValueError(
+                f"{word}: {key} is no override of a Retriever; it is an argument of a method, or retrieve.py's alone"
+            )
+    if fault := cli.find_fault(CONF, "retrieve", words):
+        raise ValueError(fault)
+    cfg = compose("retrieve", words)
+    if from_file:
+        # Resolved: an interpolation can make a target out of texts.
+        used = [cfg[key] for key in cfg if key not in SCRIPT_ONLY and isinstance(cfg[key], DictConfig)]
+        check_targets([OmegaConf.to_container(part, resolve=True) for part in used], "the saved retriever")
+    cfg.checkpoints = list(checkpoints)
+    if not checkpoints and not cli.untrained_models(cfg):
+        raise ValueError(
+            "no checkpoints; give ['RUN/checkpoints/best.ckpt'], or overrides=['model=NAME'] for an untrained network"
+        )
+    resolve_auto(cfg, CONF)
+    parts = build_parts(cfg)
+    return parts, Gallery(parts.members, MemoryExtraction(parts.extraction), parts.ensemble, parts.view)
