@@ -25,7 +25,7 @@ from .retrieval.manifest import digest, locked, replace_file
 from .retrieval.memory import MemoryExtraction
 from .retrieval.parts import Parts, build_parts
 from .retrieval.ranking import check_k
-from .retrieval.rerank import Found
+from .retrieval.rerank import Candidates
 from .retrieval.versions import Versions
 
 ABOUT = "retriever.json"
@@ -67,7 +67,7 @@ class Retriever:
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
-        self._steps: Sequence[Callable[[Found], Found]] = parts.steps
+        self._steps: Sequence[Callable[[Candidates], Candidates]] = parts.steps
         self._checkpoints, self._overrides = list(checkpoints), list(overrides)
         self._changing = threading.Lock()
         self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason

@@ -35,7 +35,7 @@ from beauty_bafe.retrieval.faiss_index import FaissIndex
 from beauty_bafe.retrieval.fastest import FastestIndex
 from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members
 from beauty_bafe.retrieval.index import Index
-from beauty_bafe.retrieval.rerank import Found
+from beauty_bafe.retrieval.rerank import Candidates
 from beauty_bafe.retrieval.store import Picture, Store
 
 ATTENTION = Pooling(spoc, saliency=True)
@@ -121,7 +121,7 @@ def search_and_rerank(index: Index, queries: Features) -> None:
     with stage(f"searched {QUERIES} queries, top 7"):
         index.search(queries.vectors, queries.ids, 7)
     with stage(f"searched {QUERIES} queries, top 400"):
-        found = Found(index.search(queries.vectors, queries.ids, 400), queries, index)
+        found = Candidates(index.search(queries.vectors, queries.ids, 400), queries, index)
     steps = {
         "query expansion": partial(rerank.expand_queries, n=3, alpha=3.0),
         "k-reciprocal, depth 100": partial(rerank.rerank_k_reciprocal, depth=100, k1=20, k2=6, weight=0.3),

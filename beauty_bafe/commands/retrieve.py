@@ -38,15 +38,15 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     gallery = Gallery(parts.members, parts.extraction, parts.ensemble, parts.view)
     try:
         gallery.open(cfg.gallery, cfg.index_dir, parts.index, skipped)
-        asked = open_catalog(cfg.queries)
-        described = gallery.describe(asked, cfg.queries, "queries", skipped)
+        query_catalog = open_catalog(cfg.queries)
+        described = gallery.describe(query_catalog, cfg.queries, "queries", skipped)
     finally:
         skipped.write(output / "skipped.csv")
 
     start = time.perf_counter()
-    ranking = gallery.answer(asked, described, parts.steps, cfg.k)
+    ranking = gallery.answer(query_catalog, described, parts.steps, cfg.k)
     milliseconds = 1e3 * (time.perf_counter() - start) / len(ranking.query_ids)
-    queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": asked}
+    queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": query_catalog}
     write_submission(ranking, cfg.submission)
     print(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
 

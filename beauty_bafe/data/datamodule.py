@@ -17,7 +17,7 @@ from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_holes
-from .photos import Look, PhotoCache, load_photo, look_at_photo
+from .photos import LoadResult, PhotoCache, load_photo, try_photo
 from .pictures import UnreadablePicture, read_picture
 from .workers import default_workers, quiet_worker, yielding_worker
 
@@ -116,31 +116,31 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(order[offset])
 
 
-class _Scan(Dataset[Look]):
+class _Scan(Dataset[LoadResult]):
     """Item i: what was found in file i."""
 
-    def __init__(self, catalog: Catalog, look: Callable[[Path], Look]) -> None:
+    def __init__(self, catalog: Catalog, look: Callable[[Path], LoadResult]) -> None:
         self.catalog, self.look = catalog, look
 
     def __len__(self) -> int:
         return len(self.catalog)
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> LoadResult:
         return self.look(self.catalog.paths[index])
 
 
-def look_at_background(path: Path) -> Look:
+def try_background(path: Path) -> LoadResult:
     """Whether a photograph can be read."""
     try:
         read_picture(path, BACKGROUND_LONGEST)
     except UnreadablePicture as error:
-        return Look(str(error), unreadable=True)
-    return Look()
+        return LoadResult(str(error), unreadable=True)
+    return LoadResult()
 
 
-def look_without_pixels(path: Path, size: int) -> Look:
-    """`look_at_photo` where nothing keeps the pixels, so that workers need not send them."""
-    return look_at_photo(path, size)._replace(pixels=None)
+def try_photo_without_pixels(path: Path, size: int) -> LoadResult:
+    """`try_photo` where nothing keeps the pixels, so that workers need not send them."""
+    return try_photo(path, size)._replace(pixels=None)
 
 
 class SaliencyDataModule(pl.LightningDataModule):
@@ -185,13 +185,13 @@ class SaliencyDataModule(pl.LightningDataModule):
         if self.train_set is not None:
             return
         if self.cache is not None:
-            looks = self.cache.fill(self.catalog, partial(self._scan, look=partial(look_at_photo, size=self.size)))
+            results = self.cache.fill(self.catalog, partial(self._scan, look=partial(try_photo, size=self.size)))
         else:
-            looks = list(self._scan(self.catalog, partial(look_without_pixels, size=self.size)))
-        usable = self._note(self.catalog, looks)
+            results = list(self._scan(self.catalog, partial(try_photo_without_pixels, size=self.size)))
+        usable = self._note(self.catalog, results)
         photos = self.photos
         if photos is not None:
-            photos = photos.subset(self._note(photos, self._scan(photos, look_at_background, "backgrounds")))
+            photos = photos.subset(self._note(photos, self._scan(photos, try_background, "backgrounds")))
             if not len(photos):
                 raise ValueError("no background can be read, see skipped.csv; data.backgrounds=null draws scenes instead")
         if len(usable) < 2:
@@ -233,7 +233,9 @@ class SaliencyDataModule(pl.LightningDataModule):
             f"backgrounds: {f'{len(photos)} photographs' if photos else 'procedural'}"
         )
 
-    def _scan(self, catalog: Catalog, look: Callable[[Path], Look], what: str = "catalogue photos") -> Iterator[Look]:
+    def _scan(
+        self, catalog: Catalog, look: Callable[[Path], LoadResult], what: str = "catalogue photos"
+    ) -> Iterator[LoadResult]:
         from rich.progress import track
 
         scan = DataLoader(
@@ -242,10 +244,10 @@ class SaliencyDataModule(pl.LightningDataModule):
         for batch in track(scan, f"looking through {len(catalog)} {what}"):
             yield from batch
 
-    def _note(self, catalog: Catalog, looks: Iterable[Look]) -> list[int]:
+    def _note(self, catalog: Catalog, results: Iterable[LoadResult]) -> list[int]:
         """The usable ones' numbers; the others go to `skipped`."""
         usable = []
-        for index, found in enumerate(looks):
+        for index, found in enumerate(results):
             self.looked_at += 1
             if found.reason:
                 self.skipped.add(catalog, index, found.reason, found.unreadable)

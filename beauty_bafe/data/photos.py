@@ -20,7 +20,7 @@ from .pictures import UnreadablePicture, letterbox, read_picture
 VERSION = 2  # counts up when the same file gives other pixels or another mask
 
 
-class Look(NamedTuple):
+class LoadResult(NamedTuple):
     """What was found in a file: `reason` why it cannot be used ("" where it can), and whether nothing can read it.
 
     `pixels`: uint8 (S, S, 4), photo and mask, of a usable catalogue photo.
@@ -40,15 +40,15 @@ def load_photo(path: Path, size: int) -> Sample:
     return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
 
 
-def look_at_photo(path: Path, size: int) -> Look:
+def try_photo(path: Path, size: int) -> LoadResult:
     """`load_photo`, its errors as reasons."""
     try:
         photo, mask = load_photo(path, size)
     except UnreadablePicture as error:
-        return Look(str(error), unreadable=True)
+        return LoadResult(str(error), unreadable=True)
     except ValueError as error:
-        return Look(f"mask not trusted: {error}")
-    return Look(pixels=np.dstack([photo, mask]))
+        return LoadResult(f"mask not trusted: {error}")
+    return LoadResult(pixels=np.dstack([photo, mask]))
 
 
 class PhotoCache:
@@ -60,10 +60,10 @@ class PhotoCache:
     def __init__(self, folder: str | Path, size: int) -> None:
         self.folder, self.size = Path(folder) / f"photos-{size}-v{VERSION}", size
         self.pixels, self.list = self.folder / "photos.u8", self.folder / "photos.jsonl"
-        self.looks: dict[str, Look] = {}
+        self.results: dict[str, LoadResult] = {}
         self.rows: dict[str, int] = {}
 
-    def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[Look]]) -> list[Look]:
+    def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
         """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
 
         A photo is listed once its pixels are on disk, so that a killed run goes on where it was. Processes take turns.
@@ -74,11 +74,11 @@ class PhotoCache:
         with FileLock(self.folder / "lock"):
             self._read()
             # A file is kept once, whatever the number of its ids: the next free row is counted by them.
-            lacking = list({name: index for index, name in enumerate(names) if name not in self.looks}.values())
+            lacking = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
             if lacking:
                 for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
                     self._keep(names[index], found)
-        return [self.looks[name] for name in names]
+        return [self.results[name] for name in names]
 
     def __call__(self, path: Path) -> Sample:
         """The photo and its mask. Raises ValueError where it is not in the cache, or not usable."""
@@ -90,7 +90,7 @@ class PhotoCache:
         pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
         return Sample(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3))
 
-    def _keep(self, name: str, found: Look) -> None:
+    def _keep(self, name: str, found: LoadResult) -> None:
         row = None
         try:
             if found.pixels is not None:
@@ -108,7 +108,7 @@ class PhotoCache:
         self._add(name, row, found.reason, found.unreadable)
 
     def _read(self) -> None:
-        self.looks, self.rows = {}, {}
+        self.results, self.rows = {}, {}
         lines = self.list.read_bytes() if self.list.exists() else b""
         whole = lines[: lines.rfind(b"\n") + 1]
         if len(whole) < len(lines):  # a kill cut the last line short
@@ -117,6 +117,6 @@ class PhotoCache:
             self._add(*json.loads(line))
 
     def _add(self, name: str, row: int | None, reason: str, unreadable: bool) -> None:
-        self.looks[name] = Look(reason, unreadable)
+        self.results[name] = LoadResult(reason, unreadable)
         if row is not None:
             self.rows[name] = row

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
+from .fast_training import optimize_for_training
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
-from .quicken import quicken
 
 
 class SaliencyModule(pl.LightningModule):
@@ -61,7 +61,7 @@ class SaliencyModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if not self.extractor.frozen:
             size = self.extractor.size
-            quicken(self.extractor.backbone, torch.zeros(1, 3, size, size, device=self.device))
+            optimize_for_training(self.extractor.backbone, torch.zeros(1, 3, size, size, device=self.device))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         label = batch["masks"].flatten(0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""One way through pictures: each is decoded once, for every network, and every descriptor goes into its store."""
+"""One pass over pictures: each is decoded once, for every network, and every descriptor goes into its store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .engine import Canvas, EnsembleEngine, Network, fit, longest, stack
 from .engine import Settings as EngineSettings
 from .store import Picture, Store
 
-LOT = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
+CHUNK = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
 
 
 class Settings(EngineSettings, Protocol):
@@ -39,17 +39,17 @@ class Settings(EngineSettings, Protocol):
     dtype: np.dtype
 
 
-class Pass:
+class ExtractionJob:
     """Describe the pictures numbered `lacking` for every store that lacks them, a shard at a time.
 
-    `asked`: network and pooling of each store, in its order. `view`: see Describer. Raises ValueError
+    `requested`: network and pooling of each store, in its order. `view`: see Describer. Raises ValueError
     where disk or memory will not do.
     """
 
     def __init__(
         self,
         settings: Settings,
-        asked: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
+        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
         stores: Sequence[Store],
         catalog: Catalog,
         pictures: Sequence[Picture],
@@ -60,12 +60,12 @@ class Pass:
     ) -> None:
         self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
         self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
-        self.poolings = [pooling for _, pooling in asked]
+        self.poolings = [pooling for _, pooling in requested]
         numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
-        for number, (extractor, _) in enumerate(asked):
+        for number, (extractor, _) in enumerate(requested):
             numbers.setdefault(extractor, []).append(number)
         # A network all of whose stores are complete has nothing to do.
-        members = {number: asked[number] for same in numbers.values() if self._lack(lacking, same) for number in same}
+        members = {number: requested[number] for same in numbers.values() if self._lack(lacking, same) for number in same}
         begun = {number: store.plan(pictures) for number, store in enumerate(stores)}
         engine = EnsembleEngine(settings, members, masks, view, begun)
         self.networks, self.canvases = engine.networks, engine.canvases
@@ -83,16 +83,16 @@ class Pass:
         forecast = self._plan()
         if not count:
             return
-        chunks = [self.lacking[at : at + shard] for at in range(0, count, shard)]
-        lot = max([LOT, *(network.engine.batch for network in self.networks)])
-        lots = [list(chunk[at : at + lot]) for chunk in chunks for at in range(0, len(chunk), lot)]
+        shards = [self.lacking[at : at + shard] for at in range(0, count, shard)]
+        chunk = max([CHUNK, *(network.engine.batch for network in self.networks)])
+        chunks = [list(shard_rows[at : at + chunk]) for shard_rows in shards for at in range(0, len(shard_rows), chunk)]
         start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
-        loaded = iter(track(self._load(lots), f"describing {count} {self.what}", total=len(lots)))
-        for chunk in chunks:
-            wanted = [network for network in self.networks if self._lack(chunk, network.numbers)]
+        loaded = iter(track(self._load(chunks), f"describing {count} {self.what}", total=len(chunks)))
+        for shard_rows in shards:
+            wanted = [network for network in self.networks if self._lack(shard_rows, network.numbers)]
             outputs: list[list[list[Tensor]]] = [[] for _ in wanted]
             reasons: list[str] = []
-            for _ in range(0, len(chunk), lot):
+            for _ in range(0, len(shard_rows), chunk):
                 views, why, seconds = next(loaded)
                 decoding += seconds
                 reasons += why
@@ -101,7 +101,9 @@ class Pass:
                         parts.append(network.engine(views[network.canvas]))
             before = time.perf_counter()
             for parts, network in zip(outputs, wanted, strict=True):
-                size += self._write(chunk, reasons, [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)], network)
+                size += self._write(
+                    shard_rows, reasons, [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)], network
+                )
             writing += time.perf_counter() - before
         next(loaded, None)  # lets the progress bar end
         network_time = sum(network.engine.seconds for network in self.networks)
@@ -145,12 +147,12 @@ class Pass:
         )
         check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
 
-    def _load(self, lots: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
+    def _load(self, chunks: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
         pictures = _Canvases(self.catalog, self.canvases)
         if self.workers:
             yield from DataLoader(
                 pictures,
-                batch_sampler=lots,
+                batch_sampler=chunks,
                 num_workers=self.workers,
                 collate_fn=_stack,
                 worker_init_fn=quiet_worker,
@@ -158,12 +160,12 @@ class Pass:
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:
-            for lot in lots:
-                yield _stack(list(threads.map(pictures.__getitem__, lot)))
+            for chunk in chunks:
+                yield _stack(list(threads.map(pictures.__getitem__, chunk)))
 
-    def _write(self, chunk: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
-        """Append to the network's stores what each lacks of this chunk; returns the bytes written."""
-        pictures = list(zip([self.pictures[row] for row in chunk], reasons, strict=True))
+    def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
+        """Append to the network's stores what each lacks of these rows; returns the bytes written."""
+        pictures = list(zip([self.pictures[row] for row in shard_rows], reasons, strict=True))
         good = [picture for picture, reason in pictures if not reason]
         size = 0
         for place, number in enumerate(network.numbers):

@@ -22,7 +22,7 @@ from ..models.module import load_extractor, read_checkpoint
 from ..models.precision import fastest_precision, pick_device
 from ..models.views import View
 from ..recipe import check_enlarge
-from .describing import Pass, readable_now
+from .describing import ExtractionJob, readable_now
 from .manifest import digest, locked
 from .store import Picture, Store
 
@@ -205,9 +205,9 @@ class FeatureExtraction:
             self._retry(members, stores, catalog, stamped)
             lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
-                asked = [(member.extractor, member.pooling) for member in members]
+                requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    Pass(self, asked, stores, catalog, stamped, lacking, what, masks, view).run()
+                    ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view).run()
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)

@@ -18,7 +18,7 @@ from .features import Features, Member, describe_members
 from .index import Index
 from .manifest import locked, replace_file
 from .ranking import Ranking, check_k
-from .rerank import Found, Scene
+from .rerank import Candidates, SearchContext
 from .versions import Versions
 
 CATALOG = "gallery.csv"  # the pictures of a kept index
@@ -98,7 +98,7 @@ class Gallery:
         if place is not None:
             self.indexes = self._load_indexes(place, index)
             views = self.ensemble.transform(features)
-            changes = [index.hold(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
+            changes = [index.sync(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
             changed = any(removed or added for removed, added, _ in changes) or open_catalog(place / CATALOG) != self._held()
             how = "{} removed, {} added, {} kept, ensemble as first learned".format(*changes[0])
         else:
@@ -136,9 +136,11 @@ class Gallery:
         return self.extraction(self.members, pictures, source, what, skipped, masks=True, view=self.view)
 
     def answer(
-        self, asked: Catalog, described: Sequence[Features], steps: Sequence[Callable[[Found], Found]], k: int
+        self, query_catalog: Catalog, described: Sequence[Features], steps: Sequence[Callable[[Candidates], Candidates]], k: int
     ) -> Ranking:
-        """Search each view for `described`, re-rank, fuse: the k best of every query. `asked`: those queries that are files.
+        """Search each view for `described`, re-rank, fuse: the k best of every query.
+
+        `query_catalog`: those queries that are files.
 
         Raises ValueError for a bad k.
         """
@@ -147,7 +149,7 @@ class Gallery:
         depth = min(max([k, self.ensemble.depth, *depths]), len(self.indexes[0].ids))
         rankings = []
         for number, view in enumerate(self.ensemble.transform(described)):
-            found = self._search(number, view, asked, depth)
+            found = self._search(number, view, query_catalog, depth)
             for step in steps:
                 found = step(found)
             rankings.append(found.ranking)
@@ -160,14 +162,14 @@ class Gallery:
             "index_bytes": sum(index.nbytes for index in self.indexes),
         }
 
-    def _search(self, number: int, queries: Features, asked: Catalog, depth: int) -> Found:
-        def rehearse(pictures: Catalog) -> Found:
+    def _search(self, number: int, queries: Features, query_catalog: Catalog, depth: int) -> Candidates:
+        def rehearse(pictures: Catalog) -> Candidates:
             described = self.describe(pictures, str(pictures.paths[0].parent), "rehearsal pictures", Skipped())
             return self._search(number, self.ensemble.transform(described)[number], pictures, depth)
 
         index = self.indexes[number]
-        scene = Scene(self.catalog, asked, self.extraction.root, rehearse)
-        return Found(index.search(queries.vectors, queries.ids, depth), queries, index, scene)
+        context = SearchContext(self.catalog, query_catalog, self.extraction.root, rehearse)
+        return Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
 
     def _about(self) -> dict[str, object]:
         seen = {"scales": list(self.extraction.scales), "flip": self.extraction.flip}

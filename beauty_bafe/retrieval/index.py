@@ -78,7 +78,7 @@ class Index(ABC):
     def _unknown(self, ids: Set[str]) -> ValueError:
         return ValueError(f"the index holds no '{min(ids)}'; it has {len(self.ids)} ids, the first '{self.ids[:1]}'")
 
-    def hold(self, vectors: np.ndarray, ids: tuple[str, ...]) -> tuple[int, int, int]:
+    def sync(self, vectors: np.ndarray, ids: tuple[str, ...]) -> tuple[int, int, int]:
         """Change as little as needed to hold exactly these rows; how many were removed, added and kept."""
         old = {name: row for row, name in enumerate(self.ids)}
         shared = [row for row, name in enumerate(ids) if name in old]

@@ -26,7 +26,7 @@ from .features import PREPROCESSING
 from .keypoints import Detector, Keypoints
 from .manifest import digest, locked
 from .matching import Matcher, count_inliers, count_matches
-from .rerank import Found, Scene, reorder, with_depth
+from .rerank import Candidates, SearchContext, reorder, with_depth
 from .store import Picture, Store
 
 one_torch_thread = HeldSetting(torch.get_num_threads, torch.set_num_threads, 1)
@@ -34,7 +34,7 @@ SHARD = 512  # gallery pictures a file
 WEIGHTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of log(1 + inliers) beside a likeness of at most 1
 
 
-def rerank_sift(found: Found, depth: int, ratio: float, detector: Detector) -> Found:
+def rerank_sift(found: Candidates, depth: int, ratio: float, detector: Detector) -> Candidates:
     """The hybrid paper's: each query's first `depth` answers by the number of SIFT matches, ties by their distance.
 
     Answers without a match keep their order behind the others.
@@ -50,7 +50,7 @@ def rerank_sift(found: Found, depth: int, ratio: float, detector: Detector) -> F
 
 
 def rerank_verified(
-    found: Found,
+    found: Candidates,
     depth: int,
     detector: Detector,
     matcher: Matcher,
@@ -59,7 +59,7 @@ def rerank_verified(
     augmentation: Augmentation,
     backgrounds: str | None,
     every_turn: bool = False,
-) -> Found:
+) -> Candidates:
     """Likeness + `weight` x log(1 + inliers) among each query's first `depth` answers: geometry beside appearance.
 
     With `detector.foreground` the keypoints are the product's: of the query by its predicted mask, of a catalogue photo by
@@ -74,24 +74,24 @@ def rerank_verified(
         pairs = zip(candidates, matcher(query, candidates, detector.size), strict=True)
         return np.log1p([count_inliers(query.points[rows], other.points[columns]) for other, (rows, columns) in pairs])
 
-    def verify(found: Found, weight: float) -> Found:
+    def verify(found: Candidates, weight: float) -> Candidates:
         found = with_depth(found, depth)
         return reorder(found, _likeness(found, depth) + weight * _look(found, depth, detector, geometry, turns))
 
-    scene, turns = _present(found.scene), 4 if every_turn else 1
+    context, turns = _present(found.context), 4 if every_turn else 1
     if weight is None:
         photos = Backgrounds(None if backgrounds is None else open_catalog(backgrounds))
-        folder = scene.folder / f"rehearsal-{detector.size}"
+        folder = context.folder / f"rehearsal-{detector.size}"
         with locked([folder]):  # another gallery's views go to the same files
-            views = draw_street_views(scene.gallery, rehearsals, augmentation, photos, detector.size, folder)
-            practice = with_depth(scene.rehearse(views), depth)
+            views = draw_street_views(context.gallery, rehearsals, augmentation, photos, detector.size, folder)
+            practice = with_depth(context.rehearse(views), depth)
             weight = choose_weight(practice, _look(practice, depth, detector, geometry, turns))
     chosen = weight
-    later = replace(scene, rehearse=lambda pictures: verify(scene.rehearse(pictures), chosen))
-    return replace(verify(found, chosen), scene=later)
+    later = replace(context, rehearse=lambda pictures: verify(context.rehearse(pictures), chosen))
+    return replace(verify(found, chosen), context=later)
 
 
-def _likeness(found: Found, depth: int) -> np.ndarray:
+def _likeness(found: Candidates, depth: int) -> np.ndarray:
     """Scores of each query's first answers, float (Q, depth), up to 1; inner products where the index gives distances."""
     positions = found.ranking.positions[:, :depth]
     if found.index.metric == "ip":
@@ -100,7 +100,7 @@ def _likeness(found: Found, depth: int) -> np.ndarray:
     return np.stack([np.asarray(found.index.vectors[row]) @ query for query, row in pairs])
 
 
-def choose_weight(practice: Found, evidence: np.ndarray) -> float:
+def choose_weight(practice: Candidates, evidence: np.ndarray) -> float:
     """The weight of WEIGHTS under which pictures find themselves soonest: the smallest within one standard error of the best.
 
     Of mean 1 / rank, differences paired by picture. The smallest, as a street view drawn from a photo matches it better than
@@ -126,25 +126,25 @@ def choose_weight(practice: Found, evidence: np.ndarray) -> float:
     return WEIGHTS[chosen]
 
 
-def _present(scene: Scene | None) -> Scene:
-    if scene is None:
+def _present(context: SearchContext | None) -> SearchContext:
+    if context is None:
         raise ValueError("local features need the pictures of gallery and queries; this search has descriptors alone")
-    return scene
+    return context
 
 
 def _look(
-    found: Found,
+    found: Candidates,
     depth: int,
     detector: Detector,
     score: Callable[[Keypoints, Sequence[Keypoints]], np.ndarray],
     turns: int = 1,
 ) -> np.ndarray:
     """`score(query, its first answers)` of every query, float (Q, depth), the best of so many quarter turns; on all cores."""
-    scene, ranking = _present(found.scene), found.ranking
+    context, ranking = _present(found.context), found.ranking
     positions = ranking.positions[:, :depth]
-    _paths(scene.gallery, (ranking.gallery_ids[place] for place in np.unique(positions)))
-    gallery = _GalleryKeypoints(scene, detector)
-    paths = _paths(scene.asked, ranking.query_ids)
+    _paths(context.gallery, (ranking.gallery_ids[place] for place in np.unique(positions)))
+    gallery = _GalleryKeypoints(context, detector)
+    paths = _paths(context.query_catalog, ranking.query_ids)
 
     def look(row: int) -> np.ndarray:
         rgb = read_picture(paths[ranking.query_ids[row]], detector.size).rgb
@@ -178,13 +178,13 @@ def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Path]:
 class _GalleryKeypoints:
     """Keypoints of gallery pictures by id, described by `describe`, kept on disk, read through memory maps."""
 
-    def __init__(self, scene: Scene, detector: Detector) -> None:
+    def __init__(self, context: SearchContext, detector: Detector) -> None:
         self.detector = detector
-        self.paths = dict(zip(scene.gallery.ids, scene.gallery.paths, strict=True))
+        self.paths = dict(zip(context.gallery.ids, context.gallery.paths, strict=True))
         self.pictures: dict[str, Picture] = {name: (name, stamp(path)) for name, path in self.paths.items()}
         key = detector.key() | {"preprocessing": PREPROCESSING, "masks": MASKS}
         where = str(next(iter(self.paths.values())).parent)  # galleries do not push each other out
-        self.folder = scene.folder / f"{type(detector).__name__.lower()}-{digest(where, *map(str, key.values()))}"
+        self.folder = context.folder / f"{type(detector).__name__.lower()}-{digest(where, *map(str, key.values()))}"
         self.key = key
 
     def __getitem__(self, name: str) -> Keypoints:

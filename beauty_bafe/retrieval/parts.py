@@ -13,7 +13,7 @@ from ..models.views import View
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Member, load_members
 from .index import Index
-from .rerank import Found
+from .rerank import Candidates
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Parts:
     ensemble: Concatenation | Fusion
     view: View | None
     index: Index
-    steps: list[Callable[[Found], Found]]
+    steps: list[Callable[[Candidates], Candidates]]
 
 
 def build_parts(cfg: DictConfig) -> Parts:

@@ -1,4 +1,4 @@
-"""A better ranking from a first one. Every step takes and gives a `Found`; conf/rerank names and orders them.
+"""A better ranking from a first one. Every step takes `Candidates` and returns others; conf/rerank names and orders them.
 
 No step compares the whole gallery with itself at once: they look at each query's first `depth` answers, or search block
 by block. Likeness is the cosine, whatever metric the index searches by and whatever length its vectors have.
@@ -24,29 +24,29 @@ SILENT = 5000  # rows or queries below which no progress is shown
 
 
 @dataclass(frozen=True)
-class Found:
-    """What has been found so far, for which queries, and where to look further; `scene` for steps that look at pictures."""
+class Candidates:
+    """The answers so far, the queries, and the index to search again; `context` is for steps that look at pictures."""
 
     ranking: Ranking
     queries: Features
     index: Index
-    scene: Scene | None = None
+    context: SearchContext | None = None
 
 
 @dataclass(frozen=True)
-class Scene:
+class SearchContext:
     """The pictures behind a search. `folder`: where a step may keep what it makes of them.
 
-    `rehearse` answers other pictures from the same gallery, described as queries are: pictures -> Found.
+    `rehearse` answers other pictures from the same gallery, described as queries are: pictures -> Candidates.
     """
 
     gallery: Catalog
-    asked: Catalog
+    query_catalog: Catalog
     folder: Path
-    rehearse: Callable[[Catalog], Found]
+    rehearse: Callable[[Catalog], Candidates]
 
 
-def expand_queries(found: Found, n: int, alpha: float) -> Found:
+def expand_queries(found: Candidates, n: int, alpha: float) -> Candidates:
     """Alpha query expansion (Radenovic et al., TPAMI 2019): search again with each query plus its n best answers.
 
     An answer weighs likeness^alpha (nothing where negative), the query itself 1. `n` beyond the gallery is all of it.
@@ -57,7 +57,7 @@ def expand_queries(found: Found, n: int, alpha: float) -> Found:
     return _search_again(found, _turn(queries, items, alpha), found.index)
 
 
-def augment_gallery(found: Found, n: int, alpha: float) -> Found:
+def augment_gallery(found: Candidates, n: int, alpha: float) -> Candidates:
     """Database-side augmentation (Arandjelovic & Zisserman, CVPR 2012; weights as in alpha expansion).
 
     Every gallery descriptor becomes the sum of its n + 1 nearest ones, itself among them, weighted by likeness^alpha;
@@ -80,7 +80,7 @@ def _turn(vectors: np.ndarray, items: np.ndarray, alpha: float) -> np.ndarray:
     return unit(np.einsum("qn,qnd->qd", weights, directions)) * np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def rerank_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: float) -> Found:
+def rerank_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: float) -> Candidates:
     """k-reciprocal encoding (Zhong et al., CVPR 2017) among each query and its first `depth` answers.
 
     Score: minus ((1 - weight) x Jaccard distance of their k-reciprocal neighbourhoods + weight x cosine distance), with
@@ -108,7 +108,7 @@ def rerank_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: floa
     return _rescore(found, depth, score)
 
 
-def rerank_diffusion(found: Found, depth: int, k: int, seeds: int, alpha: float, gamma: float) -> Found:
+def rerank_diffusion(found: Candidates, depth: int, k: int, seeds: int, alpha: float, gamma: float) -> Candidates:
     """Diffusion (Iscen et al., CVPR 2017) truncated to each query's first `depth` answers (Yang et al., AAAI 2019).
 
     Solves (I - alpha D^-1/2 A D^-1/2) f = y: A holds likeness^gamma of mutual `k` nearest answers, y the query's
@@ -129,7 +129,7 @@ def rerank_diffusion(found: Found, depth: int, k: int, seeds: int, alpha: float,
     return _rescore(found, depth, score)
 
 
-def rerank_superglobal(found: Found, depth: int, k: int, beta: float) -> Found:
+def rerank_superglobal(found: Candidates, depth: int, k: int, beta: float) -> Candidates:
     """SuperGlobal re-ranking (Shao et al., ICCV 2023): M = `depth`, K = `k`.
 
     An answer is refined to the weighted mean of itself (1) and its k nearest among the answers (beta x likeness). The score
@@ -151,7 +151,7 @@ def rerank_superglobal(found: Found, depth: int, k: int, beta: float) -> Found:
     return _rescore(found, depth, score)
 
 
-def _rescore(found: Found, depth: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Found:
+def _rescore(found: Candidates, depth: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Candidates:
     """Order each query's first `depth` answers by `score(query (D,), answers (depth, D))`, vectors at length 1; equal ones
     keep their order.
     """
@@ -164,7 +164,7 @@ def _rescore(found: Found, depth: int, score: Callable[[np.ndarray, np.ndarray],
     return reorder(found, values)
 
 
-def reorder(found: Found, scores: np.ndarray) -> Found:
+def reorder(found: Candidates, scores: np.ndarray) -> Candidates:
     """Each query's first answers by new scores, float (Q, depth), and no others; equal ones keep their order."""
     scores = scores.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -173,7 +173,7 @@ def reorder(found: Found, scores: np.ndarray) -> Found:
     return replace(found, ranking=ranking)
 
 
-def with_depth(found: Found, depth: int) -> Found:
+def with_depth(found: Candidates, depth: int) -> Candidates:
     """Search again where the ranking holds fewer than `depth` answers and the gallery has more."""
     have, want = found.ranking.positions.shape[1], min(depth, len(found.index.ids))
     if have >= want:
@@ -181,7 +181,7 @@ def with_depth(found: Found, depth: int) -> Found:
     return replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, want))
 
 
-def _search_again(found: Found, queries: np.ndarray, index: Index) -> Found:
+def _search_again(found: Candidates, queries: np.ndarray, index: Index) -> Candidates:
     ranking = index.search(queries, found.queries.ids, found.ranking.positions.shape[1])
     return replace(found, ranking=ranking, queries=replace(found.queries, vectors=queries), index=index)
 

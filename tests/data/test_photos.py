@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe.data.catalog import Catalog, from_folder
-from beauty_bafe.data.photos import Look, PhotoCache, load_photo, look_at_photo
+from beauty_bafe.data.photos import LoadResult, PhotoCache, load_photo, try_photo
 
 
 class Looker:
@@ -19,12 +19,12 @@ class Looker:
     def __init__(self, after: int | None = None) -> None:
         self.after, self.seen = after, [""] * 0
 
-    def __call__(self, catalog: Catalog) -> Iterable[Look]:
+    def __call__(self, catalog: Catalog) -> Iterable[LoadResult]:
         for name, path in zip(catalog.ids, catalog.paths, strict=True):
             if len(self.seen) == self.after:
                 raise KeyboardInterrupt
             self.seen.append(name)
-            yield look_at_photo(path, 64)
+            yield try_photo(path, 64)
 
 
 @pytest.fixture
@@ -38,15 +38,15 @@ def shop(toy: Path, tmp_path: Path) -> Catalog:
 
 def test_cached_photos_are_the_files(shop: Catalog, tmp_path: Path) -> None:
     cache, look = PhotoCache(tmp_path / "cache", 64), Looker()
-    looks = cache.fill(shop, look)
-    assert [name for name, found in zip(shop.ids, looks, strict=True) if found.unreadable] == ["broken"]
-    for path, found in zip(shop.paths, looks, strict=True):
+    results = cache.fill(shop, look)
+    assert [name for name, found in zip(shop.ids, results, strict=True) if found.unreadable] == ["broken"]
+    for path, found in zip(shop.paths, results, strict=True):
         if not found.reason:
             for one, other in zip(cache(path), load_photo(path, 64), strict=True):
                 assert np.array_equal(one, other)
                 assert one.flags.writeable
     again, idle = PhotoCache(tmp_path / "cache", 64), Looker(0)
-    assert [found[:2] for found in again.fill(shop, idle)] == [found[:2] for found in looks], "nothing is looked at twice"
+    assert [found[:2] for found in again.fill(shop, idle)] == [found[:2] for found in results], "nothing is looked at twice"
 
 
 def test_a_file_with_two_ids_takes_one_row(shop: Catalog, tmp_path: Path) -> None:

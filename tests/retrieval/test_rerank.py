@@ -11,7 +11,7 @@ from beauty_bafe.retrieval import rerank
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import Features
 from beauty_bafe.retrieval.ranking import Ranking
-from beauty_bafe.retrieval.rerank import Found
+from beauty_bafe.retrieval.rerank import Candidates
 
 ROWS, QUERIES, DIMS = 60, 4, 8
 
@@ -23,10 +23,10 @@ def unit(rows: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture
-def found() -> Found:
+def found() -> Candidates:
     index = ExactIndex(device="cpu", first_pass="float32").fit(unit(ROWS, 0), tuple(map(str, range(ROWS))))
     queries = Features(unit(QUERIES, 1), tuple("abcd"))
-    return Found(index.search(queries.vectors, queries.ids, 7), queries, index)
+    return Candidates(index.search(queries.vectors, queries.ids, 7), queries, index)
 
 
 def by_likeness(items: np.ndarray, query: np.ndarray) -> list[int]:
@@ -42,7 +42,7 @@ def check(ranking: Ranking, row: int, candidates: list[int], scores: list[float]
 
 
 @pytest.mark.parametrize("n", [1, 3, 12, 99])
-def test_query_expansion(found: Found, n: int) -> None:
+def test_query_expansion(found: Candidates, n: int) -> None:
     result = rerank.expand_queries(found, n=n, alpha=2.0)
     gallery = found.index.vectors.astype(float)
     for row, query in enumerate(found.queries.vectors.astype(float)):
@@ -54,7 +54,7 @@ def test_query_expansion(found: Found, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [0, 2, 99])
-def test_gallery_augmentation(found: Found, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gallery_augmentation(found: Candidates, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerank, "BLOCK", 16)
     monkeypatch.setattr(rerank, "SILENT", 10)
     result = rerank.augment_gallery(found, n=n, alpha=3.0)
@@ -72,7 +72,7 @@ def test_gallery_augmentation(found: Found, n: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("depth", "k1", "k2", "weight"), [(60, 10, 4, 0.3), (20, 6, 1, 0.0), (8, 20, 6, 1.0), (999, 5, 3, 0.5)]
 )
-def test_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: float) -> None:
+def test_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: float) -> None:
     result = rerank.rerank_k_reciprocal(found, depth, k1, k2, weight)
     for row, query in enumerate(found.queries.vectors):
         candidates = by_likeness(found.index.vectors, query)[:depth]
@@ -103,7 +103,7 @@ def test_k_reciprocal(found: Found, depth: int, k1: int, k2: int, weight: float)
 
 
 @pytest.mark.parametrize(("depth", "k", "seeds"), [(60, 10, 3), (15, 4, 1), (5, 99, 99)])
-def test_diffusion(found: Found, depth: int, k: int, seeds: int) -> None:
+def test_diffusion(found: Candidates, depth: int, k: int, seeds: int) -> None:
     """The solution of the linear system is the limit of spreading: f = alpha S f + y, again and again."""
     result = rerank.rerank_diffusion(found, depth, k, seeds, alpha=0.8, gamma=3.0)
     for row, query in enumerate(found.queries.vectors.astype(float)):
@@ -128,7 +128,7 @@ def test_diffusion(found: Found, depth: int, k: int, seeds: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "k"), [(60, 9), (20, 3), (4, 9)])
-def test_superglobal(found: Found, depth: int, k: int) -> None:
+def test_superglobal(found: Candidates, depth: int, k: int) -> None:
     result = rerank.rerank_superglobal(found, depth, k, beta=0.15)
     for row, query in enumerate(found.queries.vectors.astype(float)):
         candidates = by_likeness(found.index.vectors, query)[:depth]
@@ -156,18 +156,18 @@ STEPS = [
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_querys_answer_does_not_depend_on_the_others(found: Found, step) -> None:
+def test_a_querys_answer_does_not_depend_on_the_others(found: Candidates, step) -> None:
     together = step(found).ranking
     for row in range(QUERIES):
         query = Features(found.queries.vectors[row : row + 1], found.queries.ids[row : row + 1])
-        alone = step(Found(found.index.search(query.vectors, query.ids, 7), query, found.index)).ranking
+        alone = step(Candidates(found.index.search(query.vectors, query.ids, 7), query, found.index)).ranking
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-5)
         assert list(alone.positions[0]) == list(together.positions[row])
 
 
 @pytest.mark.parametrize("first", STEPS)
 @pytest.mark.parametrize("second", STEPS)
-def test_steps_follow_each_other(found: Found, first, second) -> None:
+def test_steps_follow_each_other(found: Candidates, first, second) -> None:
     assert second(first(found)).ranking.positions.shape[1] >= 7
 
 
@@ -177,7 +177,7 @@ def test_duplicates_and_a_gallery_smaller_than_the_depth(step) -> None:
     vectors = np.concatenate([np.repeat(unit(1, 0), 10, axis=0), unit(1, 5)])
     index = ExactIndex(device="cpu", first_pass="float32").fit(vectors, tuple("abcdefghijk"))
     queries = Features(unit(1, 0), ("q",))
-    ranking = step(Found(index.search(queries.vectors, queries.ids, 11), queries, index)).ranking
+    ranking = step(Candidates(index.search(queries.vectors, queries.ids, 11), queries, index)).ranking
     assert np.isfinite(ranking.scores).all()
     assert ranking.answers(0)[-1] == "k"
 
@@ -194,11 +194,11 @@ def test_vectors_of_any_length_are_compared_by_their_direction(step) -> None:
 
     index = ExactIndex("l2", device="cpu").fit(pictures(product), tuple(map(str, range(60))))
     queries = Features(pictures(np.arange(6)), tuple("abcdef"), any_length=True)
-    found = Found(index.search(queries.vectors, queries.ids, 7), queries, index)
+    found = Candidates(index.search(queries.vectors, queries.ids, 7), queries, index)
     for result in (found, step(found)):
         assert (product[result.ranking.positions[:, :7]] == np.arange(6)[:, None]).all()
 
     larger = ExactIndex("l2", device="cpu").fit(1024 * index.vectors, index.ids)
     longer = Features(1024 * queries.vectors, queries.ids, any_length=True)
-    scaled = step(Found(larger.search(longer.vectors, longer.ids, 7), longer, larger)).ranking
+    scaled = step(Candidates(larger.search(longer.vectors, longer.ids, 7), longer, larger)).ranking
     assert np.array_equal(scaled.positions, step(found).ranking.positions), "units of length do not matter"

@@ -16,7 +16,7 @@ from .folding import find_norms, is_plain
 WIDTH = 3  # cells: the width of the depthwise kernels whose bfloat16 gradients oneDNN computes fast
 
 
-def quicken(network: nn.Module, example: Tensor) -> None:
+def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Let a network that keeps its batch statistics learn faster, in place; its parameters and what it computes stay.
 
     Batch norms scale their convolution's weights at every step instead of its output, and depthwise convolutions under

@@ -1,4 +1,4 @@
-"""The quickened network against the plain one: same function, same gradients."""
+"""The optimized network against the plain one: same function, same gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from beauty_bafe.models.quicken import quicken
+from beauty_bafe.models.fast_training import optimize_for_training
 
 
 def learn(network: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -21,11 +21,11 @@ def learn(network: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, t
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "densenet121", "vgg11_bn", "seresnet50"])
-def test_quickened_networks_learn_the_same(lived_in: Callable[[str], Any], name: str) -> None:
+def test_optimized_networks_learn_the_same(lived_in: Callable[[str], Any], name: str) -> None:
     network = lived_in(name).double()  # in float32 a rounding can carry a value over an activation's kink
     quick = copy.deepcopy(network)
     for _ in range(2):  # twice: a module may be fitted again
-        quicken(quick, torch.randn(1, 3, 64, 64).double())
+        optimize_for_training(quick, torch.randn(1, 3, 64, 64).double())
     inputs = torch.randn(2, 3, 64, 64).double()
     output, gradients = learn(network, inputs)
     quick_output, quick_gradients = learn(quick, inputs)
@@ -44,7 +44,7 @@ def test_convolutions_under_autocast_against_float32(groups: int, kernel: Any, s
     network, inputs = nn.Sequential(layer), torch.randn(2, 4, 11, 12, requires_grad=True)
     wanted = network(inputs)
     exact = torch.autograd.grad(wanted.square().sum(), [inputs, *network.parameters()])
-    quicken(network, torch.randn(1, 4, 11, 12))
+    optimize_for_training(network, torch.randn(1, 4, 11, 12))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(inputs)
     assert output.dtype == torch.bfloat16
@@ -72,7 +72,7 @@ def test_unusual_convolutions_stay_right(options: dict[str, Any]) -> None:
         network(3 * torch.randn(8, 4, 9, 9) + 1)  # statistics of its own
     network.eval()
     quick, inputs = copy.deepcopy(network), torch.randn(2, 4, 9, 9)
-    quicken(quick, inputs)
+    optimize_for_training(quick, inputs)
     torch.testing.assert_close(quick(inputs), network(inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(quick(inputs).float(), network(inputs).float(), atol=0.05, rtol=0.05)
