@@ -80,7 +80,7 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
                 where = ".".join(parts[:depth]) or "the top level"
                 near = difflib.get_close_matches(part, allowed, n=1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
-                return f"'{key}' is no setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}"
+                return f"'{key}' is not a setting: {where} has {', '.join(allowed) or 'no keys below it'}.{hint}"
             parent = parent[part]
     return None
 
@@ -94,7 +94,7 @@ def _setting_left_at_auto(conf: Path, config_name: str, group: str, setting: str
         keys = dict.fromkeys(key for file in files.values() for key in _keys(OmegaConf.to_container(file)))
         near = difflib.get_close_matches(setting, keys, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"'{group}.{setting}' is no setting of any file in conf/{group} ({', '.join(names)}).{hint}"
+        return f"'{group}.{setting}' is not a setting of any file in conf/{group} ({', '.join(names)}).{hint}"
     # First what the setting itself names, then what train.py gives its checkpoints.
     preferred = {*setting.split("."), OmegaConf.load(conf / "train.yaml").retrieval[group]}
     having.sort(key=lambda name: name not in preferred)
@@ -154,7 +154,7 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
 
 
 def untrained_models(cfg: DictConfig) -> dict[str, Any]:
-    """The networks that retrieve.py takes as their makers left them: `models`, and `model` where there are no checkpoints."""
+    """The networks that retrieve.py takes with their published weights: `models`, and `model` where there are no checkpoints."""
     models = dict(cfg.models)
     if cfg.get("model") is not None and not cfg.checkpoints:
         models["model"] = cfg.model

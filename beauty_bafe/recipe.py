@@ -33,7 +33,7 @@ def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
 
 
 def check_enlarge(value: object, where: str) -> float:
-    """The size to describe at, in times that of training. Raises ValueError where it is no number in LEAST..MOST."""
+    """The size to describe at, in times that of training. Raises ValueError where it is not a number in LEAST..MOST."""
     if not isinstance(value, bool) and isinstance(value, int | float) and LEAST <= value <= MOST:
         return float(value)
     raise ValueError(

@@ -154,7 +154,7 @@ class Retriever:
     def search(self, images: Iterable[ImageLike], k: int = 7) -> list[list[Hit]]:
         """The k best pictures of the gallery for each image, best first.
 
-        Raises ValueError for a bad k or an image that cannot be read, TypeError for what is no image, naming its number.
+        Raises ValueError for a bad k or an image that cannot be read, TypeError for anything else, naming its number.
         """
         shelf = self._shelf
         check_k(k, len(shelf.gallery.indexes[0].ids))
@@ -188,7 +188,7 @@ class Retriever:
     def add(self, images: Mapping[str, ImageLike]) -> None:
         """Add pictures by id. Searches that start later see all of them; where one fails, none is added.
 
-        Raises ValueError for an id that is there already or a picture that cannot be read, TypeError for what is no image.
+        Raises ValueError for an id that is there already or a picture that cannot be read, TypeError for anything else.
         """
         new = Images.named(images)
         if not len(new):
@@ -251,7 +251,7 @@ def _prepare(checkpoints: Sequence[str], words: Sequence[str], from_file: bool =
         key = word.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in SCRIPT_ONLY:
             raise ValueError(
-                f"{word}: {key} is no override of a Retriever; it is an argument of a method, or retrieve.py's alone"
+                f"{word}: {key} is not an override of a Retriever; it is an argument of a method, or retrieve.py's alone"
             )
     if fault := cli.find_fault(CONF, "retrieve", words):
         raise ValueError(fault)

@@ -51,7 +51,7 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
         ("retrieve", "rerank.sift_verified.depth=9", "type rerank=sift_verified rerank.sift_verified.depth=9$"),
         ("retrieve", "retrieval.query=both", "retrieval is train.py's; here type query=both"),
         ("train", "pooling=gem", "chosen for retrieve.py; .* retrieval.pooling=gem makes it the checkpoint's"),
-        ("train", "data.titles=x", "'data.titles' is no setting: data has root"),
+        ("train", "data.titles=x", "'data.titles' is not a setting: data has root"),
     ],
 )
 def test_unknown_keys_are_answered_with_the_allowed_ones(script: str, override: str, expected: str) -> None:

@@ -195,11 +195,11 @@ def test_bad_arguments(shop: Retriever, tiny_checkpoint: Path, toy: Path, querie
     with pytest.raises(ValueError, match="k=49, but the gallery has 48"):
         shop.search(queries[:1], k=49)
     for overrides, message in [
-        (["poolling=gem"], "'poolling' is no setting: .* Did you mean 'pooling'"),
+        (["poolling=gem"], "'poolling' is not a setting: .* Did you mean 'pooling'"),
         (["pooling=gemm"], "gemm"),
         (["query.view.closer=2"], "query=auto leaves query to the checkpoints"),
-        (["gallery=G"], "gallery is no override of a Retriever"),
-        (["hydra.run.dir=x"], "hydra.run.dir is no override"),
+        (["gallery=G"], "gallery is not an override of a Retriever"),
+        (["hydra.run.dir=x"], "hydra.run.dir is not an override"),
     ]:
         with pytest.raises(ValueError, match=message):
             Retriever.build(tiny_checkpoint, toy / "gallery", overrides)

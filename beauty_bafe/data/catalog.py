@@ -135,7 +135,7 @@ class Skipped:
             _, path, reason = self.unreadable[0]
             raise ValueError(
                 f"{len(self.unreadable)} of {total} {what} cannot be read, more than {setting}={max_share} allows; "
-                f"the first: {path}: {reason}; see skipped.csv, mend the files or raise {setting}"
+                f"the first: {path}: {reason}; see skipped.csv, fix the files or raise {setting}"
             )
 
 
@@ -144,7 +144,7 @@ def _pictures_below(root: Path) -> list[Path]:
         raise type(error)(error.errno, f"cannot read the folder '{error.filename}': {error.strerror}; check its permissions")
 
     if not root.is_dir():
-        raise ValueError(f"'{root}' is no folder; name a folder of pictures")
+        raise ValueError(f"'{root}' is not a folder; name a folder of pictures")
     found: list[Path] = []
     for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))

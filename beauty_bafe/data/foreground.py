@@ -13,7 +13,7 @@ from .pictures import Picture
 # Distances are in CIE Lab as OpenCV's 8-bit scale gives it (L 0..255, a and b centred on 128).
 NOISE_FLOOR = 6.0  # JPEG ringing on plain white stays below this
 RING, RING_FACTOR = 2, 2.5  # pixels along the backdrop in which JPEG rings are forgiven, times the tolerance
-MAX_NOISE = 3.0  # a backdrop that varies more than this is no plain one
+MAX_NOISE = 3.0  # a backdrop that varies more than this is not plain
 LIGHTNESS_STEP = 3.0  # a soft shadow changes by less than this from pixel to pixel; a product's edge by more
 SHADOW_DEPTH = 70.0  # how much darker than the backdrop a soft shadow may get
 MIN_AREA, MAX_AREA = 0.005, 0.95

@@ -56,7 +56,7 @@ class Images:
 
     @classmethod
     def named(cls, images: Mapping[str, ImageLike]) -> Images:
-        """Images by id. Raises TypeError where it is no mapping, or an id no text."""
+        """Images by id. Raises TypeError where it is not a mapping or an id is not a str."""
         if not isinstance(images, Mapping):
             raise TypeError(f"got a {type(images).__name__}; give a dict of id -> image, the image being {KINDS}")
         for name in images:

@@ -19,7 +19,7 @@ MAX_PIXELS = 400_000_000
 
 
 class UnreadablePicture(ValueError):
-    """A file that is no picture, is cut short, or is too large; the message gives the reason."""
+    """A file that is not a picture, is cut short, or is too large; the message gives the reason."""
 
 
 class Picture(NamedTuple):

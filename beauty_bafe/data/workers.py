@@ -24,7 +24,7 @@ def quiet_worker(_: int) -> None:
 
 
 def yielding_worker(number: int) -> None:
-    """`quiet_worker` that stands behind the network: a step waits for the slowest thread, so each core taken from it counts.
+    """`quiet_worker` that gives way to the network: a step waits for the slowest thread, so each core taken from it counts.
 
     For processes of their own alone; niceness cannot be taken back.
     """

@@ -193,7 +193,9 @@ def find_weights(source: str, setting: str) -> Path:
     """
     if not source.startswith("package:"):
         if not Path(source).is_file():
-            raise ValueError(f"{setting}='{source}' is no file; give a .pth, .pt or .safetensors state dict, or package:NAME")
+            raise ValueError(
+                f"{setting}='{source}' is not a file; give a .pth, .pt or .safetensors state dict, or package:NAME"
+            )
         return Path(source)
     name, _, wanted = source.removeprefix("package:").partition("/")
     package = find_spec(name)  # its files are used, its code is not run
@@ -224,7 +226,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"'{path}' is no state dict that loads without running code: {error}") from error
+        raise ValueError(f"'{path}' is not a state dict that loads without running code: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

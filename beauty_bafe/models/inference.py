@@ -1,4 +1,4 @@
-"""The network at its fastest: descriptors out of uint8 pictures, each convolution in the precision it can bear."""
+"""The network at its fastest: uint8 pictures in, descriptors out, every layer at the lowest precision that does no harm."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Describer(nn.Module):
                     fitting = [max(1, round(size / patch)) * patch for size in self.sides]
                     shares = ",".join(f"{size / extractor.size:.4g}" for size in fitting)
                     raise ValueError(
-                        f"extraction.scales={list(scales)}: {side} px is no multiple of this network's patches of {patch} px; "
+                        f"extraction.scales={list(scales)}: {side} px is not a multiple of the patches of {patch} px; "
                         f"type extraction.scales=[{shares}] for {', '.join(map(str, fitting))} px"
                     ) from error
                 raise ValueError(

@@ -26,7 +26,7 @@ class SaliencyModule(pl.LightningModule):
 
     def __init__(self, model: Mapping[str, Any], lr: float, warmup: int) -> None:
         super().__init__()
-        # Through JSON: what is no plain value fails here, not when somebody loads the checkpoint.
+        # Through JSON: a value that is not plain fails here, not when somebody loads the checkpoint.
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
@@ -107,7 +107,7 @@ class SaliencyModule(pl.LightningModule):
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU, tensors read as they are used; runs no code of the file.
 
-    Raises ValueError where the file is no checkpoint of ours.
+    Raises ValueError where the file is not a checkpoint of ours.
     """
     path = Path(checkpoint)
     if not path.is_file():
@@ -118,7 +118,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
         content["state_dict"].items()
     except Exception as error:
         raise ValueError(
-            f"'{checkpoint}' is no checkpoint of this project ({type(error).__name__}: {str(error)[:200]}); "
+            f"'{checkpoint}' is not a checkpoint of this project ({type(error).__name__}: {str(error)[:200]}); "
             "give a best.ckpt or last.ckpt that train.py wrote, or use model.weights=FILE for a bare state dict"
         ) from error
     return content
@@ -127,7 +127,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
     """The extractor of a checkpoint, on the CPU in evaluation mode; needs no conf and no hub, and runs no code of the file.
 
-    Raises ValueError where the file is no checkpoint of ours.
+    Raises ValueError where the file is not a checkpoint of ours.
     """
     content = read_checkpoint(checkpoint)
     model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}

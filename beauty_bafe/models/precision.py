@@ -11,7 +11,7 @@ import torch
 
 
 def check_device(device: str, key: str = "device") -> None:
-    """Raise ValueError for what is no name of a device."""
+    """Raise ValueError for a name that no device has."""
     if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"{key}={device}: type auto, cpu, gpu, cuda, cuda:1 (or another number) or mps")
 

@@ -44,7 +44,7 @@ class KeepRunSettings(Callback):
 
 
 def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], checkpoint: str | Path) -> None:
-    """Raise ValueError where a run of `module` under `settings` would not go on from `checkpoint` to the same result.
+    """Raise ValueError where continuing `checkpoint` with `module` and `settings` would not give the same result.
 
     That is where the file is not ours, is of another objective, or differs in a key, which is named.
     """

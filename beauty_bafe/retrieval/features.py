@@ -84,12 +84,12 @@ def load_members(
     pairs: Mapping[Any, Sequence[str]] | None = None,
     size: int | None = None,
 ) -> list[Member]:
-    """Every network with every pooling: trained ones from `checkpoints`, others as their makers left them from `models`.
+    """Each network with each pooling: trained ones from `checkpoints`, others with their published weights from `models`.
 
     `models`: plain arguments of BackgroundAgnosticExtractor by name. `pairs`: the poolings, by name, of a network (a model's
     name, a checkpoint's number from 0); one that is not named takes all. A pooling of the picture itself is made once.
     `size`: pixels of the square that trained networks look at, None for what each checkpoint asks for.
-    Raises ValueError for a file that is no checkpoint, unknown names, or saliency asked of a network that learned none.
+    Raises ValueError for a file that is not a checkpoint, unknown names, or saliency asked of a network that learned none.
     """
     models = models or {}
     pairs = {str(name): names for name, names in (pairs or {}).items()}

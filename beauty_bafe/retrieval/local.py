@@ -166,7 +166,7 @@ def _look(
 
 
 def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Path]:
-    """Where these pictures lie. Raises ValueError for one that is no file."""
+    """Where these pictures lie. Raises ValueError for one that is not a file."""
     paths = dict(zip(catalog.ids, catalog.paths, strict=True))
     if missing := [name for name in names if name not in paths]:
         raise ValueError(

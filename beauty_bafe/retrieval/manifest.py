@@ -20,7 +20,7 @@ def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{file}' is no manifest ({error}); {remedy}") from error
+        raise ValueError(f"'{file}' is not a manifest ({error}); {remedy}") from error
     for key, value in expected.items():
         if key not in found or found[key] != json.loads(json.dumps(value)):
             raise ValueError(f"'{file.parent}' was made with {key}={found.get(key)}, now it is {key}={value}; {remedy}")

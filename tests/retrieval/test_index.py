@@ -196,7 +196,7 @@ def test_a_saved_index_names_what_differs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="made with index=exact, now it is index=faiss Flat"):
         build("Flat").load(tmp_path, {"members": ["a"]})
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"manifest.json' is no manifest"):
+    with pytest.raises(ValueError, match=r"manifest.json' is not a manifest"):
         build("exact").load(tmp_path, {})
 
 

@@ -166,7 +166,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit(
     for part, setting in ((Aliked(SIZE, 9), "detector"), (XFeat(SIZE, 9), "detector"), (LightGlue("aliked"), "matcher")):
         with pytest.raises(RuntimeError, match=rf"no route to host.*type {setting}.weights=FILE or package:NAME/FILE"):
             _ = part.network
-    with pytest.raises(ValueError, match=r"detector.weights='nowhere.pth' is no file"):
+    with pytest.raises(ValueError, match=r"detector.weights='nowhere.pth' is not a file"):
         Aliked(SIZE, 9, weights="nowhere.pth")
     with pytest.raises(ValueError, match=r"detector.weights=.*xfeat.pth does not fit ALIKED: .* missing"):
         _ = Aliked(SIZE, 9, weights=weights("xfeat")).network
