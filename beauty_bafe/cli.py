@@ -154,7 +154,7 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
 
 
 def untrained_models(cfg: DictConfig) -> dict[str, Any]:
-    """The networks that retrieve.py takes with their published weights: `models`, and `model` where there are no checkpoints."""
+    """The networks that retrieve.py takes with published weights: `models`, and `model` where there are no checkpoints."""
     models = dict(cfg.models)
     if cfg.get("model") is not None and not cfg.checkpoints:
         models["model"] = cfg.model
