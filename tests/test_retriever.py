@@ -178,7 +178,7 @@ def test_every_kind_of_image(shop: Retriever, queries: list[Path]) -> None:
         (np.zeros((4, 4, 3), np.uint8), "got one ndarray; give a list"),
         (7, "got a int; give a list of images, each a path"),
         ({"a": "photo.jpg"}, "got a dict; give a list of images"),
-        ([None], "image '0' is a NoneType; it must be a path, a PIL image"),
+        ([None], "image '0' is of type NoneType; it must be a path, a PIL image"),
         ([np.zeros((4, 4, 3))], r"image '0' is float64 \(4, 4, 3\); arrays and tensors must be uint8 \(H, W, 3\)"),
         ([torch.zeros(3, 4, 4, dtype=torch.uint8)], r"is uint8 \(3, 4, 4\); .*; type image\.permute\(1, 2, 0\)"),
         ([np.zeros((4, 4), np.uint8)], r"is uint8 \(4, 4\)"),
@@ -211,7 +211,7 @@ def test_bad_arguments(shop: Retriever, tiny_checkpoint: Path, toy: Path, querie
         Retriever.build(tiny_checkpoint, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="the gallery is empty"):
         Retriever.build(tiny_checkpoint, {})
-    with pytest.raises(TypeError, match="the id 3 is a int; ids are text, type '3'"):
+    with pytest.raises(TypeError, match="the id 3 is of type int; ids are text, type '3'"):
         shop.add({3: queries[0]})  # type: ignore[dict-item]
 
 

@@ -61,7 +61,7 @@ class Images:
             raise TypeError(f"got a {type(images).__name__}; give a dict of id -> image, the image being {KINDS}")
         for name in images:
             if not isinstance(name, str):
-                raise TypeError(f"the id {name!r} is a {type(name).__name__}; ids are text, type {str(name)!r}")
+                raise TypeError(f"the id {name!r} is of type {type(name).__name__}; ids are text, type {str(name)!r}")
         return cls(tuple(images), tuple(images.values()))
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class Images:
 def check_image(image: Any, name: str) -> None:
     """Raise TypeError or ValueError where `image` is none of `KINDS`; `name` tells which it is."""
     if not isinstance(image, ImageLike):
-        raise TypeError(f"{name} is a {type(image).__name__}; it must be {KINDS}")
+        raise TypeError(f"{name} is of type {type(image).__name__}; it must be {KINDS}")
     if isinstance(image, np.ndarray | Tensor):
         shape, dtype = tuple(image.shape), str(image.dtype).removeprefix("torch.")
         if dtype != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
