@@ -22,7 +22,7 @@ CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
-KNOWN = r"(?:python (?:train|retrieve)\.py|beauty-bafe export)"  # commands that compose
+KNOWN = r"(?:python (?:train|retrieve)\.py|beauty-bafe (?:export|cutout))"  # commands that compose
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 

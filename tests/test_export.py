@@ -122,6 +122,17 @@ def test_export_writes_what_it_compared(
     assert "NaN" not in card
 
 
+def test_export_compares_photographs(
+    recipe_checkpoint: Path, shared: Path, tmp_path: Path, configure: Callable[..., DictConfig]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export`")
+    pytest.importorskip("onnxscript", reason="the extra `export`")
+    words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path}", "query=whole", "most_pictures=20"]
+    files = export(configure("export", *words, f"pictures={shared / 'benchmark' / 'dev' / 'queries'}"))
+    assert files.keys() == {"model.onnx"}
+    assert files["model.onnx"]["compared_pictures"] == 20
+
+
 def test_a_file_that_gives_something_else_is_refused(
     recipe_checkpoint: Path, tmp_path: Path, configure: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
