@@ -90,7 +90,7 @@ def _settings(content: Mapping[str, Any]) -> list[str]:
 def _figures(checkpoint: Path) -> list[str]:
     """Of metrics.json beside the checkpoint or in its run's folder."""
     places = [folder / "metrics.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]
-    found = next((json.loads(file.read_text(encoding="utf-8")) for file in places if file.is_file()), {})
+    found: dict[str, Any] = next((json.loads(file.read_text(encoding="utf-8")) for file in places if file.is_file()), {})
     rows = [f"| {meaning} | {found[key]:.4f} |" for key, meaning in FIGURES.items() if key in found]
     if not rows:
         return ["None: there was no metrics.json beside the checkpoint."]
