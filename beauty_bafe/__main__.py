@@ -11,6 +11,8 @@ from . import __version__
 COMMANDS = {
     "train": "train an extractor on catalogue photos, as train.py does",
     "retrieve": "answer queries from a gallery, as retrieve.py does",
+    "export": "write a checkpoint as safetensors and ONNX, with a model card",
+    "cutout": "cut products out of pictures, as PNG files",
 }
 
 

@@ -43,13 +43,13 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
         return None  # not a matter of keys: Hydra's own message names the options
     swept = {o.key_or_group for o in groups if o.is_sweep_override()}
     swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
-    other = {"train": "retrieve", "retrieve": "train"}[config_name]
+    other = "retrieve" if config_name == "train" else "train"
     for override in overrides:
         key = override.key_or_group
         group, _, rest = key.partition(".")
         word = str(override.input_line)
         value = word.partition("=")[2]
-        if override in groups and key in ELSEWHERE[config_name]:
+        if override in groups and key in ELSEWHERE.get(config_name, ()):
             hint = (
                 f"; retrieval.{key}={value} makes it the checkpoint's"
                 if key in settings.get("retrieval", {}) and "[" not in value

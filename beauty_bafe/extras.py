@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
-EXTRAS = {"wandb": "wandb", "tensorboard": "tensorboard", "skimage": "classical"}  # module -> extra of this package
+EXTRAS = {  # module -> extra of this package
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "skimage": "classical",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "onnx": "export",  # after those whose names begin with it
+}
 
 
 def explain(error: ImportError) -> str:

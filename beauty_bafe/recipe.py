@@ -46,12 +46,12 @@ def resolve_auto(cfg: DictConfig, conf: Path) -> None:
 
     Raises ValueError where the checkpoints differ, or name a file that is not in `conf`.
     """
-    left = [group for group in GROUPS if "auto" in cfg[group]]
+    left = [group for group in GROUPS if group in cfg and "auto" in cfg[group]]
     for group in left:
         settings = [f"{group}.{key}" for key in cfg[group] if key != "auto"]
         if settings:
             raise ValueError(f"{settings[0]} is given, but {group} is left at auto; type {group}=NAME beside it")
-    for name, pooling in cfg.poolings.items():
+    for name, pooling in cfg.get("poolings", {}).items():
         if "auto" in pooling:
             raise ValueError(f"poolings.{name}=auto: only pooling itself can be auto; type +pooling@poolings.{name}=NAME")
     if not left:

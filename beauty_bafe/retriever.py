@@ -17,6 +17,7 @@ from . import cli
 from .config import CONF, check_targets, compose
 from .data.catalog import Skipped, open_catalog
 from .data.images import ImageLike, Images
+from .models.exported import checkpoint_bytes
 from .models.inference import MASK_SIZE
 from .recipe import resolve_auto
 from .retrieval.features import Features, mean_masks
@@ -83,10 +84,10 @@ class Retriever:
     ) -> Retriever:
         """Describe a gallery and index it.
 
-        `checkpoints`: what train.py wrote; several become one ensemble. `gallery`: a folder of pictures, a csv with the
-        columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them, such as "query=whole",
-        "size=320" or "device=cpu"; without them everything is as the checkpoints ask for. Of a folder or csv, unreadable
-        pictures are left out and listed in `skipped`, up to the share max_skipped.
+        `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
+        pictures, a csv with the columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them,
+        such as "query=whole", "size=320" or "device=cpu"; without them everything is as the checkpoints ask for. Of a folder
+        or csv, unreadable pictures are left out and listed in `skipped`, up to the share max_skipped.
 
         Raises ValueError for files that are no checkpoints, unknown settings, an empty or unreadable gallery; TypeError for
         what is no image.
@@ -134,15 +135,16 @@ class Retriever:
         names = []
         with locked([place]):
             for file in self._checkpoints:
-                content = Path(file).read_bytes()
-                names.append(digest(content))
+                content = checkpoint_bytes(file)
+                names.append(digest(*content.values()))
                 if names[-1] not in sources:
                     raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
                 # Named by their content and beside the versions, so that those who loaded one find it there later.
-                kept = _kept(place, names[-1])
-                if not kept.is_file():
-                    kept.parent.mkdir(exist_ok=True)
-                    replace_file(kept, partial(_write, content))
+                for name, data in content.items():
+                    kept = _kept(place, names[-1]) / name
+                    if not kept.is_file():
+                        kept.parent.mkdir(parents=True, exist_ok=True)
+                        replace_file(kept, partial(_write, data))
             about = json.dumps({"checkpoints": names, "overrides": self._overrides}, indent=1)
 
             def write(version: Path) -> None:

@@ -22,6 +22,7 @@ CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
+KNOWN = r"(?:python (?:train|retrieve)\.py|beauty-bafe (?:export|cutout))"  # commands that compose
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 
@@ -102,19 +103,19 @@ def commands() -> list[str]:
     found = []
     for source in [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md")), *FILES, *sorted(CONF.glob("*.yaml"))]:
         text = source.read_text().replace("\\\n", " ")
-        found += re.findall(r"^(?:# )?(?:make demo, or: )?(python (?:train|retrieve)\.py.*?)(?:\s{2,}.*)?$", text, re.MULTILINE)
+        found += re.findall(rf"^(?:# )?(?:make demo, or: )?({KNOWN}.*?)(?:\s{{2,}}.*)?$", text, re.MULTILINE)
     return sorted(set(found))
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_composes(command: str, configure) -> None:
     words = shlex.split(command, comments=True)
-    assert words[0] == "python"
+    assert words[0] in ("python", "beauty-bafe")
     script, overrides = Path(words[1]).stem, [word for word in words[2:] if word != "-m"]
     if "-m" in words:  # a sweep: its first job
         overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]
     given = {word.split("=")[0] for word in overrides}
-    fill = [word for word in FILLED if word.split("=")[0] not in given]
+    fill = [word for word in FILLED if word.split("=")[0] not in given and words[0] == "python"]
     fill = [word for word in fill if word.startswith("data.") == (script == "train")]
     overrides = [word for word in overrides if not word.startswith("-")]
     OmegaConf.to_yaml(configure(script, *overrides, *fill), resolve=True)

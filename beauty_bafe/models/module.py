@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exported import PREFIX, read_network
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .fast_training import optimize_for_training
 from .objectives import average_precision, mask_metrics, saliency_loss
@@ -105,21 +106,24 @@ class SaliencyModule(pl.LightningModule):
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU, tensors read as they are used; runs no code of the file.
+    """What a checkpoint, or a folder that `beauty-bafe export` wrote, holds; on the CPU. Runs no code of the file.
 
+    A checkpoint's tensors are read as they are used; an exported folder holds no optimiser.
     Raises ValueError where the file is not a checkpoint of ours.
     """
     path = Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"checkpoint '{checkpoint}' does not exist; train.py writes RUN/checkpoints/best.ckpt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        exported = path.is_dir()
+        content = read_network(path) if exported else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         dict(content["hyper_parameters"]["model"])
         content["state_dict"].items()
     except Exception as error:
         raise ValueError(
             f"'{checkpoint}' is not a checkpoint of this project ({type(error).__name__}: {str(error)[:200]}); "
-            "give a best.ckpt or last.ckpt that train.py wrote, or use model.weights=FILE for a bare state dict"
+            "give a best.ckpt or last.ckpt that train.py wrote or a folder that beauty-bafe export wrote, "
+            "or use model.weights=FILE for a bare state dict"
         ) from error
     return content
 
@@ -132,7 +136,7 @@ def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
     content = read_checkpoint(checkpoint)
     model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
     named = content["state_dict"].items()  # an objective may keep more than the network
-    state = {key.removeprefix("extractor."): value for key, value in named if key.startswith("extractor.")}
+    state = {key.removeprefix(PREFIX): value for key, value in named if key.startswith(PREFIX)}
     extractor = BackgroundAgnosticExtractor(**model)
     try:
         extractor.load_state_dict(state)

@@ -48,6 +48,11 @@ def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], che
 
     That is where the file is not ours, is of another objective, or differs in a key, which is named.
     """
+    if Path(checkpoint).is_dir():
+        raise ValueError(
+            f"ckpt_path='{checkpoint}' is an exported network, which has no optimiser to go on with; "
+            "type ckpt_path=RUN/checkpoints/last.ckpt"
+        )
     load_extractor(checkpoint)
     content = read_checkpoint(checkpoint)
     objective = content.get("objective", type(module).__name__)  # older checkpoints do not say

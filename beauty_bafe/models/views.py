@@ -157,7 +157,7 @@ def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
 
     `outside`: the value beyond the canvas.
     """
-    theta = window.new_zeros(len(window), 2, 3)
+    theta = window.new_zeros(window.shape[0], 2, 3)  # torch.export takes len() for a constant
     theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
     theta[:, :, 2] = window[:, :2]
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)

@@ -16,6 +16,7 @@ from ..data.catalog import Catalog, Skipped, stamp
 from ..data.images import Pictures
 from ..data.workers import one_opencv_thread
 from ..models.descriptor import Pooling
+from ..models.exported import checkpoint_bytes
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor, read_checkpoint
@@ -94,7 +95,9 @@ def load_members(
     models = models or {}
     pairs = {str(name): names for name, names in (pairs or {}).items()}
     files = [checkpoints] if isinstance(checkpoints, str) else list(checkpoints)
-    networks = {str(number): (file, _load_at(file, size), digest(Path(file).read_bytes())) for number, file in enumerate(files)}
+    networks = {
+        str(number): (file, _load_at(file, size), digest(*checkpoint_bytes(file).values())) for number, file in enumerate(files)
+    }
     for name, model in models.items():
         extractor = BackgroundAgnosticExtractor(**model).eval()
         weights = (tensor.numpy().tobytes() for tensor in extractor.backbone.state_dict().values())

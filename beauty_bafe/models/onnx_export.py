@@ -1,0 +1,100 @@
+"""A Describer as an ONNX file, and the proof that onnxruntime gives what PyTorch gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .inference import Describer
+
+OPSET = 20  # the first whose GridSample and AffineGrid the exporter uses for the second look
+BATCHES = (1, 2, 7)  # a batch size that became a constant fails at one of them
+LEAST_COSINE, MOST_OFF = 0.9999, 1  # of descriptors; of masks, of 255
+
+
+class Agreement(NamedTuple):
+    """onnxruntime against PyTorch in float32: the lowest cosine, the largest difference of masks (of 255), over how many."""
+
+    cosine: float
+    mask: int
+    pictures: int
+
+
+def export_onnx(describer: Describer, file: Path) -> None:
+    """Write `describer`, of one pooling and with masks, as ONNX.
+
+    Input `pictures`, uint8 (N, 3, S, S), S being the describer's canvas; outputs `descriptor`, float32 (N, D) of length 1,
+    and `mask`, uint8 (N, 112, 112). Raises ImportError without the extra `export`, RuntimeError for what ONNX cannot express.
+    """
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    for name in ("onnxscript", "onnx_ir"):  # they tell of every node that they simplify
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Two pictures: the exporter takes a size of one for a constant.
+    pictures = torch.zeros(2, 3, describer.canvas, describer.canvas, dtype=torch.uint8)
+    try:
+        with torch.no_grad():
+            torch.onnx.export(
+                describer,
+                (pictures,),
+                file,
+                dynamo=True,
+                input_names=["pictures"],
+                output_names=["descriptor", "mask"],
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # of the exporter's many stages, each with its own kind
+        raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def check_onnx(file: Path, describer: Describer, pictures: Iterable[Tensor]) -> Agreement:
+    """Compare `file` with the describer it was made from, on the CPU, in batches of 1, 2 and 7.
+
+    `pictures`: uint8 (3, S, S) each, at least 10 of them. Raises RuntimeError where a descriptor or mask differs too much.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    worst = Agreement(1.0, 0, 0)
+    for batch in _batches(pictures):
+        with torch.no_grad():
+            vectors, masks = describer(batch)
+        try:
+            found = [torch.from_numpy(output) for output in session.run(None, {"pictures": batch.numpy()})]
+        except Exception as error:  # onnxruntime's kinds have no common ancestor of their own
+            raise RuntimeError(f"onnxruntime fails at a batch of {len(batch)}: {str(error)[:200]}") from error
+        cosine = float(torch.cosine_similarity(found[0], vectors).min())
+        off = int((found[1].int() - masks.int()).abs().max())
+        worst = Agreement(min(worst.cosine, cosine), max(worst.mask, off), worst.pictures + len(batch))
+        # Not the other way round, which lets NaN pass.
+        if not (cosine >= LEAST_COSINE and off <= MOST_OFF):
+            raise RuntimeError(
+                f"onnxruntime differs from PyTorch among pictures {worst.pictures - len(batch) + 1} to {worst.pictures}: "
+                f"cosine {cosine:.6f}, allowed from {LEAST_COSINE}; mask {off}/255, allowed to {MOST_OFF}/255"
+            )
+    return worst
+
+
+def _batches(pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Stacks of 1, 2, 7, 1, 2, ... pictures, uint8 (N, 3, S, S); the last holds what is left."""
+    part: list[Tensor] = []
+    turn = 0
+    for picture in pictures:
+        part.append(picture)
+        if len(part) == BATCHES[turn % len(BATCHES)]:
+            yield torch.stack(part)
+            part, turn = [], turn + 1
+    if part:
+        yield torch.stack(part)
