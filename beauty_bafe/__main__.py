@@ -11,6 +11,7 @@ from . import __version__
 COMMANDS = {
     "train": "train an extractor on catalogue photos, as train.py does",
     "retrieve": "answer queries from a gallery, as retrieve.py does",
+    "serve": "answer searches over HTTP from a saved Retriever, with a page to try it",
 }
 
 

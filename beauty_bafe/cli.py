@@ -1,4 +1,4 @@
-"""What the two scripts share around Hydra: quick checks of the command line and readable errors."""
+"""What the commands share around Hydra: quick checks of the command line and readable errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .config import compose
 from .extras import explain
 
-# Groups that a recipe of conf/experiment may name for the other script.
+# Groups that a recipe of conf/experiment may name for the other command.
 ELSEWHERE = {
     "train": ("pooling", "ensemble", "index", "rerank", "query"),
     "retrieve": ("objective", "data", "augmentation", "trainer"),
+    "serve": (),
 }
 
 
@@ -43,7 +44,7 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
         return None  # not a matter of keys: Hydra's own message names the options
     swept = {o.key_or_group for o in groups if o.is_sweep_override()}
     swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
-    other = {"train": "retrieve", "retrieve": "train"}[config_name]
+    other = "train" if config_name == "retrieve" else "retrieve"
     for override in overrides:
         key = override.key_or_group
         group, _, rest = key.partition(".")

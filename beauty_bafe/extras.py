@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-EXTRAS = {"wandb": "wandb", "tensorboard": "tensorboard", "skimage": "classical"}  # module -> extra of this package
+EXTRAS = {"wandb": "wandb", "tensorboard": "tensorboard", "skimage": "classical"} | dict.fromkeys(
+    ("fastapi", "uvicorn", "python_multipart", "prometheus_client"), "serve"
+)  # module -> extra of this package
 
 
 def explain(error: ImportError) -> str:

@@ -102,7 +102,11 @@ def commands() -> list[str]:
     found = []
     for source in [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md")), *FILES, *sorted(CONF.glob("*.yaml"))]:
         text = source.read_text().replace("\\\n", " ")
-        found += re.findall(r"^(?:# )?(?:make demo, or: )?(python (?:train|retrieve)\.py.*?)(?:\s{2,}.*)?$", text, re.MULTILINE)
+        found += re.findall(
+            r"^(?:# )?(?:make demo, or: )?(python (?:(?:train|retrieve)\.py|-m beauty_bafe) .*?)(?:\s{2,}.*)?$",
+            text,
+            re.MULTILINE,
+        )
     return sorted(set(found))
 
 
@@ -110,12 +114,14 @@ def commands() -> list[str]:
 def test_every_command_composes(command: str, configure) -> None:
     words = shlex.split(command, comments=True)
     assert words[0] == "python"
+    if words[1:2] == ["-m"]:  # python -m beauty_bafe COMMAND
+        words = [words[0], *words[3:]]
     script, overrides = Path(words[1]).stem, [word for word in words[2:] if word != "-m"]
     if "-m" in words:  # a sweep: its first job
         overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]
     given = {word.split("=")[0] for word in overrides}
     fill = [word for word in FILLED if word.split("=")[0] not in given]
-    fill = [word for word in fill if word.startswith("data.") == (script == "train")]
+    fill = [word for word in fill if word.startswith("data.") == (script == "train") and script != "serve"]
     overrides = [word for word in overrides if not word.startswith("-")]
     OmegaConf.to_yaml(configure(script, *overrides, *fill), resolve=True)
 
