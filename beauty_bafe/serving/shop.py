@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import re
 import threading
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -66,8 +67,7 @@ class Shop:
             return self._answer(kind, contents)
         except ValueError as error:
             if len(contents) == 1:
-                reason = str(error).partition(" cannot be read: ")[2]
-                return [Refused(422, f"the picture is broken: {reason}" if reason else str(error))]
+                return [_broken(error)]
             # One of them is broken; the others have a right to their answers.
             return [self.answer(kind, [content])[0] for content in contents]
 
@@ -94,7 +94,7 @@ class Shop:
                 shop.add({name: file})
                 return self._swap(shop)
             except ValueError as error:
-                raise Refused(422, f"the picture is broken: {str(error).partition(' cannot be read: ')[2] or error}") from error
+                raise _broken(error) from error
             finally:
                 self._tidy()
 
@@ -143,6 +143,11 @@ class Shop:
         for file in self._pictures.iterdir() if self._pictures.is_dir() else ():
             if file not in used:
                 file.unlink(missing_ok=True)
+
+
+def _broken(error: ValueError) -> Refused:
+    reason = str(error).partition(" cannot be read: ")[2]
+    return Refused(422, f"the picture is broken: {re.sub(r'^[A-Za-z]+: ', '', reason)}" if reason else str(error))
 
 
 def _write(content: bytes, part: Path) -> None:
