@@ -13,6 +13,7 @@ COMMANDS = {
     "retrieve": "answer queries from a gallery, as retrieve.py does",
     "export": "write a checkpoint as safetensors and ONNX, with a model card",
     "cutout": "cut products out of pictures, as PNG files",
+    "serve": "answer searches over HTTP from a saved Retriever, with a page to try it",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the two scripts share around Hydra: quick checks of the command line and readable errors."""
+"""What the commands share around Hydra: quick checks of the command line and readable errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .config import compose
 from .extras import explain
 
-# Groups that a recipe of conf/experiment may name for the other script.
+# Groups that a recipe of conf/experiment may name for the other command.
 ELSEWHERE = {
     "train": ("pooling", "ensemble", "index", "rerank", "query"),
     "retrieve": ("objective", "data", "augmentation", "trainer"),
+    "serve": (),
 }
 
 

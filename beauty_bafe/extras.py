@@ -11,6 +11,10 @@ EXTRAS = {  # module -> extra of this package
     "onnxruntime": "export",
     "onnxscript": "export",
     "onnx": "export",  # after those whose names begin with it
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "python_multipart": "serve",
+    "prometheus_client": "serve",
 }
 
 

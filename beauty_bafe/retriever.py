@@ -158,19 +158,25 @@ class Retriever:
 
         Raises ValueError for a bad k or an image that cannot be read, TypeError for anything else, naming its number.
         """
+        return self.search_with_masks(images, k)[0]
+
+    def search_with_masks(self, images: Iterable[ImageLike], k: int = 7) -> tuple[list[list[Hit]], np.ndarray | None]:
+        """What `search` returns, and the saliency masks that `describe` returns, for the price of one of them."""
         shelf = self._shelf
         check_k(k, len(shelf.gallery.indexes[0].ids))
         queries = Images.numbered(images)
         if not len(queries):
-            return []
-        ranking = shelf.gallery.answer(queries.files, self._described(shelf.gallery, queries), self._steps, k)
-        return [
+            return [], np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
+        described = self._described(shelf.gallery, queries)
+        ranking = shelf.gallery.answer(queries.files, described, self._steps, k)
+        hits = [
             [
                 Hit(name, float(score), None, shelf.paths.get(name))
                 for name, score in zip(ranking.answers(row), ranking.scores[row], strict=True)
             ]
             for row in range(len(queries))
         ]
+        return hits, mean_masks(described).masks
 
     def describe(self, images: Iterable[ImageLike]) -> tuple[np.ndarray, np.ndarray | None]:
         """Images as queries are described: vectors, float32 (N, D) of length 1, and saliency masks, uint8 (N, 112, 112).
@@ -215,6 +221,10 @@ class Retriever:
                 raise ValueError("that would remove every picture of the gallery; add others first")
             if gone:
                 self._put(gallery.removed(gone))
+
+    def path(self, name: str) -> Path | None:
+        """Where the picture of this id lies; None for an unknown id and for a picture that came from memory."""
+        return self._shelf.paths.get(name)
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -22,7 +22,9 @@ CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
-KNOWN = r"(?:python (?:train|retrieve)\.py|beauty-bafe (?:export|cutout))"  # commands that compose
+KNOWN = (
+    r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:export|cutout|serve))"  # commands that compose
+)
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 
@@ -111,6 +113,8 @@ def commands() -> list[str]:
 def test_every_command_composes(command: str, configure) -> None:
     words = shlex.split(command, comments=True)
     assert words[0] in ("python", "beauty-bafe")
+    if words[1:2] == ["-m"]:  # python -m beauty_bafe COMMAND
+        words = ["beauty-bafe", *words[3:]]
     script, overrides = Path(words[1]).stem, [word for word in words[2:] if word != "-m"]
     if "-m" in words:  # a sweep: its first job
         overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", word) for word in overrides]

@@ -1,0 +1,77 @@
+"""Serve a saved Retriever over HTTP: beauty-bafe serve index_dir=SHOP port=8000"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from beauty_bafe import cli
+from beauty_bafe.config import CONF
+
+
+def serve(cfg: DictConfig) -> None:
+    """Serve as configured, until SIGTERM or Ctrl-C; requests that are under way then are answered first.
+
+    Raises ValueError for a bad setting or a folder that holds no retriever.
+    """
+    if OmegaConf.is_missing(cfg, "index_dir"):
+        raise ValueError("serve needs index_dir=SHOP, a folder that Retriever.save(SHOP) wrote")
+    import uvicorn
+
+    from beauty_bafe.retrieval.versions import Versions
+    from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
+    from beauty_bafe.serving.app import Settings, create_app
+    from beauty_bafe.serving.limits import Limits
+    from beauty_bafe.serving.shop import Shop
+
+    token = read_token(cfg.token_file)
+    host = choose_host(cfg.host, token)
+    limits = Limits(**{**cfg.limits, "kinds": tuple(cfg.limits.kinds)})
+    settings = Settings(
+        Access(token, cfg.private), limits, cfg.k, cfg.threshold, cfg.thumbnail, cfg.batch.size, cfg.batch.wait_ms
+    )
+    if Versions(Path(cfg.index_dir)).current() is None:
+        raise ValueError(f"'{cfg.index_dir}' holds no retriever; Retriever.save('{cfg.index_dir}') writes one")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(partial(Shop, cfg.index_dir, list(cfg.overrides)), settings, fail)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=host, port=cfg.port, log_config=None, access_log=False, server_header=False)
+    )
+    if token is None:
+        print(
+            f"no token, so anybody on this machine may change the catalogue; listening at {host} only. "
+            f"Set {VARIABLE} or token_file=FILE to serve others.",
+            flush=True,
+        )
+    print(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}", flush=True)
+    with suppress(KeyboardInterrupt):  # raised after the requests under way were answered
+        server.run()
+    if failures:
+        raise failures[0]
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")
+def _run(cfg: DictConfig) -> None:
+    cli.run(serve, cfg)
+
+
+def main() -> None:
+    """Run with the overrides of the command line."""
+    cli.check_overrides(CONF, "serve", sys.argv[1:])
+    _run()
+
+
+if __name__ == "__main__":
+    main()

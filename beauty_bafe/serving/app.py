@@ -1,0 +1,272 @@
+"""The endpoints of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .access import Access
+from .answers import UPLOAD, Answer, Change, Description, Health, SearchAnswer, problems
+from .batching import Batcher
+from .limits import Limits, Places, Refused, Upload, drain, read_upload
+from .metrics import Metrics
+from .shop import Served, Shop, encode_mask
+
+log = logging.getLogger(__name__)
+Mask = Annotated[bool, Query(description="Whether to send the mask")]
+K = Annotated[int, Query(ge=1, le=1000, description="How many answers, at most; fewer where the catalogue is smaller")]
+PAGE = Path(__file__).with_name("page.html")
+# The page may load nothing from elsewhere and nobody may frame it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See conf/serve.yaml."""
+
+    access: Access
+    limits: Limits
+    k: int
+    threshold: float | None
+    thumbnail: int
+    batch_size: int
+    batch_wait_ms: float
+
+
+class Service:
+    """What the endpoints share. `load` makes the shop in a thread of its own; `failed` is told where it cannot."""
+
+    def __init__(self, load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> None:
+        self._load, self._failed = load, failed
+        self.settings, self.limits = settings, settings.limits
+        self.metrics, self.places = Metrics(), Places(settings.limits.queue)
+        self.loaded: Shop | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """From the start of the server to its end, which comes when the last request is answered."""
+        self.batcher = Batcher(
+            lambda kind, contents: self.shop.answer(kind, contents),
+            self.settings.batch_size,
+            self.settings.batch_wait_ms,
+            self.metrics,
+        )
+        self.changing = asyncio.Lock()
+        loading = asyncio.create_task(self._start())
+        yield
+        await loading
+        await self.batcher.close()
+
+    async def _start(self) -> None:
+        try:
+            shop = await asyncio.to_thread(self._load)
+        except Exception as error:
+            self._failed(error)
+            return
+        self._note(shop.served)
+        self.loaded = shop
+        log.info("ready: %d pictures, version %s", len(shop.served.retriever), shop.served.version)
+
+    @property
+    def shop(self) -> Shop:
+        if self.loaded is None:
+            raise Refused(503, "model and index are still loading; try again in a second", {"Retry-After": "1"})
+        return self.loaded
+
+    @contextmanager
+    def stage(self, name: str) -> Any:
+        start = time.perf_counter()
+        yield
+        self.metrics.stage(name, time.perf_counter() - start)
+
+    async def ask(self, request: Request, kind: Hashable) -> tuple[Upload, Any]:
+        """The picture of a request and the engine's answer to it. Raises Refused."""
+        self.settings.access.check_reading(request)
+        _ = self.shop
+        with self.places.take(), self.stage("request"):
+            async with self._in_time():
+                upload = await read_upload(request, self.limits)
+                return upload, await self.batcher.ask(kind, upload.content)
+
+    async def change(self, request: Request, what: Callable[[Upload | None], Served], with_upload: bool) -> Change:
+        """Change the catalogue, one change after the other. Raises Refused."""
+        with self.places.take(), self.stage("change"):
+            async with self._in_time():
+                upload = await read_upload(request, self.limits) if with_upload else None
+                await self.changing.acquire()
+            try:  # no time limit from here: what was begun is finished
+                served = await asyncio.to_thread(what, upload)
+            finally:
+                self.changing.release()
+        self._note(served)
+        return Change(version=served.version, pictures=len(served.retriever))
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                yield
+        except TimeoutError as error:
+            raise Refused(504, f"it took more than {self.limits.seconds:g} seconds; try again later") from error
+        except ClientDisconnect as error:
+            raise Refused(400, "the connection was closed before the picture was complete") from error
+
+    def _note(self, served: Served) -> None:
+        self.metrics.pictures.set(len(served.retriever))
+        self.metrics.version.set(int(served.version or 0))
+
+
+def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> FastAPI:
+    """The service as an ASGI application; see Service for `load` and `failed`."""
+    service, access = Service(load, settings, failed), settings.access
+    app = FastAPI(title="beauty_bafe", lifespan=service.lifespan, redoc_url=None)
+    app.add_middleware(Observed, metrics=service.metrics)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        await drain(request)
+        return JSONResponse({"detail": error.reason}, error.status, error.headers)
+
+    @app.post("/search", openapi_extra=UPLOAD, responses=problems(401, 403, 413, 415, 422, 429, 503, 504))
+    async def search(
+        request: Request, k: K = settings.k, threshold: float | None = settings.threshold, mask: Mask = False
+    ) -> SearchAnswer:
+        """Search the catalogue for the product in a picture."""
+        start = time.perf_counter()
+        upload, found = await service.ask(request, ("search", k))
+        answers = [
+            Answer(
+                id=hit.id,
+                score=hit.score,
+                probability=hit.probability,
+                picture=None if hit.path is None else f"/pictures/{quote(hit.id, safe='')}",
+            )
+            for hit in found.hits
+        ]
+        best = found.hits[0].score if found.hits[0].probability is None else found.hits[0].probability
+        return SearchAnswer(
+            answers=answers,
+            known=None if threshold is None else best >= threshold,
+            threshold=threshold,
+            mask=_base64(found.mask, upload) if mask else None,
+            version=found.version,
+            milliseconds=1e3 * (time.perf_counter() - start),
+        )
+
+    @app.post("/describe", openapi_extra=UPLOAD, responses=problems(401, 403, 413, 415, 422, 429, 503, 504))
+    async def describe(request: Request, mask: Mask = True) -> Description:
+        """The descriptor and the mask of a picture."""
+        start = time.perf_counter()
+        upload, described = await service.ask(request, ("describe", None))
+        return Description(
+            descriptor=described.vector.tolist(),
+            mask=_base64(described.mask, upload) if mask else None,
+            version=described.version,
+            milliseconds=1e3 * (time.perf_counter() - start),
+        )
+
+    @app.post(
+        "/catalogue", status_code=201, openapi_extra=UPLOAD, responses=problems(401, 403, 409, 413, 415, 422, 429, 503, 504)
+    )
+    async def add(request: Request, id: Annotated[str, Query(min_length=1, max_length=200)]) -> Change:
+        """Add a product. Searches that start after the answer can find it; its picture is kept in the index folder."""
+        access.check_writing(request)
+        shop = service.shop
+
+        def change(upload: Upload | None) -> Served:
+            assert upload is not None
+            return shop.add(id, upload)
+
+        return await service.change(request, change, with_upload=True)
+
+    @app.delete("/catalogue/{id:path}", responses=problems(401, 403, 404, 409, 429, 503, 504))
+    async def remove(request: Request, id: str) -> Change:
+        """Remove a product. Searches that start after the answer do not find it."""
+        access.check_writing(request)
+        shop = service.shop
+        return await service.change(request, lambda _: shop.remove(id), with_upload=False)
+
+    @app.get("/pictures/{id:path}", response_class=Response, responses=problems(401, 403, 404, 503))
+    async def picture(request: Request, id: str) -> Response:
+        """A product's thumbnail, JPEG, by its id in the catalogue."""
+        access.check_reading(request)
+        content = await asyncio.to_thread(service.shop.thumbnail, id, settings.thumbnail)
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
+
+    @app.get("/health")
+    async def health() -> Health:
+        """That the service is alive."""
+        return Health(status="ok")
+
+    @app.get("/ready", responses=problems(503))
+    async def ready() -> Health:
+        """That model and index are loaded."""
+        _ = service.shop
+        return Health(status="ok")
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counts and durations for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    return app
+
+
+class Observed:
+    """Counts and logs every request: which endpoint, its status, bytes of the picture, milliseconds; never an id or a name."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+        state = scope.setdefault("state", {})
+
+        async def read() -> Message:
+            message = await receive()
+            state["body_read"] = not message.get("more_body", False)
+            return message
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            await self._app(scope, read, watch)
+        finally:
+            endpoint = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(endpoint, str(status)).inc()
+            size = state.get("upload_bytes", 0)
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            log.info("%s %s %d, %d bytes, %.0f ms", scope["method"], endpoint, status, size, milliseconds)
+
+
+def _base64(mask: np.ndarray | None, upload: Upload) -> str | None:
+    return None if mask is None else base64.b64encode(encode_mask(mask, upload.width, upload.height)).decode()

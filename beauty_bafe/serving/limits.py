@@ -1,0 +1,176 @@
+"""What the service takes of a request: how many at once, how many bytes, which pictures. Bodies stay in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import ExifTags, Image
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+# The first bytes of the kinds of picture that a shop can allow.
+SIGNATURES = {
+    "jpeg": (b"\xff\xd8\xff",),
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "webp": (b"RIFF",),
+    "gif": (b"GIF87a", b"GIF89a"),
+    "bmp": (b"BM",),
+    "tiff": (b"II*\0", b"MM\0*"),
+}
+ENVELOPE = 16384  # bytes that multipart may add to a picture
+
+
+class Refused(Exception):
+    """A request that is answered with an error: the HTTP status, the reason in words, further headers."""
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason, self.headers = status, reason, headers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may bring: see conf/serve.yaml. Raises ValueError for a value that makes no sense."""
+
+    upload_bytes: int
+    pixels: int
+    kinds: tuple[str, ...]
+    queue: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("upload_bytes", "pixels", "queue", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"limits.{name}={getattr(self, name)} must be above 0")
+        unknown = sorted(set(self.kinds) - set(SIGNATURES))
+        if unknown or not self.kinds:
+            came = unknown[0] if unknown else "an empty list"
+            raise ValueError(f"limits.kinds has {came}; allowed are {', '.join(SIGNATURES)}, such as limits.kinds=[jpeg,png]")
+
+
+class Upload(NamedTuple):
+    """An encoded picture, its kind (a key of SIGNATURES) and its size as it is to be looked at."""
+
+    content: bytes
+    kind: str
+    width: int
+    height: int
+
+
+class Places:
+    """Counts the requests that bring a picture or change the catalogue, from their headers to their answers.
+
+    They are counted before their bodies are read, which bounds the memory that all of them can take.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold one place. Raises Refused (429) where all are taken."""
+        if self.taken >= self.limit:
+            raise Refused(429, f"{self.limit} requests are already waiting; try again in a second", {"Retry-After": "1"})
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+
+async def read_upload(request: Request, limits: Limits) -> Upload:
+    """The picture of a request. Raises Refused: 413, 415 or 422, saying why."""
+    content = await _read_picture(request, limits)
+    request.state.upload_bytes = len(content)
+    return await asyncio.to_thread(check_picture, content, limits)
+
+
+async def _read_picture(request: Request, limits: Limits) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("image/"):
+        return b"".join([chunk async for chunk in _chunks(request, limits.upload_bytes, limits)])
+    if kind != "multipart/form-data":
+        raise Refused(
+            415,
+            f"the content type is '{kind}'; send a form with the file 'image' (curl -F image=@photo.jpg), "
+            "or the picture itself as image/jpeg",
+        )
+    chunks = _chunks(request, limits.upload_bytes + ENVELOPE, limits)
+    parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=0)
+    parser.spool_max_size = limits.upload_bytes + ENVELOPE + 1  # never rolls over to a file on disk
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        text = error.message if isinstance(error, MultiPartException) else "it cannot be read"
+        raise Refused(
+            422, f"bad form: {text} It may hold one file, 'image'; settings belong into the address, as in /search?k=5"
+        ) from error
+    image = form.get("image")
+    if not isinstance(image, UploadFile):
+        raise Refused(422, "the form holds no file 'image'; type curl -F image=@photo.jpg")
+    content = await image.read()
+    if len(content) > limits.upload_bytes:
+        raise _too_large(limits)
+    return content
+
+
+async def _chunks(request: Request, most: int, limits: Limits) -> AsyncGenerator[bytes, None]:
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > most:
+        raise _too_large(limits)
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most:
+            raise _too_large(limits)
+        yield chunk
+
+
+def _too_large(limits: Limits) -> Refused:
+    return Refused(413, f"the upload is over {limits.upload_bytes:,} bytes; shrink the picture first")
+
+
+async def drain(request: Request) -> None:
+    """Read on for up to a second what a refused client is still sending: many look at the answer only after that."""
+    if request.method == "POST" and not getattr(request.state, "body_read", False):
+        try:
+            async with asyncio.timeout(1):
+                while (message := await request.receive())["type"] == "http.request" and message.get("more_body"):
+                    pass
+        except (TimeoutError, ClientDisconnect):
+            pass
+
+
+def check_picture(content: bytes, limits: Limits) -> Upload:
+    """Look at the head of an encoded picture; no pixel is decoded.
+
+    Raises Refused: 413 for too many pixels, 415 for a kind that is not allowed, 422 where the head cannot be read.
+    """
+    allowed = ", ".join(limits.kinds)
+    kind = next((name for name, starts in SIGNATURES.items() if content.startswith(starts)), None)
+    if kind == "webp" and content[8:12] != b"WEBP":
+        kind = None
+    if not content:
+        raise Refused(422, "the picture is empty (0 bytes)")
+    if kind is None or kind not in limits.kinds:
+        raise Refused(415, f"this is {'no picture' if kind is None else kind}; allowed are {allowed}")
+    try:
+        with Image.open(io.BytesIO(content), formats=[kind]) as image:
+            width, height = image.size
+            # Pillow keeps the orientation of a PNG behind its pixels; reading it would decode them.
+            turned = kind != "png" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Image.DecompressionBombError as error:
+        raise Refused(413, f"the picture has more than {limits.pixels:,} pixels; shrink it first") from error
+    except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
+        if isinstance(error, MemoryError):
+            raise
+        raise Refused(422, f"the {kind} file is broken: its head cannot be read") from error
+    if width * height > limits.pixels:
+        raise Refused(413, f"the picture is {width} x {height}, over {limits.pixels:,} pixels; shrink it first")
+    return Upload(content, kind, *((height, width) if turned else (width, height)))

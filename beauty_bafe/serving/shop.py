@@ -1,0 +1,165 @@
+"""The gallery that is served: searched through one snapshot, changed by building the next one beside it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import re
+import threading
+from collections.abc import Hashable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..data.pictures import letterbox, read_picture
+from ..retrieval.manifest import replace_file
+from ..retrieval.versions import Versions
+from ..retriever import Hit, Retriever
+from .limits import Refused, Upload
+
+
+class Served(NamedTuple):
+    """What requests see: replaced as a whole, never changed. `version`: the name of its folder in index_dir."""
+
+    retriever: Retriever
+    version: str
+
+
+class Found(NamedTuple):
+    """The answer to one picture. `mask`: uint8 (112, 112) of its letterboxed square, None where the network makes none."""
+
+    hits: list[Hit]
+    mask: np.ndarray | None
+    version: str
+
+
+class Described(NamedTuple):
+    """`vector`: float32 (D,) of length 1; `mask` as in Found."""
+
+    vector: np.ndarray
+    mask: np.ndarray | None
+    version: str
+
+
+class Shop:
+    """What Retriever.save wrote to `folder`, loaded once. Its methods may be called from several threads at once.
+
+    Raises ValueError where `folder` holds no retriever, or one that can only search for pictures in files.
+    """
+
+    def __init__(self, folder: str | Path, overrides: Sequence[str] = ()) -> None:
+        self.folder = Path(folder)
+        self._changing = threading.Lock()
+        retriever = Retriever.load(self.folder, overrides)
+        blank = io.BytesIO()
+        Image.new("RGB", (64, 64), "white").save(blank, "png")
+        retriever.search([blank.getvalue()], k=1)  # also shows that its re-rankers take pictures that are no files
+        self.served = Served(retriever, self._version())
+        self._tidy()
+
+    def answer(self, kind: Hashable, contents: Sequence[bytes]) -> list[Any]:
+        """Found for the kind ("search", k), Described for ("describe", None), or the exception, for each encoded picture."""
+        try:
+            return self._answer(kind, contents)
+        except ValueError as error:
+            if len(contents) == 1:
+                return [_broken(error)]
+            # One of them is broken; the others have a right to their answers.
+            return [self.answer(kind, [content])[0] for content in contents]
+
+    def _answer(self, kind: Any, contents: Sequence[bytes]) -> list[Any]:
+        retriever, version = self.served
+        if kind[0] == "describe":
+            vectors, masks = retriever.describe(contents)
+            return [Described(vector, None if masks is None else masks[row], version) for row, vector in enumerate(vectors)]
+        k = min(kind[1], len(retriever))
+        hits, masks = retriever.search_with_masks(contents, k)
+        return [Found(found, None if masks is None else masks[row], version) for row, found in enumerate(hits)]
+
+    def add(self, name: str, upload: Upload) -> Served:
+        """Add a product. Returns once it is saved and served. Raises Refused: 409 for an id that is there, 422 as above."""
+        with self._changing:
+            shop = copy.copy(self.served.retriever)  # shares all but what `add` replaces
+            if name in shop.ids:
+                raise Refused(409, f"the catalogue already holds '{name}'; delete it first to replace it")
+            # Named by its content, so that no id can choose where it lies.
+            file = self._pictures / f"{hashlib.sha256(upload.content).hexdigest()}.{upload.kind}"
+            self._pictures.mkdir(exist_ok=True)
+            replace_file(file, partial(_write, upload.content))
+            try:
+                shop.add({name: file})
+                return self._swap(shop)
+            except ValueError as error:
+                raise _broken(error) from error
+            finally:
+                self._tidy()
+
+    def remove(self, name: str) -> Served:
+        """Remove a product. Returns once that is saved and served. Raises Refused: 404 for an unknown id, 409 for the last."""
+        with self._changing:
+            shop = copy.copy(self.served.retriever)
+            if name not in shop.ids:
+                raise Refused(404, f"the catalogue holds no '{name}'")
+            if len(shop) == 1:
+                raise Refused(409, f"'{name}' is the last product; add another first")
+            shop.remove([name])
+            served = self._swap(shop)
+            self._tidy()
+            return served
+
+    def thumbnail(self, name: str, size: int) -> bytes:
+        """A JPEG of `size` pixels square. Raises Refused (404) where the id is unknown or its picture is not to be had."""
+        path = self.served.retriever.path(name)
+        if path is None:
+            raise Refused(404, f"the catalogue holds no picture of '{name}'")
+        try:
+            picture = read_picture(path, size)
+        except ValueError as error:
+            raise Refused(404, f"the picture of '{name}' cannot be read any more") from error
+        content = io.BytesIO()
+        Image.fromarray(letterbox(picture.rgb, size)).save(content, "jpeg", quality=85)
+        return content.getvalue()
+
+    @property
+    def _pictures(self) -> Path:
+        return self.folder.resolve() / "pictures"
+
+    def _swap(self, shop: Retriever) -> Served:
+        shop.save(self.folder)  # a kill before its last step leaves the version before
+        self.served = Served(shop, self._version())
+        return self.served
+
+    def _version(self) -> str:
+        current = Versions(self.folder).current()
+        return "" if current is None else current.name
+
+    def _tidy(self) -> None:
+        """Remove pictures that were added and whose product is gone, or was never saved."""
+        used = {path for name in self.served.retriever.ids if (path := self.served.retriever.path(name)) is not None}
+        for file in self._pictures.iterdir() if self._pictures.is_dir() else ():
+            if file not in used:
+                file.unlink(missing_ok=True)
+
+
+def _broken(error: ValueError) -> Refused:
+    reason = str(error).partition(" cannot be read: ")[2]
+    return Refused(422, f"the picture is broken: {re.sub(r'^[A-Za-z]+: ', '', reason)}" if reason else str(error))
+
+
+def _write(content: bytes, part: Path) -> None:
+    part.write_bytes(content)
+
+
+def encode_mask(mask: np.ndarray, width: int, height: int) -> bytes:
+    """A PNG of the part of a letterboxed mask (S, S) that a picture of this size fills: stretched over it, it fits."""
+    size = len(mask)
+    scale = size / max(width, height)
+    columns, rows = max(1, round(width * scale)), max(1, round(height * scale))
+    top, left = (size - rows) // 2, (size - columns) // 2
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(mask[top : top + rows, left : left + columns])).save(content, "png")
+    return content.getvalue()
