@@ -42,9 +42,9 @@ def write(kind: str, good: Path, file: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("cut short", "no checkpoint of this project"),
-        ("text", "no checkpoint of this project"),
-        ("bare state dict", r"no checkpoint of this project.*model.weights=FILE"),
+        ("cut short", "not a checkpoint of this project"),
+        ("text", "not a checkpoint of this project"),
+        ("bare state dict", r"not a checkpoint of this project.*model.weights=FILE"),
         ("another network", "names model test_efficientnet but its weights are of another network"),
         ("missing", "does not exist; train.py writes"),
     ],
