@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
@@ -19,6 +19,7 @@ from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_holes
 from .photos import LoadResult, PhotoCache, load_photo, try_photo
 from .pictures import UnreadablePicture, read_picture
+from .sampling import EpochSampler
 from .workers import default_workers, quiet_worker, yielding_worker
 
 VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
@@ -83,37 +84,6 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         photo = self.load(self.catalog.paths[index]).photo
         return {"pictures": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))[None]}
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index); the order is drawn from (seed, epoch), and each of `replicas` processes takes its share.
-
-    `epoch_size` cuts a large catalogue into shorter epochs: epoch e is the e-th slice of a stream of shuffled passes,
-    so that validation and checkpoints come as often as wanted and no photo is seen twice before all were seen once.
-    """
-
-    def __init__(self, length: int, seed: int, epoch_size: int | None = None, replicas: int = 1, rank: int = 0) -> None:
-        self.length, self.seed = length, seed
-        self.epoch_size = epoch_size or length
-        self.replicas, self.rank = replicas, rank
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.epoch_size // self.replicas
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start = self.epoch * self.epoch_size
-        order: np.ndarray | None = None
-        last_pass = -1
-        for position in range(start + self.rank, start + len(self) * self.replicas, self.replicas):
-            turn, offset = divmod(position, self.length)
-            if turn != last_pass:
-                order, last_pass = np.random.default_rng((self.seed, turn)).permutation(self.length), turn
-            assert order is not None
-            yield self.epoch, int(order[offset])
 
 
 class _Scan(Dataset[LoadResult]):

@@ -11,7 +11,8 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from beauty_bafe.data.augmentation.street import CAMERA
-from beauty_bafe.data.datamodule import VALIDATION_EPOCH, EpochSampler, SaliencyDataModule
+from beauty_bafe.data.datamodule import VALIDATION_EPOCH, SaliencyDataModule
+from beauty_bafe.data.sampling import EpochSampler
 
 
 @pytest.fixture
