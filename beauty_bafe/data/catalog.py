@@ -130,7 +130,10 @@ class Skipped:
             csv.writer(stream).writerows([("id", "path", "reason"), *self.rows])
 
     def check(self, total: int, max_share: float, what: str, setting: str) -> None:
-        """Raise ValueError when more than `max_share` (0..1) of `total` pictures could not be read."""
+        """Raise ValueError when all of `total` pictures, or more than the share `max_share` (0..1), could not be read."""
+        if total and len(self.unreadable) == total:
+            _, path, reason = self.unreadable[0]
+            raise ValueError(f"none of the {total} {what} can be read; the first: {path}: {reason}")
         if len(self.unreadable) > max_share * total:
             _, path, reason = self.unreadable[0]
             raise ValueError(

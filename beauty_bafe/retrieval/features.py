@@ -199,7 +199,7 @@ class FeatureExtraction:
         """
         catalog = pictures.files
         if len(catalog) < len(pictures):
-            raise ValueError(f"{len(pictures) - len(catalog)} {what} are no files, and descriptors are stored by file")
+            raise ValueError(f"{len(pictures) - len(catalog)} {what} are not files, and descriptors are stored by file")
         stamped = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
@@ -219,9 +219,6 @@ class FeatureExtraction:
                 else:
                     broken.add(catalog, row, reason)
             skipped.rows += broken.rows
-            if not readable:
-                _, path, reason = broken.rows[0]
-                raise ValueError(f"none of the {len(catalog)} {what} can be read; the first: {path}: {reason}")
             broken.check(len(catalog), self.max_skipped, what, "max_skipped")
             arrays = [store.read(readable) for store in stores]
         ids = tuple(name for name, _ in readable)

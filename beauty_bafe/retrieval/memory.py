@@ -92,9 +92,6 @@ class MemoryExtraction:
                     with self._networks:
                         parts.append(engine(stack(good)))
         skipped.rows += broken.rows
-        if broken.rows and not ids:
-            _, path, reason = broken.rows[0]
-            raise ValueError(f"none of the {len(pictures)} {what} can be read; the first: {path}: {reason}")
         broken.check(len(pictures), self.settings.max_skipped, what, "max_skipped")
         return [self._features(list(described), tuple(ids)) for described in zip(*parts, strict=True)]
 
