@@ -44,7 +44,7 @@ class Extraction(Protocol):
 
 
 class Gallery:
-    """A gallery that can be asked: how pictures are described and fused, and an index of it per view (or member, where
+    """A gallery that can be searched: how pictures are described and fused, and an index of it per view (or member, where
     rankings are fused).
 
     `view` changes queries before they are described, see Describer. `catalog`: the pictures that lie in files.
