@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from .retrieval.manifest import digest, locked, replace_file
 from .retrieval.memory import MemoryExtraction
 from .retrieval.parts import Parts, build_parts
 from .retrieval.ranking import check_k
-from .retrieval.rerank import Candidates
+from .retrieval.rerank import Reranker
 from .retrieval.versions import Versions
 
 ABOUT = "retriever.json"
@@ -68,7 +68,7 @@ class Retriever:
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
-        self._steps: Sequence[Callable[[Candidates], Candidates]] = parts.steps
+        self._steps: Sequence[Reranker] = parts.steps
         self._checkpoints, self._overrides = list(checkpoints), list(overrides)
         self._changing = threading.Lock()
         self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason
@@ -163,7 +163,7 @@ class Retriever:
     def search_with_masks(self, images: Iterable[ImageLike], k: int = 7) -> tuple[list[list[Hit]], np.ndarray | None]:
         """What `search` returns, and the saliency masks that `describe` returns, for the price of one of them."""
         shelf = self._shelf
-        check_k(k, len(shelf.gallery.indexes[0].ids))
+        check_k(k, len(shelf.gallery.indexes[0]))
         queries = Images.numbered(images)
         if not len(queries):
             return [], np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
@@ -187,7 +187,7 @@ class Retriever:
         gallery = self._shelf.gallery
         queries = Images.numbered(images)
         if not len(queries):
-            width = sum(index.vectors.shape[1] for index in gallery.indexes)
+            width = sum(index.dimensions for index in gallery.indexes)
             return np.zeros((0, width), np.float32), np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
         described = self._described(gallery, queries)
         views = gallery.ensemble.transform(described)
@@ -239,7 +239,7 @@ class Retriever:
 
     def _check_new(self, new: Images) -> None:
         """Before the work of describing; the index checks again when it takes them."""
-        if known := set(new.ids) & set(self.ids):
+        if known := self._shelf.gallery.indexes[0].row_of.keys() & new.ids:
             raise ValueError(f"the gallery already holds '{min(known)}'; remove it first to replace it")
 
     def _put(self, gallery: Gallery) -> None:

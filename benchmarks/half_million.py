@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def simulate(checkpoint: str, rows: int, toys: int) -> None:
         with stage(f"searched {QUERIES} queries again"):
             assert np.array_equal(index.search(asked.vectors, asked.ids, 7).positions, before)
         with stage("ivf_flat trained, filled, tuned to recall 0.99"):
-            approximate = FaissIndex("IVF{lists},Flat", target_recall=0.99).fit(index.vectors, index.ids)
+            approximate = FaissIndex("IVF{lists},Flat", target_recall=0.99).fit(index.get(index.ids), index.ids)
         with stage(f"ivf_flat searched {QUERIES} queries"):
             found = approximate.search(asked.vectors, asked.ids, 7).positions
         shares = [len(set(a) & set(b)) / 7 for a, b in zip(found, before, strict=True)]
@@ -123,10 +122,10 @@ def search_and_rerank(index: Index, queries: Features) -> None:
     with stage(f"searched {QUERIES} queries, top 400"):
         found = Candidates(index.search(queries.vectors, queries.ids, 400), queries, index)
     steps = {
-        "query expansion": partial(rerank.expand_queries, n=3, alpha=3.0),
-        "k-reciprocal, depth 100": partial(rerank.rerank_k_reciprocal, depth=100, k1=20, k2=6, weight=0.3),
-        "diffusion, depth 200": partial(rerank.rerank_diffusion, depth=200, k=20, seeds=5, alpha=0.9, gamma=3.0),
-        "superglobal, depth 400": partial(rerank.rerank_superglobal, depth=400, k=9, beta=0.15),
+        "query expansion": rerank.QueryExpansion(n=3, alpha=3.0),
+        "k-reciprocal, depth 100": rerank.KReciprocal(depth=100, k1=20, k2=6, weight=0.3),
+        "diffusion, depth 200": rerank.Diffusion(depth=200, k=20, seeds=5, alpha=0.9, gamma=3.0),
+        "superglobal, depth 400": rerank.SuperGlobal(depth=400, k=9, beta=0.15),
     }
     for name, step in steps.items():
         with stage(f"re-ranked {QUERIES} queries: {name}"):

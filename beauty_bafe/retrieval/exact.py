@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..models.precision import fastest_precision, pick_device
 from ..process import HeldSetting
-from .index import Index
+from .memory_index import MemoryIndex
 
 QUERIES = 1024  # searched together
 CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores held at once: on a CPU what stays in its caches
@@ -26,7 +25,7 @@ def search_device(device: str) -> str:
     return "cpu" if picked == "mps" else picked
 
 
-class ExactIndex(Index):
+class ExactIndex(MemoryIndex):
     """The result of comparing every query with every row, in less time than that takes.
 
     The first pass computes all scores block by block from rounded copies (`first_pass`: bfloat16, float32, or auto for
@@ -92,12 +91,6 @@ class ExactIndex(Index):
         kept = torch.from_numpy(keep).to(self.device)
         self._rows = self._placed()
         self._coarse, self._norms, self._errors = self._coarse[kept], self._norms[kept], self._errors[kept]
-
-    def _save(self, folder: Path) -> None:
-        """Nothing: the rounded copies are made again in less time than reading them takes."""
-
-    def _load(self, folder: Path) -> None:
-        self._build()
 
     @torch.inference_mode()
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,14 +13,14 @@ import torch  # noqa: F401  # first: loaded after faiss, torch can find faiss's 
 
 from ..models.precision import check_device
 from .exact import ExactIndex
-from .index import Index
 from .manifest import replace_file
+from .memory_index import MemoryIndex
 
 GPU_MOST = 2048  # faiss's largest k, and nprobe, on a GPU
 SAMPLES = 200  # gallery rows that stand for queries when an approximate index is tuned
 
 
-class FaissIndex(Index):
+class FaissIndex(MemoryIndex):
     """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64np", "HNSW32"), on CPU or GPUs.
 
     `device`: auto for all GPUs that faiss sees, else the CPU; gpu, cuda or cuda:N for one; cpu, as does mps, which faiss
@@ -64,7 +64,7 @@ class FaissIndex(Index):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self._index.sa_code_size() * len(self.ids)
+        return super().nbytes + self._index.sa_code_size() * len(self.vectors)
 
     def describe(self) -> dict[str, Any]:
         return {"index": f"faiss {self.factory}", "metric": self.metric, "target_recall": self.target_recall}
@@ -152,8 +152,7 @@ class FaissIndex(Index):
         missing = (labels < 0).any(axis=1)
         if missing.any():
             # An approximate index may look at fewer than k rows; those queries are answered by looking at all.
-            exact = ExactIndex(self.metric, "cpu").fit(self.vectors, self.ids)
-            scores[missing], positions = exact._search(queries[missing], k)
+            scores[missing], positions = self._exactly(queries[missing], k, "cpu")
             scores[missing] *= 1 if self.metric == "ip" else -1
             labels[missing] = self._labels[positions]
         positions = np.searchsorted(self._labels, labels)
@@ -161,12 +160,17 @@ class FaissIndex(Index):
         order = np.lexsort((positions, -scores), axis=1)  # faiss leaves the order of equal scores open
         return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
 
+    def _exactly(self, queries: np.ndarray, k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+        exact = ExactIndex(self.metric, device)
+        exact._replace(self.vectors)
+        return exact._search(queries, k)
+
     def _tune(self) -> None:
         """Walk nprobe / efSearch up its powers of two until the target is met, printing the curve."""
         rows = np.random.default_rng(0).choice(len(self.vectors), min(SAMPLES, len(self.vectors)), replace=False)
         k = min(self.tune_k, len(self.vectors) - 1)
         samples = self.vectors[rows]
-        true = ExactIndex(self.metric, "auto" if self.gpus else "cpu").fit(self.vectors, self.ids)._search(samples, k + 1)[1]
+        true = self._exactly(samples, k + 1, "auto" if self.gpus else "cpu")[1]
         for value, set_to in self._steps():
             set_to(value)
             found = self._search(samples, k + 1)[1]
@@ -205,16 +209,19 @@ class FaissIndex(Index):
     def _save(self, folder: Path) -> None:
         import faiss
 
+        super()._save(folder)
         replace_file(folder / "index.faiss", lambda part: faiss.write_index(self._index, str(part)))
         replace_file(folder / "labels.npy", lambda part: part.write_bytes(self._labels.tobytes()))
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, folder: Path) -> int:
         import faiss
 
+        self._map(folder)
         self._index = faiss.read_index(str(folder / "index.faiss"))
         self._labels = np.frombuffer((folder / "labels.npy").read_bytes(), np.int64)
         self._next = int(self._labels.max(initial=-1)) + 1
         self._to_gpu()
+        return min(len(self.vectors), self._index.ntotal)
 
 
 def kmeans(vectors: np.ndarray, count: int) -> np.ndarray:

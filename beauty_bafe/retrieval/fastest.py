@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from .exact import ExactIndex, search_device
 from .faiss_index import FaissIndex
-from .index import Index
+from .memory_index import MemoryIndex
 
 SMALL = 1 << 22  # numbers (rows x dimensions) below which faiss's one plain pass was quicker, benchmarks/retrieval.md
 
 
-class FastestIndex(Index):
+class FastestIndex(MemoryIndex):
     """`ExactIndex`, or faiss's flat index for small galleries on a CPU, where proving costs more than comparing.
 
     Both compare every query with every row. The choice is made anew whenever the gallery grows or shrinks; printing the
@@ -24,7 +23,7 @@ class FastestIndex(Index):
     def __init__(self, metric: str = "ip", device: str = "auto") -> None:
         super().__init__(metric)
         self.device = search_device(device)
-        self._chosen: Index | None = None
+        self._chosen: MemoryIndex | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +45,7 @@ class FastestIndex(Index):
 
     def _build(self) -> None:
         self._chosen = FaissIndex("Flat", self.metric, "cpu") if self._is_small() else ExactIndex(self.metric, self.device)
-        self._chosen.fit(self.vectors, self.ids)
+        self._chosen._replace(self.vectors)
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -57,22 +56,16 @@ class FastestIndex(Index):
         if not isinstance(self._chosen, ExactIndex):
             self._build()
             return
-        self._chosen.vectors, self._chosen.ids = self.vectors, self.ids
+        self._chosen.vectors = self.vectors
         self._chosen._grown(before)
 
     def _shrunk(self, keep: np.ndarray) -> None:
         if not isinstance(self._chosen, ExactIndex) or self._is_small():
             self._build()
             return
-        self._chosen.vectors, self._chosen.ids = self.vectors, self.ids
+        self._chosen.vectors = self.vectors
         self._chosen._shrunk(keep)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         assert self._chosen is not None
         return self._chosen._search(queries, k)
-
-    def _save(self, folder: Path) -> None:
-        """Nothing: either choice is made again from the vectors in less time than reading it takes."""
-
-    def _load(self, folder: Path) -> None:
-        self._build()

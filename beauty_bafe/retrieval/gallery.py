@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -18,7 +18,7 @@ from .features import Features, Member, describe_members
 from .index import Index
 from .manifest import locked, replace_file
 from .ranking import Ranking, check_k
-from .rerank import Candidates, SearchContext
+from .rerank import Candidates, Reranker, SearchContext
 from .versions import Versions
 
 CATALOG = "gallery.csv"  # the pictures of a kept index
@@ -85,7 +85,7 @@ class Gallery:
             raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
 
         kept.read(lambda place: self.load(place, index))
-        print(f"index: {self.indexes[0]}, {len(self.indexes[0].ids)} pictures from {folder}")
+        print(f"index: {self.indexes[0]}, {len(self.indexes[0])} pictures from {folder}")
         return self
 
     def build(self, pictures: Pictures, source: str, index: Index, skipped: Skipped, kept: Versions | None = None) -> str:
@@ -106,8 +106,8 @@ class Gallery:
             del features
             self.indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
             how, changed = "built", True
-        rows, width = self.indexes[0].vectors.shape
-        done = f"index: {self.indexes[0]}, {rows} x {width}, {how} in {time.perf_counter() - start:.1f} s"
+        first = self.indexes[0]
+        done = f"index: {first}, {len(first)} x {first.dimensions}, {how} in {time.perf_counter() - start:.1f} s"
         if kept is not None and changed:
             kept.write(self.save)
         return done
@@ -135,18 +135,15 @@ class Gallery:
         """Features of each member over pictures to ask with, their masks among them."""
         return self.extraction(self.members, pictures, source, what, skipped, masks=True, view=self.view)
 
-    def answer(
-        self, query_catalog: Catalog, described: Sequence[Features], steps: Sequence[Callable[[Candidates], Candidates]], k: int
-    ) -> Ranking:
+    def answer(self, query_catalog: Catalog, described: Sequence[Features], steps: Sequence[Reranker], k: int) -> Ranking:
         """Search each view for `described`, re-rank, fuse: the k best of every query.
 
         `query_catalog`: those queries that are files.
 
         Raises ValueError for a bad k.
         """
-        check_k(k, len(self.indexes[0].ids))
-        depths = [getattr(step, "depth", None) or getattr(step, "keywords", {}).get("depth", 0) for step in steps]
-        depth = min(max([k, self.ensemble.depth, *depths]), len(self.indexes[0].ids))
+        check_k(k, len(self.indexes[0]))
+        depth = min(max([k, self.ensemble.depth, *(step.depth for step in steps)]), len(self.indexes[0]))
         rankings = []
         for number, view in enumerate(self.ensemble.transform(described)):
             found = self._search(number, view, query_catalog, depth)
@@ -158,7 +155,7 @@ class Gallery:
     def costs(self) -> dict[str, float]:
         """Dimensions of a picture and bytes of the index."""
         return {
-            "dimensions": sum(index.vectors.shape[1] for index in self.indexes),
+            "dimensions": sum(index.dimensions for index in self.indexes),
             "index_bytes": sum(index.nbytes for index in self.indexes),
         }
 
@@ -189,8 +186,7 @@ class Gallery:
 
     def _held(self) -> Catalog:
         """The files of the pictures that the index holds, where they lie now."""
-        present = set(self.indexes[0].ids)
-        held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in present)
+        held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in self.indexes[0].row_of)
         return Catalog(held.ids, tuple(path.resolve() for path in held.paths))
 
     def save(self, place: Path) -> None:

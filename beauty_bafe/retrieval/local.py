@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,32 +34,29 @@ SHARD = 512  # gallery pictures a file
 WEIGHTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of log(1 + inliers) beside a likeness of at most 1
 
 
-def rerank_sift(found: Candidates, depth: int, ratio: float, detector: Detector) -> Candidates:
+@dataclass(frozen=True)
+class MatchCount:
     """The hybrid paper's: each query's first `depth` answers by the number of SIFT matches, ties by their distance.
 
     Answers without a match keep their order behind the others.
     """
 
-    def score(query: Keypoints, candidates: Sequence[Keypoints]) -> np.ndarray:
-        counts = [count_matches(query, candidate, ratio) for candidate in candidates]
+    depth: int
+    ratio: float
+    detector: Detector
+
+    def __call__(self, found: Candidates) -> Candidates:
+        found = with_depth(found, self.depth)
+        return reorder(found, _look(found, self.depth, self.detector, self._score))
+
+    def _score(self, query: Keypoints, candidates: Sequence[Keypoints]) -> np.ndarray:
+        counts = [count_matches(query, candidate, self.ratio) for candidate in candidates]
         # SIFT distances stay below 1000, so that no distance outweighs a match.
         return np.array([count + (1 - min(distance, 999) / 1000 if count else 0) for count, distance in counts])
 
-    found = with_depth(found, depth)
-    return reorder(found, _look(found, depth, detector, score))
 
-
-def rerank_verified(
-    found: Candidates,
-    depth: int,
-    detector: Detector,
-    matcher: Matcher,
-    weight: float | None,
-    rehearsals: int,
-    augmentation: Augmentation,
-    backgrounds: str | None,
-    every_turn: bool = False,
-) -> Candidates:
+@dataclass(frozen=True)
+class Verification:
     """Likeness + `weight` x log(1 + inliers) among each query's first `depth` answers: geometry beside appearance.
 
     With `detector.foreground` the keypoints are the product's: of the query by its predicted mask, of a catalogue photo by
@@ -70,34 +67,48 @@ def rerank_verified(
     A step after this one rehearses on what this one finds, so a cheap matcher can choose the few that a dear one looks at.
     """
 
-    def geometry(query: Keypoints, candidates: Sequence[Keypoints]) -> np.ndarray:
-        pairs = zip(candidates, matcher(query, candidates, detector.size), strict=True)
+    depth: int
+    detector: Detector
+    matcher: Matcher
+    weight: float | None
+    rehearsals: int
+    augmentation: Augmentation
+    backgrounds: str | None
+    every_turn: bool = False
+
+    def __call__(self, found: Candidates) -> Candidates:
+        context = _present(found.context)
+        weight = self._choose(context) if self.weight is None else self.weight
+        later = replace(context, rehearse=lambda pictures: self._verify(context.rehearse(pictures), weight))
+        return replace(self._verify(found, weight), context=later)
+
+    def _verify(self, found: Candidates, weight: float) -> Candidates:
+        found = with_depth(found, self.depth)
+        return reorder(found, _likeness(found, self.depth) + weight * self._evidence(found))
+
+    def _evidence(self, found: Candidates) -> np.ndarray:
+        return _look(found, self.depth, self.detector, self._score, 4 if self.every_turn else 1)
+
+    def _score(self, query: Keypoints, candidates: Sequence[Keypoints]) -> np.ndarray:
+        pairs = zip(candidates, self.matcher(query, candidates, self.detector.size), strict=True)
         return np.log1p([count_inliers(query.points[rows], other.points[columns]) for other, (rows, columns) in pairs])
 
-    def verify(found: Candidates, weight: float) -> Candidates:
-        found = with_depth(found, depth)
-        return reorder(found, _likeness(found, depth) + weight * _look(found, depth, detector, geometry, turns))
-
-    context, turns = _present(found.context), 4 if every_turn else 1
-    if weight is None:
-        photos = Backgrounds(None if backgrounds is None else open_catalog(backgrounds))
-        folder = context.folder / f"rehearsal-{detector.size}"
+    def _choose(self, context: SearchContext) -> float:
+        photos = Backgrounds(None if self.backgrounds is None else open_catalog(self.backgrounds))
+        size = self.detector.size
+        folder = context.folder / f"rehearsal-{size}"
         with locked([folder]):  # another gallery's views go to the same files
-            views = draw_street_views(context.gallery, rehearsals, augmentation, photos, detector.size, folder)
-            practice = with_depth(context.rehearse(views), depth)
-            weight = choose_weight(practice, _look(practice, depth, detector, geometry, turns))
-    chosen = weight
-    later = replace(context, rehearse=lambda pictures: verify(context.rehearse(pictures), chosen))
-    return replace(verify(found, chosen), context=later)
+            views = draw_street_views(context.gallery, self.rehearsals, self.augmentation, photos, size, folder)
+            practice = with_depth(context.rehearse(views), self.depth)
+            return choose_weight(practice, self._evidence(practice))
 
 
 def _likeness(found: Candidates, depth: int) -> np.ndarray:
     """Scores of each query's first answers, float (Q, depth), up to 1; inner products where the index gives distances."""
-    positions = found.ranking.positions[:, :depth]
     if found.index.metric == "ip":
         return found.ranking.scores[:, :depth]
-    pairs = zip(found.queries.vectors, positions, strict=True)
-    return np.stack([np.asarray(found.index.vectors[row]) @ query for query, row in pairs])
+    rows = enumerate(found.queries.vectors)
+    return np.stack([found.vectors(depth, slice(row, row + 1))[0] @ query for row, query in rows])
 
 
 def choose_weight(practice: Candidates, evidence: np.ndarray) -> float:

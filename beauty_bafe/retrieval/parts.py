@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hydra.utils import instantiate
@@ -13,7 +12,7 @@ from ..models.views import View
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Member, load_members
 from .index import Index
-from .rerank import Candidates
+from .rerank import Reranker
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Parts:
     ensemble: Concatenation | Fusion
     view: View | None
     index: Index
-    steps: list[Callable[[Candidates], Candidates]]
+    steps: list[Reranker]
 
 
 def build_parts(cfg: DictConfig) -> Parts:

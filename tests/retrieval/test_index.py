@@ -144,7 +144,7 @@ def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: p
     index.remove(ids[10:200:3])
     kept = [row for row in range(600) if ids[row] not in set(ids[10:200:3])]
     assert index.ids == tuple(ids[row] for row in kept)
-    assert np.array_equal(index.vectors, gallery[kept])
+    assert np.array_equal(index.get(index.ids), gallery[kept])
     ranking = index.search(queries, names(9), 20)
     if kind in ("exact", "fastest", "Flat"):
         assert np.array_equal(ranking.positions, slow(gallery[kept], queries, "ip", 20)[0])
@@ -177,13 +177,37 @@ def test_a_clone_changes_alone(kind: str) -> None:
     assert twin.search(gallery[550:551], ("q",), 1).answers(0) == [ids[550]]
 
 
-def test_vectors_by_id() -> None:
-    gallery = unit(9, 4, 0)
-    index = build("exact").fit(gallery, names(9))
+@pytest.mark.parametrize("kind", ["exact", "fastest", "Flat", "IVF{lists},Flat"])
+def test_vectors_by_id(kind: str, tmp_path: Path) -> None:
+    """Also after rows were added and removed, in a clone, and from disk."""
+    gallery = unit(60, 4, 0)
+    index = build(kind).fit(gallery[:40], names(60)[:40])
     assert np.array_equal(index.get(["n7", "n2", "n7"]), gallery[[7, 2, 7]])
     assert index.get([]).shape == (0, 4)
-    with pytest.raises(ValueError, match="the index holds no 'n9'; it has 9 ids"):
-        index.get(["n1", "n9"])
+    with pytest.raises(ValueError, match="the index holds no 'n40'; it has 40 ids"):
+        index.get(["n1", "n40"])
+    twin = index.clone()
+    twin.add(gallery[40:], names(60)[40:])
+    twin.remove(["n1", "n7", "n50"])
+    assert np.array_equal(twin.get(["n59", "n0", "n8"]), gallery[[59, 0, 8]])
+    assert np.array_equal(index.get(["n39", "n7"]), gallery[[39, 7]])
+    twin.save(tmp_path, {})
+    for held in (twin, build(kind).load(tmp_path, {})):
+        assert (len(held), held.dimensions) == (57, 4)
+        assert all(held.ids[row] == name for name, row in held.row_of.items())
+        for gone in ("n1", "n7", "n50"):
+            with pytest.raises(ValueError, match=f"the index holds no '{gone}'; it has 57 ids"):
+                held.get([gone])
+        held.add(gallery[7:8], ["n7"])
+        assert np.array_equal(held.get(["n7", "n59"]), gallery[[7, 59]])
+
+
+@pytest.mark.parametrize("kind", ["exact", "Flat"])
+def test_a_damaged_folder_is_refused(kind: str, tmp_path: Path) -> None:
+    build(kind).fit(unit(9, 4, 0), names(9)).save(tmp_path, {})
+    (tmp_path / "ids.json").write_text(json.dumps(names(8)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 9 vectors for 8 ids \(8 different\); type another index_dir"):
+        build(kind).load(tmp_path, {})
 
 
 def test_a_saved_index_names_what_differs(tmp_path: Path) -> None:
@@ -207,9 +231,8 @@ def test_holding_another_catalogue_changes_as_little_as_needed() -> None:
     changed[5] = unit(1, 8, 9)
     assert index.sync(changed[3:], ids[3:]) == (4, 11, 36)
     assert set(index.ids) == set(ids[3:])
-    row = index.ids.index("n5")
-    assert np.array_equal(index.vectors[row], changed[5])
-    assert index.sync(index.vectors, index.ids) == (0, 0, 47)
+    assert np.array_equal(index.get(["n5"])[0], changed[5])
+    assert index.sync(index.get(index.ids), index.ids) == (0, 0, 47)
 
 
 @pytest.mark.parametrize(

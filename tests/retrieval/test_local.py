@@ -21,7 +21,7 @@ from beauty_bafe.retrieval import local
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import Features, unit
 from beauty_bafe.retrieval.keypoints import Keypoints, Sift, root_sift
-from beauty_bafe.retrieval.local import choose_weight, rerank_sift, rerank_verified
+from beauty_bafe.retrieval.local import MatchCount, Verification, choose_weight
 from beauty_bafe.retrieval.matching import NearestNeighbours, count_inliers, count_matches, match_mutually
 from beauty_bafe.retrieval.rerank import Candidates, SearchContext
 
@@ -148,10 +148,10 @@ def shop(tmp_path: Path) -> Callable[..., Candidates]:
 def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Callable[..., Candidates]) -> None:
     blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
     found = shop({"q4": warped(textured(4)), "blank": blank, "q2": warped(textured(2))})
-    ranked = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    ranked = MatchCount(6, 0.8, DETECTOR)(found).ranking
     assert [ranked.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert ranked.answers(1) == found.ranking.answers(1), "no keypoints, no change"
-    verified = rerank_verified(found, 6, DETECTOR, MATCHER, 1.0, 0, augmentation=None, backgrounds=None).ranking  # type: ignore[arg-type]
+    verified = Verification(6, DETECTOR, MATCHER, 1.0, 0, augmentation=None, backgrounds=None)(found).ranking  # type: ignore[arg-type]
     assert [verified.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert verified.answers(1) == found.ranking.answers(1)
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
@@ -162,28 +162,28 @@ def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Candidat
     assert found.context is not None
     for path in found.context.gallery.paths:
         cv2.imwrite(str(path), np.full((SIZE, SIZE, 3), 255, np.uint8))
-    assert rerank_sift(found, 6, 0.8, DETECTOR).ranking.answers(0) == found.ranking.answers(0)
+    assert MatchCount(6, 0.8, DETECTOR)(found).ranking.answers(0) == found.ranking.answers(0)
 
 
 def test_only_the_first_answers_are_looked_at(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": warped(textured(3))})
-    ranked = rerank_sift(found, 2, 0.8, DETECTOR).ranking
+    ranked = MatchCount(2, 0.8, DETECTOR)(found).ranking
     assert set(ranked.answers(0)) == set(found.ranking.answers(0)[:2])
 
 
 def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Candidates], monkeypatch: pytest.MonkeyPatch) -> None:
     found = shop({"q": warped(textured(3))})
-    first = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    first = MatchCount(6, 0.8, DETECTOR)(found).ranking
     reads: list[str] = []
     read = local.read_picture
     monkeypatch.setattr(local, "read_picture", lambda path, size: reads.append(path.stem) or read(path, size))
-    again = rerank_sift(found, 6, 0.8, DETECTOR).ranking
+    again = MatchCount(6, 0.8, DETECTOR)(found).ranking
     assert reads == ["q"]
     assert again.as_answers() == first.as_answers()
     assert found.context is not None
     found.context.gallery.paths[0].write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"local features need the gallery's pictures, and .*p0.png' cannot be read"):
-        rerank_sift(found, 6, 0.8, DETECTOR)
+        MatchCount(6, 0.8, DETECTOR)(found)
 
 
 def test_the_weight_comes_from_street_views_of_the_gallery(
@@ -195,7 +195,7 @@ def test_the_weight_comes_from_street_views_of_the_gallery(
         return Sample(warped(photo), mask)
 
     found = shop({"q4": warped(textured(4))})
-    ranked = rerank_verified(found, 6, DETECTOR, MATCHER, None, 5, rotate, None).ranking
+    ranked = Verification(6, DETECTOR, MATCHER, None, 5, rotate, None)(found).ranking
     printed = capsys.readouterr().out
     assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
     assert "geometry weighs 0.0:" not in printed
@@ -217,7 +217,7 @@ def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop
     assert rehearse is not None
 
     def run(angle: float, context: SearchContext) -> Candidates:
-        return rerank_verified(replace(found, context=context), 6, DETECTOR, MATCHER, None, 5, draw(angle), None)
+        return Verification(6, DETECTOR, MATCHER, None, 5, draw(angle), None)(replace(found, context=context))
 
     with ThreadPoolExecutor(1) as threads:
 
@@ -233,9 +233,9 @@ def test_another_run_leaves_the_street_views_alone_while_they_are_looked_at(shop
 def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
     """Under another metric geometry is added to inner products, as its weight is chosen for them."""
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
-    by_distance = ExactIndex("l2", "cpu").fit(found.index.vectors, found.index.ids)
+    by_distance = ExactIndex("l2", "cpu").fit(found.index.get(found.index.ids), found.index.ids)
     other = replace(found, index=by_distance, ranking=by_distance.search(found.queries.vectors, found.queries.ids, 6))
-    first, second = (rerank_verified(f, 6, DETECTOR, MATCHER, 0.1, 0, None, None).ranking for f in (found, other))  # type: ignore[arg-type]
+    first, second = (Verification(6, DETECTOR, MATCHER, 0.1, 0, None, None)(f).ranking for f in (found, other))  # type: ignore[arg-type]
     assert first.as_answers() == second.as_answers()
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
 
@@ -253,7 +253,7 @@ def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Candidates
 def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": textured(0)})
     with pytest.raises(ValueError, match="this search has descriptors alone"):
-        rerank_sift(Candidates(found.ranking, found.queries, found.index), 6, 0.8, DETECTOR)
+        MatchCount(6, 0.8, DETECTOR)(Candidates(found.ranking, found.queries, found.index))
 
 
 def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable[..., Candidates], tmp_path: Path) -> None:
@@ -277,11 +277,11 @@ def test_street_views_are_drawn_once_and_named_after_their_photos(shop: Callable
 
 def test_a_later_step_rehearses_on_what_this_one_finds(shop: Callable[..., Candidates]) -> None:
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
-    first = rerank_verified(found, 6, DETECTOR, MATCHER, 1.0, 0, None, None)  # type: ignore[arg-type]
+    first = Verification(6, DETECTOR, MATCHER, 1.0, 0, None, None)(found)  # type: ignore[arg-type]
     assert first.context is not None
     practice = first.context.rehearse(first.context.query_catalog)
     assert practice.ranking.as_answers() == first.ranking.as_answers() != found.ranking.as_answers()
-    second = rerank_verified(first, 2, DETECTOR, MATCHER, 1.0, 0, None, None).ranking  # type: ignore[arg-type]
+    second = Verification(2, DETECTOR, MATCHER, 1.0, 0, None, None)(first).ranking  # type: ignore[arg-type]
     assert set(second.answers(0)) == set(first.ranking.answers(0)[:2])
 
 
@@ -298,7 +298,7 @@ def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Candidates]
     found = shop({f"q{turn}": np.ascontiguousarray(np.rot90(textured(4), turn)) for turn in range(4)})
     detector = Patches(SIZE, 100, foreground=True)
     first, every = (
-        rerank_verified(found, 6, detector, MATCHER, 9.0, 0, None, None, turns).ranking  # type: ignore[arg-type]
+        Verification(6, detector, MATCHER, 9.0, 0, None, None, turns)(found).ranking  # type: ignore[arg-type]
         for turns in (False, True)
     )
     assert [every.answers(row)[0] for row in range(4)] == ["p4"] * 4
@@ -318,7 +318,7 @@ def test_learned_keypoints_go_the_same_way(shop: Callable[..., Candidates], tmp_
     found = shop({"q4": warped(textured(4)), "blank": blank}, masks=False)
     for path in found.context.gallery.paths[:2]:  # type: ignore[union-attr]
         cv2.imwrite(str(path), blank)
-    ranked, again = (rerank_verified(found, 6, detector, MATCHER, 1.0, 0, None, None).ranking for _ in range(2))  # type: ignore[arg-type]
+    ranked, again = (Verification(6, detector, MATCHER, 1.0, 0, None, None)(found).ranking for _ in range(2))  # type: ignore[arg-type]
     assert ranked.as_answers() == again.as_answers()
     if trained:
         assert ranked.answers(0)[0] == "p4"

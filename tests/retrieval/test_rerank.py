@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from beauty_bafe.retrieval import rerank
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import Features
+from beauty_bafe.retrieval.index import Index
 from beauty_bafe.retrieval.ranking import Ranking
-from beauty_bafe.retrieval.rerank import Candidates
+from beauty_bafe.retrieval.rerank import Candidates, with_depth
 
 ROWS, QUERIES, DIMS = 60, 4, 8
 
@@ -22,9 +24,11 @@ def unit(rows: int, seed: int) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.fixture
-def found() -> Candidates:
-    index = ExactIndex(device="cpu", first_pass="float32").fit(unit(ROWS, 0), tuple(map(str, range(ROWS))))
+@pytest.fixture(params=["array", "by id"])
+def found(request: pytest.FixtureRequest, index_by_id: type[Index]) -> Candidates:
+    """What a re-ranker may know of an index is what any index has: `index_by_id` has no array."""
+    empty = ExactIndex(device="cpu", first_pass="float32") if request.param == "array" else index_by_id()  # type: ignore[call-arg]
+    index = empty.fit(unit(ROWS, 0), tuple(map(str, range(ROWS))))
     queries = Features(unit(QUERIES, 1), tuple("abcd"))
     return Candidates(index.search(queries.vectors, queries.ids, 7), queries, index)
 
@@ -43,8 +47,8 @@ def check(ranking: Ranking, row: int, candidates: list[int], scores: list[float]
 
 @pytest.mark.parametrize("n", [1, 3, 12, 99])
 def test_query_expansion(found: Candidates, n: int) -> None:
-    result = rerank.expand_queries(found, n=n, alpha=2.0)
-    gallery = found.index.vectors.astype(float)
+    result = rerank.QueryExpansion(n=n, alpha=2.0)(found)
+    gallery = found.index.get(found.index.ids).astype(float)
     for row, query in enumerate(found.queries.vectors.astype(float)):
         total = query.copy()
         for position in by_likeness(gallery, query)[:n]:
@@ -57,26 +61,26 @@ def test_query_expansion(found: Candidates, n: int) -> None:
 def test_gallery_augmentation(found: Candidates, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerank, "BLOCK", 16)
     monkeypatch.setattr(rerank, "SILENT", 10)
-    result = rerank.augment_gallery(found, n=n, alpha=3.0)
-    gallery = found.index.vectors.astype(float)
+    result = rerank.GalleryAugmentation(n=n, alpha=3.0)(found)
+    gallery = found.index.get(found.index.ids).astype(float)
     augmented = []
     for vector in gallery:
         total = sum(max(gallery[p] @ vector, 0) ** 3 * gallery[p] for p in by_likeness(gallery, vector)[: n + 1])
         augmented.append(total / np.linalg.norm(total))
     for row, query in enumerate(found.queries.vectors.astype(float)):
         check(result.ranking, row, list(range(ROWS)), list(np.array(augmented) @ query))
-    assert np.array_equal(found.index.vectors, unit(ROWS, 0)), "the index it started from is unchanged"
-    np.testing.assert_allclose(result.index.vectors, augmented, atol=1e-5)
+    assert np.array_equal(found.index.get(found.index.ids), unit(ROWS, 0)), "the index it started from is unchanged"
+    np.testing.assert_allclose(result.index.get(result.index.ids), augmented, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("depth", "k1", "k2", "weight"), [(60, 10, 4, 0.3), (20, 6, 1, 0.0), (8, 20, 6, 1.0), (999, 5, 3, 0.5)]
 )
 def test_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: float) -> None:
-    result = rerank.rerank_k_reciprocal(found, depth, k1, k2, weight)
+    result = rerank.KReciprocal(depth, k1, k2, weight)(found)
     for row, query in enumerate(found.queries.vectors):
-        candidates = by_likeness(found.index.vectors, query)[:depth]
-        items = np.concatenate([query[None], found.index.vectors[candidates]]).astype(float)
+        candidates = by_likeness(found.index.get(found.index.ids), query)[:depth]
+        items = np.concatenate([query[None], found.index.get(found.index.ids)[candidates]]).astype(float)
         size = len(items)
         likeness = items @ items.T
         order = [sorted(range(size), key=lambda j, i=i: (j != i, -likeness[i, j])) for i in range(size)]
@@ -105,10 +109,10 @@ def test_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: f
 @pytest.mark.parametrize(("depth", "k", "seeds"), [(60, 10, 3), (15, 4, 1), (5, 99, 99)])
 def test_diffusion(found: Candidates, depth: int, k: int, seeds: int) -> None:
     """The solution of the linear system is the limit of spreading: f = alpha S f + y, again and again."""
-    result = rerank.rerank_diffusion(found, depth, k, seeds, alpha=0.8, gamma=3.0)
+    result = rerank.Diffusion(depth, k, seeds, alpha=0.8, gamma=3.0)(found)
     for row, query in enumerate(found.queries.vectors.astype(float)):
-        candidates = by_likeness(found.index.vectors, query)[:depth]
-        items = found.index.vectors[candidates].astype(float)
+        candidates = by_likeness(found.index.get(found.index.ids), query)[:depth]
+        items = found.index.get(found.index.ids)[candidates].astype(float)
         near = [[j for j in by_likeness(items, item) if j != i][:k] for i, item in enumerate(items)]
         affinity = np.zeros((len(items), len(items)))
         for i in range(len(items)):
@@ -129,10 +133,10 @@ def test_diffusion(found: Candidates, depth: int, k: int, seeds: int) -> None:
 
 @pytest.mark.parametrize(("depth", "k"), [(60, 9), (20, 3), (4, 9)])
 def test_superglobal(found: Candidates, depth: int, k: int) -> None:
-    result = rerank.rerank_superglobal(found, depth, k, beta=0.15)
+    result = rerank.SuperGlobal(depth, k, beta=0.15)(found)
     for row, query in enumerate(found.queries.vectors.astype(float)):
-        candidates = by_likeness(found.index.vectors, query)[:depth]
-        items = found.index.vectors[candidates].astype(float)
+        candidates = by_likeness(found.index.get(found.index.ids), query)[:depth]
+        items = found.index.get(found.index.ids)[candidates].astype(float)
         refined = []
         for i, item in enumerate(items):
             total, weight = item.copy(), 1.0
@@ -147,11 +151,11 @@ def test_superglobal(found: Candidates, depth: int, k: int) -> None:
 
 
 STEPS = [
-    lambda found: rerank.expand_queries(found, 3, 3.0),
-    lambda found: rerank.augment_gallery(found, 3, 3.0),
-    lambda found: rerank.rerank_k_reciprocal(found, 30, 10, 3, 0.3),
-    lambda found: rerank.rerank_diffusion(found, 30, 10, 3, 0.9, 3.0),
-    lambda found: rerank.rerank_superglobal(found, 30, 5, 0.15),
+    rerank.QueryExpansion(3, 3.0),
+    rerank.GalleryAugmentation(3, 3.0),
+    rerank.KReciprocal(30, 10, 3, 0.3),
+    rerank.Diffusion(30, 10, 3, 0.9, 3.0),
+    rerank.SuperGlobal(30, 5, 0.15),
 ]
 
 
@@ -198,7 +202,16 @@ def test_vectors_of_any_length_are_compared_by_their_direction(step) -> None:
     for result in (found, step(found)):
         assert (product[result.ranking.positions[:, :7]] == np.arange(6)[:, None]).all()
 
-    larger = ExactIndex("l2", device="cpu").fit(1024 * index.vectors, index.ids)
+    larger = ExactIndex("l2", device="cpu").fit(1024 * index.get(index.ids), index.ids)
     longer = Features(1024 * queries.vectors, queries.ids, any_length=True)
     scaled = step(Candidates(larger.search(longer.vectors, longer.ids, 7), longer, larger)).ranking
     assert np.array_equal(scaled.positions, step(found).ranking.positions), "units of length do not matter"
+
+
+def test_every_step_says_how_deep_it_looks(found: Candidates) -> None:
+    """Asked for that many answers at once, a step does not search a second time."""
+    assert [step.depth for step in STEPS] == [3, 0, 30, 30, 30]
+    for step in STEPS:
+        deep = replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, max(step.depth, 7)))
+        assert with_depth(deep, step.depth) is deep
+        assert np.array_equal(step(deep).ranking.positions[:, :7], step(found).ranking.positions[:, :7])
