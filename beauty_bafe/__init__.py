@@ -3,10 +3,14 @@
 >>> from beauty_bafe import Retriever                                            # doctest: +SKIP
 >>> shop = Retriever.build("RUN/checkpoints/best.ckpt", gallery="GALLERY")       # doctest: +SKIP
 >>> hits = shop.search(["photo.jpg"], k=7)                                       # doctest: +SKIP
+
+What it does is reported to the logger "beauty_bafe" at the level INFO, so nothing is shown unless logging is set up:
+`logging.basicConfig(level="INFO")`.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Hit", "Retriever"]
+logging.getLogger("beauty_bafe").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,33 @@ def _keys(settings: Any, prefix: str = "") -> list[str]:
     return [found for key, value in settings.items() for found in (prefix + str(key), *_keys(value, f"{prefix}{key}."))]
 
 
+class _Terminal(logging.Handler):
+    """Prints messages as they are, above a progress bar where one is shown: those redirect sys.stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+@contextmanager
+def messages_on_terminal() -> Iterator[None]:
+    """Inside `with`, standard output shows what the package reports; a program that imports it decides for itself."""
+    logger, handler = logging.getLogger("beauty_bafe"), _Terminal()
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Hydra's handler of the root logger would show every line again, with time and level
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Call `function` inside a Hydra job: the job's own folder becomes output_dir, expected errors become one line."""
+    """Call `function` inside a Hydra job: the job's own folder becomes output_dir, messages are shown, expected errors
+    become one line.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import InstantiationException
     from hydra.types import RunMode
@@ -121,7 +147,8 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     logging.getLogger("faiss").setLevel(logging.WARNING)  # reports every instruction set it tries
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
     try:
-        return function(cfg)
+        with messages_on_terminal():
+            return function(cfg)
     except (ValueError, OSError, RuntimeError, ImportError, InstantiationException) as error:
         # A sweep goes on with its other jobs and reports at the end; a developer wants the traceback.
         if hydra.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):

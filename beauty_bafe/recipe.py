@@ -5,6 +5,7 @@ Names alone, looked up among the files that are there, so that a checkpoint can 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from .config import compose
+
+log = logging.getLogger("beauty_bafe")
 
 GROUPS = ("pooling", "query", "rerank")
 LEAST, MOST = 0.25, 4.0  # times the size of training
@@ -65,7 +68,7 @@ def resolve_auto(cfg: DictConfig, conf: Path) -> None:
     chosen = compose("retrieve", words, conf)
     for group in left:
         cfg[group] = chosen[group]
-    print(f"{why}: {' '.join(words)}", flush=True)
+    log.info(f"{why}: {' '.join(words)}")
 
 
 def _read_recipe(file: str, groups: list[str], conf: Path) -> Mapping[str, str] | None:

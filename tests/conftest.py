@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
+
+from beauty_bafe.cli import messages_on_terminal
 
 os.environ.update(NO_ALBUMENTATIONS_UPDATE="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1")
 torch.set_num_threads(1)  # two test processes share two cores
@@ -39,6 +41,13 @@ def _tiny_weights() -> None:
 
     torch.manual_seed(0)
     torch.save(timm.create_model(TINY["name"]).state_dict(), TINY["weights"])
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    """Tests read what a command would show."""
+    with messages_on_terminal():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
+
+log = logging.getLogger("beauty_bafe")
 
 BACKGROUNDS = ("transparent", "white")
 
@@ -92,7 +95,7 @@ def cutout(cfg: DictConfig) -> int:
             list(threads.map(write, rows, pictures, masks))  # a list, so that what goes wrong is raised here
     skipped.write(output / "skipped.csv")
     written = len(lacking) - len(skipped.rows)
-    print(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(lacking)} were there: {output}")
+    log.info(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(lacking)} were there: {output}")
     skipped.check(len(catalog), cfg.max_skipped, "pictures", "max_skipped")
     return written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
+
+log = logging.getLogger("beauty_bafe")
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,14 +80,13 @@ def export(cfg: DictConfig) -> dict[str, Any]:
             "largest_mask_difference": agreement.mask / 255,
             "compared_pictures": agreement.pictures,
         }
-        print(
+        log.info(
             f"{name}: {agreement.pictures} pictures, cosine from {agreement.cosine:.7f}, mask to {agreement.mask}/255",
-            flush=True,
         )
     config = json.loads((output / CONFIG).read_text(encoding="utf-8")) | {"onnx": files}
     (output / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     write_card(output / "README.md", content, Path(cfg.checkpoint), files, drawn=cfg.pictures is None)
-    print(f"exported: {output}; retrieve.py checkpoints='[{output}]' takes it")
+    log.info(f"exported: {output}; retrieve.py checkpoints='[{output}]' takes it")
     return files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
+
+log = logging.getLogger("beauty_bafe")
 
 
 def retrieve(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     milliseconds = 1e3 * (time.perf_counter() - start) / len(ranking.query_ids)
     queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": query_catalog}
     write_submission(ranking, cfg.submission)
-    print(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
+    log.info(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
 
     evaluation = None if truth is None else evaluate(ranking.as_answers(), truth, cfg.k)
     metrics = gallery.costs() | {"ms_per_query": milliseconds} | ({} if evaluation is None else evaluation.summary())
@@ -56,10 +59,10 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
         evaluation.write_per_query(output / "per_query.csv")
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
+    log.info("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     if cfg.report:
         write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth)
-        print(f"report: {output / 'report.html'}")
+        log.info(f"report: {output / 'report.html'}")
     return metrics
 
 

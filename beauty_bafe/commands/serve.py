@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from beauty_bafe import cli
 from beauty_bafe.config import CONF
 
+log = logging.getLogger("beauty_bafe")
+
 
 def serve(cfg: DictConfig) -> None:
     """Serve as configured, until SIGTERM or Ctrl-C; requests that are under way then are answered first.
@@ -50,12 +52,11 @@ def serve(cfg: DictConfig) -> None:
         uvicorn.Config(app, host=host, port=cfg.port, log_config=None, access_log=False, server_header=False)
     )
     if token is None:
-        print(
+        log.info(
             f"no token, so anybody on this machine may change the catalogue; listening at {host} only. "
             f"Set {VARIABLE} or token_file=FILE to serve others.",
-            flush=True,
         )
-    print(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}", flush=True)
+    log.info(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}")
     with suppress(KeyboardInterrupt):  # raised after the requests under way were answered
         server.run()
     if failures:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
 
+log = logging.getLogger("beauty_bafe")
+
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train as configured and return the last epoch's metrics; writes checkpoints/, config.yaml, metrics.json, curves.png."""
@@ -46,7 +48,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     finally:  # also where too little is left to train on
         data.skipped.write(output / "skipped.csv")
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
-    print(data.describe(), flush=True)
+    log.info(data.describe())
 
     callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), KeepRunSettings(run)]
     trainer = instantiate(cfg.trainer, **settings, callbacks=callbacks, logger=instantiate(cfg.logger))

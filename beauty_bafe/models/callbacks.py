@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,8 @@ import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 
 from .extractor import resize_mask
+
+log = logging.getLogger("beauty_bafe")
 
 
 class Checkpoints(Checkpoint):
@@ -77,9 +80,8 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            print(
+            log.info(
                 f"\nstopped in epoch {trainer.current_epoch + 1}; the same command with ckpt_path={self.last} goes on",
-                flush=True,
             )
 
 
@@ -209,12 +211,12 @@ class _PlainProgress(ProgressBar):
             self._next = time.monotonic() + self.seconds
             total, loss = self.total_train_batches, float(outputs["loss"])
             where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} batch {batch_idx + 1}/{total}"
-            print(f"{where} loss {loss:.4f} {_speed(trainer):.0f} img/s", flush=True)
+            log.info(f"{where} loss {loss:.4f} {_speed(trainer):.0f} img/s")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             text = " ".join(f"{key} {float(value):.4f}" for key, value in trainer.callback_metrics.items())
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done {text} {_speed(trainer):.0f} img/s", flush=True)
+            log.info(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done {text} {_speed(trainer):.0f} img/s")
 
 
 def progress(seconds: float) -> ProgressBar:

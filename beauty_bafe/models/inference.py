@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -16,6 +17,8 @@ from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .folding import fold_norms
 from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
+
+log = logging.getLogger("beauty_bafe")
 
 MASK_SIZE = 112  # kept of queries alone; coarser grids blur edges
 GPU_BATCH = 256  # pictures
@@ -237,7 +240,7 @@ class Engine:
                     raise
                 if self.batch == batch:
                     self.batch = batch // 2
-                    print(f"memory is short: batches of {self.batch} pictures from here on")
+                    log.info(f"memory is short: batches of {self.batch} pictures from here on")
                 continue
             done.append([output[: len(pictures) - at].cpu() for output in outputs])
             at += batch

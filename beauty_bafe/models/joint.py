@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from .extractor import Extraction, resize_mask
 from .module import SaliencyModule
 from .objectives import contrast_loss, distillation_loss, overlap_loss
 from .pooling import gem
+
+log = logging.getLogger("beauty_bafe")
 
 
 class JointModule(SaliencyModule):
@@ -100,7 +103,7 @@ class JointModule(SaliencyModule):
             average_weights(self.extractor.backbone, self._pretrained[0], self.average)
             self.averaged.fill_(True)
         if self.averaged and self.current_epoch < begin:
-            print("the backbone of this run has been averaged and stays; more epochs train the decoder alone", flush=True)
+            log.info("the backbone of this run has been averaged and stays; more epochs train the decoder alone")
         if self.averaged:  # also where a run goes on from a checkpoint of the averaged network
             self.extractor.frozen = True
             self.extractor.backbone.requires_grad_(False)

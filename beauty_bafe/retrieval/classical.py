@@ -6,6 +6,7 @@ Every function takes `pictures`, uint8 (B, 3, S, S), and `weight`, float (B, 1, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -23,6 +24,8 @@ from .faiss_index import kmeans
 from .features import Member, unit
 from .keypoints import Sift, root_sift
 from .manifest import digest, replace_file
+
+log = logging.getLogger("beauty_bafe")
 
 LEARNED_FROM = 2000  # gallery pictures that give a vocabulary, evenly spread
 CANVAS = 224  # their side, pixels
@@ -136,7 +139,7 @@ class Vlad:
                 f"{len(descriptors)} SIFT descriptors in {len(found)} gallery pictures are too few for {self.words} words; "
                 "lower pooling.function.words or leave VLAD out"
             )
-        print(f"VLAD: learning {self.words} words from {len(descriptors)} descriptors of {len(found)} gallery pictures")
+        log.info(f"VLAD: learning {self.words} words from {len(descriptors)} descriptors of {len(found)} gallery pictures")
         self.vocabulary = kmeans(descriptors, self.words)
 
 

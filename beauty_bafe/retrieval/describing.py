@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import time
@@ -27,6 +28,8 @@ from ..models.views import View
 from .engine import Canvas, EnsembleEngine, Network, fit, longest, stack
 from .engine import Settings as EngineSettings
 from .store import Picture, Store
+
+log = logging.getLogger("beauty_bafe")
 
 CHUNK = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
 
@@ -108,7 +111,7 @@ class ExtractionJob:
         next(loaded, None)  # lets the progress bar end
         network_time = sum(network.engine.seconds for network in self.networks)
         expected = f" (forecast {forecast:.0f} s)" if forecast else ""
-        print(
+        log.info(
             f"described {count} {self.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
             f"decoding {decoding:.1f} s in {f'{self.workers} processes' if self.workers else 'threads'}, "
             f"writing {writing:.1f} s; {size / 1e6:.1f} MB on disk, peak memory {peak_memory() / 1e9:.2f} GB"
@@ -128,7 +131,7 @@ class ExtractionJob:
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
             seconds = sum(network.engine.plan(count) for network in self.networks)
-            print(f"compiled in {compiling:.0f} s" + (f"; now about {seconds:.0f} s of network" if seconds else ""))
+            log.info(f"compiled in {compiling:.0f} s" + (f"; now about {seconds:.0f} s of network" if seconds else ""))
         for network in self.networks:
             network.engine.seconds = 0.0
         return seconds
@@ -141,7 +144,7 @@ class ExtractionJob:
         disk = count * (sum(widths) * self.settings.dtype.itemsize + masks + 64)
         memory = 10 * sum(widths) * len(self.pictures)
         how = ", less compiled" if any(network.engine.compiled for network in self.networks) else ""
-        print(
+        log.info(
             f"forecast for {count} {self.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
             f"{memory / 1e9:.1f} GB of memory to search them in"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ from ..models.precision import check_device
 from .exact import ExactIndex
 from .manifest import replace_file
 from .memory_index import MemoryIndex
+
+log = logging.getLogger("beauty_bafe")
 
 GPU_MOST = 2048  # faiss's largest k, and nprobe, on a GPU
 SAMPLES = 200  # gallery rows that stand for queries when an approximate index is tuned
@@ -124,7 +127,7 @@ class FaissIndex(MemoryIndex):
     def _shrunk(self, keep: np.ndarray) -> None:
         gone, self._labels = self._labels[~keep], self._labels[keep]
         if "HNSW" in self.factory:
-            print("index: an HNSW graph cannot lose rows; it is built anew")
+            log.info("index: an HNSW graph cannot lose rows; it is built anew")
             self._build()
             return
         self._index.remove_ids(gone)
@@ -177,7 +180,7 @@ class FaissIndex(MemoryIndex):
             # Every sample finds itself; only its neighbours tell something.
             hits = [len((set(a) & set(b)) - {r}) for a, b, r in zip(found, true, rows, strict=True)]
             recall = sum(hits) / sum(len(set(b) - {r}) for b, r in zip(true, rows, strict=True))
-            print(f"index: {self._knob} {value}: recall@{k} {recall:.4f} of {len(rows)} gallery samples")
+            log.info(f"index: {self._knob} {value}: recall@{k} {recall:.4f} of {len(rows)} gallery samples")
             if self.target_recall is not None and recall >= self.target_recall:
                 return
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,6 +27,8 @@ from ..recipe import check_enlarge
 from .describing import ExtractionJob, readable_now
 from .manifest import digest, locked
 from .store import Picture, Store
+
+log = logging.getLogger("beauty_bafe")
 
 TOLERANCE = 1e-3  # of a vector's length: extraction.dtype=float16 rounds it
 PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
@@ -135,7 +138,7 @@ def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
     patch = patch if own % patch == 0 else 1
     extractor.size = size or max(1, round(own * times / patch)) * patch
     if extractor.size != own:
-        print(f"'{file}' describes at {extractor.size} px, trained at {own} px", flush=True)
+        log.info(f"'{file}' describes at {extractor.size} px, trained at {own} px")
     try:
         if extractor.size != own:
             extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from .manifest import locked, replace_file
 from .ranking import Ranking, check_k
 from .rerank import Candidates, Reranker, SearchContext
 from .versions import Versions
+
+log = logging.getLogger("beauty_bafe")
 
 CATALOG = "gallery.csv"  # the pictures of a kept index
 
@@ -79,13 +82,13 @@ class Gallery:
             pictures = open_catalog(source)
             # A second run on the same folder waits, and then finds what the first one wrote.
             with locked([] if kept is None else [kept.folder]):
-                print(self.build(pictures, source, index, skipped, kept))
+                log.info(self.build(pictures, source, index, skipped, kept))
             return self
         if kept is None or kept.current() is None:
             raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
 
         kept.read(lambda place: self.load(place, index))
-        print(f"index: {self.indexes[0]}, {len(self.indexes[0])} pictures from {folder}")
+        log.info(f"index: {self.indexes[0]}, {len(self.indexes[0])} pictures from {folder}")
         return self
 
     def build(self, pictures: Pictures, source: str, index: Index, skipped: Skipped, kept: Versions | None = None) -> str:

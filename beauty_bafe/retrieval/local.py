@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from .manifest import digest, locked
 from .matching import Matcher, count_inliers, count_matches
 from .rerank import Candidates, SearchContext, reorder, with_depth
 from .store import Picture, Store
+
+log = logging.getLogger("beauty_bafe")
 
 one_torch_thread = HeldSetting(torch.get_num_threads, torch.set_num_threads, 1)
 SHARD = 512  # gallery pictures a file
@@ -130,7 +133,7 @@ def choose_weight(practice: Candidates, evidence: np.ndarray) -> float:
     worse = found[found.mean(axis=1).argmax()] - found
     error = worse.std(axis=1) / max(len(hit), 1) ** 0.5
     chosen = int((worse.mean(axis=1) <= error + 1e-9).argmax())
-    print(
+    log.info(
         f"geometry weighs {WEIGHTS[chosen]}: {len(hit)} gallery pictures found from their own street views at mean 1/rank "
         f"{found[chosen].mean():.3f}, without it {found[0].mean():.3f}"
     )
@@ -172,7 +175,7 @@ def _look(
         gallery.describe([ranking.gallery_ids[place] for place in np.unique(positions)], threads)
         what, start = f"{len(positions)} queries with {positions.shape[1]} answers each", time.perf_counter()
         looked = list(track(threads.map(look, range(len(positions))), f"matching {what}", total=len(positions)))
-        print(f"matched {what}: {len(positions) / (time.perf_counter() - start):.1f} queries a second")
+        log.info(f"matched {what}: {len(positions) / (time.perf_counter() - start):.1f} queries a second")
         return np.array(looked)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+log = logging.getLogger("beauty_bafe")
 
 
 def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict[str, Any]:
@@ -58,9 +61,10 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                print(f"'{folder}' is in use by another run; waiting for it", flush=True)
+                log.info(f"'{folder}' is in use by another run; waiting for it")
                 lock.acquire()
             stack.callback(lock.release)
+            os.utime(folder / "lock")  # the time of the last use, for beauty-bafe cache
         yield
 
 
