@@ -11,6 +11,7 @@ from . import __version__
 COMMANDS = {
     "train": "train an extractor on catalogue photos, as train.py does",
     "retrieve": "answer queries from a gallery, as retrieve.py does",
+    "cache": "list what earlier commands keep on disk, or remove it",
     "export": "write a checkpoint as safetensors and ONNX, with a model card",
     "cutout": "cut products out of pictures, as PNG files",
     "serve": "answer searches over HTTP from a saved Retriever, with a page to try it",

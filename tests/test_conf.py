@@ -22,9 +22,8 @@ CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
-KNOWN = (
-    r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:export|cutout|serve))"  # commands that compose
-)
+# Commands that compose.
+KNOWN = r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:cache|export|cutout|serve))"
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 

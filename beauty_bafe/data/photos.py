@@ -72,6 +72,7 @@ class PhotoCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [f"{os.path.abspath(path)} {stamp(path)}" for path in catalog.paths]
         with FileLock(self.folder / "lock"):
+            os.utime(self.folder / "lock")  # the time of the last use, for beauty-bafe cache
             self._read()
             # A file is kept once, whatever the number of its ids: the next free row is counted by them.
             lacking = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
