@@ -6,6 +6,9 @@
 
 What it does is reported to the logger "beauty_bafe" at the level INFO, so nothing is shown unless logging is set up:
 `logging.basicConfig(level="INFO")`.
+
+Where other programs share the cores, set the environment variable GOMP_SPINCOUNT=1000 before torch is imported, as the
+commands do: two programs whose threads wait for each other by spinning starve each other.
 """
 
 from __future__ import annotations

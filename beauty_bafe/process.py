@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+SPINS = 1000  # turns of a waiting loop, of 300,000 by default; see benchmarks/side_by_side.py
 
 
 class HeldSetting(Generic[T]):
@@ -28,3 +31,14 @@ class HeldSetting(Generic[T]):
             self._inside -= 1
             if self._inside == 0:
                 self._write(self._before)
+
+
+def release_cores() -> None:
+    """Let threads that wait for each other give up their core soon, for whatever else runs on this machine.
+
+    OpenMP's threads otherwise spin for milliseconds at the end of every layer, on cores that a second run needs to get
+    there itself: two runs then take many times as long as one after the other. To be called before torch is imported, as
+    OpenMP reads its settings once; what the user set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
+import pytest
+
 from beauty_bafe.process import HeldSetting
+
+from .conftest import ROOT
 
 
 def test_a_setting_is_held_until_the_last_thread_leaves() -> None:
@@ -26,3 +34,36 @@ def test_a_setting_is_held_until_the_last_thread_leaves() -> None:
         together.wait()
         assert second.result() == 1
     assert state["threads"] == 8
+
+
+OURS = {"GOMP_SPINCOUNT": "1000"}
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "expected"),
+    [
+        ("train.py", {}, OURS),
+        ("retrieve.py", {}, OURS),
+        ("-m beauty_bafe serve", {}, OURS),
+        ("-m beauty_bafe.commands.cutout", {}, OURS),
+        ("retrieve.py", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ("-m beauty_bafe serve", {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_commands_release_cores(start: str, given: dict[str, str], expected: dict[str, str], tmp_path: Path) -> None:
+    """What the variables are when torch is imported: a stand-in for it tells, and ends the command."""
+    tell = "{name: value for name, value in os.environ.items() if name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}"
+    (tmp_path / "torch.py").write_text(f"import os\nprint({tell}, flush=True)\nos._exit(0)\n", encoding="utf-8")
+    others = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = others | given | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    words = [str(ROOT / start)] if start.endswith(".py") else start.split()
+    words += {
+        "train.py": ["data=toy"],
+        "retrieve.py": ["model=resnet50", "gallery=G", "queries=Q"],
+        "-m beauty_bafe serve": ["index_dir=SHOP"],
+        "-m beauty_bafe.commands.cutout": ["pictures=P", "checkpoints=[a.ckpt]"],
+    }[start]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
+    )
+    assert done.stdout.splitlines()[-1:] == [str(expected)], done.stderr[-2000:]
