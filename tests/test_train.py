@@ -161,3 +161,18 @@ def test_too_few_photos_leave_their_reasons(toy: Path, tmp_path: Path, configure
     with pytest.raises(ValueError, match=r"1 of 2 catalogue photos are usable, see skipped\.csv"):
         train(configure("train", "data=folder", f"data.root={tmp_path / 'photos'}", f"output_dir={tmp_path}", *TINY_MODEL))
     assert "broken" in (tmp_path / "skipped.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data=folder"], "data.root is not given; type data.root=GALLERY, a folder"),
+        (["data=perfect500k", "data.root=PICTURES"], "data.titles is not given; type data.titles=TITLES.csv"),
+    ],
+)
+def test_settings_that_are_left_out_are_named(
+    words: list[str], message: str, tmp_path: Path, configure: Callable[..., DictConfig]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(configure("train", *words, f"output_dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()

@@ -16,10 +16,17 @@ from beauty_bafe.config import CONF
 
 log = logging.getLogger("beauty_bafe")
 
+MISSING = {  # what to type for what conf/data leaves open
+    "data.root": "data.root=GALLERY, a folder of catalogue photos or a csv with the columns id,path",
+    "data.titles": "data.titles=TITLES.csv, the challenge's file of image ids and titles",
+}
+
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train as configured and return the last epoch's metrics; writes checkpoints/, config.yaml, metrics.json, curves.png."""
     recipe.check_recipe(cfg.retrieval, CONF)
+    if missing := [f"data.{key}" for key in cfg.data if OmegaConf.is_missing(cfg.data, key)]:
+        raise ValueError(f"{missing[0]} is not given; type {MISSING.get(missing[0], f'{missing[0]}=VALUE')}")
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 

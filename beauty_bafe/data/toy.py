@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ VERSION = 2  # raise it when a drawing changes: folders of an older version are 
 # Products come in sixes: (line within the six, colour). Three colours of one line are the near-duplicates.
 SIX = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0)]
 CATALOGUE, STREET = 1, 2  # keep the two kinds of pictures' random numbers apart
+TOY_FOLDER = re.compile(r"products\d+_queries\d+_seed\d+_\d+px")  # what draw_toy calls its folders
 SOLID, HELD = 0.4, 0.4  # shares of the queries that show the product turned in space, and in a hand
 
 
@@ -111,7 +113,18 @@ def draw_toy(root: str | Path, products: int, queries: int, seed: int, size: int
 
 
 def toy_datamodule(root: str, products: int, toy_seed: int, **options: Any) -> SaliencyDataModule:
-    """SaliencyDataModule on a toy catalogue, drawn under `root` on first use."""
+    """SaliencyDataModule on a toy catalogue, drawn under `root` on first use.
+
+    Raises ValueError where `root` holds anything else: toys drawn among somebody's pictures would become part of their gallery.
+    """
+    place = Path(root)
+    names = sorted(file.name for file in place.iterdir()) if place.is_dir() else [place.name] if place.exists() else []
+    others = [name for name in names if not name.startswith(".") and not TOY_FOLDER.fullmatch(name)]
+    if others:
+        raise ValueError(
+            f"data=toy draws its own catalogue, and data.root={root} is where '{others[0]}' is; "
+            f"type data=folder data.root={root} for pictures of your own"
+        )
     return SaliencyDataModule(draw_toy(root, products, 0, toy_seed) / "gallery", **options)
 
 

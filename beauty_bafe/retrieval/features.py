@@ -120,7 +120,7 @@ def load_members(
             if pooling.saliency and key in models:
                 raise ValueError(
                     f"pooling '{pooling}' needs masks, and {name} was never trained to make any; "
-                    "type checkpoints='[RUN/checkpoints/best.ckpt]', or pooling.saliency=false"
+                    "type checkpoints='[RUN/checkpoints/best.ckpt]' instead, or a pooling without masks, such as pooling=gem"
                 )
             members.append(Member(f"{name}: {pooling}", source, extractor, pooling, key not in models))
     return members

@@ -139,3 +139,9 @@ def test_every_probability_is_its_functions(key: str, configure, monkeypatch: py
 def test_a_misspelt_camera_step_is_answered(configure) -> None:
     with pytest.raises(Exception, match=r"unknown or missing key 'blur'; it takes exactly glare, colour, defocus, motion"):
         instantiate(configure("train", "+augmentation.camera.blur=0.5").augmentation)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hand", 1.5), ("bars", -0.1), ("camera.glare", 30), ("camera.jpeg", -1)])
+def test_a_probability_out_of_range_is_answered(key: str, value: float, configure) -> None:
+    with pytest.raises(Exception, match=rf"augmentation.{key}={value}: type a share from 0 to 1"):
+        instantiate(configure("train", f"augmentation.{key}={value}").augmentation)

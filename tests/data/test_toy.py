@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from beauty_bafe.data.toy import draw_catalogue_photo, draw_query, draw_toy
+from beauty_bafe.data.toy import draw_catalogue_photo, draw_query, draw_toy, toy_datamodule
 from beauty_bafe.data.toy_products import KINDS, draw_product
 
 
@@ -96,3 +96,19 @@ def test_command_line(tmp_path: Path) -> None:
     folder = Path(done.stdout.splitlines()[-1])
     assert len(list((folder / "gallery").iterdir())) == 3
     shutil.rmtree(folder)
+
+
+def test_toys_are_not_drawn_among_somebodys_pictures(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cream.jpg").touch()
+    (tmp_path / "mine.csv").touch()
+    for name, found in {"mine": "cream.jpg", "mine.csv": "mine.csv"}.items():
+        with pytest.raises(ValueError, match=rf"{name} is where '{found}' is; type data=folder data.root=.*{name} for"):
+            toy_datamodule(str(tmp_path / name), 6, 0)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["cream.jpg"]
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / ".hidden").touch()
+    for seed in (0, 1):  # a toy beside another, a hidden file beside both
+        draw_toy(tmp_path / "toy", 6, 0, seed, workers=1)
+        with pytest.raises(TypeError, match="missing"):  # it got as far as the data module, which wants its settings
+            toy_datamodule(str(tmp_path / "toy"), 6, seed)

@@ -87,10 +87,19 @@ def test_it_learns_masks_and_descriptors_and_its_checkpoint_rebuilds_the_network
     torch.testing.assert_close(one.saliency(64), other.saliency(64))
 
 
-def test_the_loss_is_of_masks_and_pairs(tiny: dict[str, Any]) -> None:
-    """Against a slow twin of InfoNCE, a pair at a time."""
+@pytest.mark.parametrize("distill", [0.0, 3.0])
+def test_the_loss_is_of_masks_and_pairs(distill: float, tiny: dict[str, Any]) -> None:
+    """Against slow twins of InfoNCE, a pair at a time, and of distillation, a street view at a time."""
     torch.manual_seed(0)
-    module = JointModule(tiny, **SETTINGS)
+    module = JointModule(tiny, **SETTINGS | {"distill": distill})
+    module.eval()
+    before = BackgroundAgnosticExtractor(**dict(module.hparams["model"])).eval()
+    assert all(
+        torch.equal(value, before.backbone.state_dict()[key]) for key, value in module.extractor.backbone.state_dict().items()
+    )
+    with torch.no_grad():
+        for parameter in module.extractor.backbone.parameters():
+            parameter.mul_(1.1)  # as if it had learned
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     items = [Pairs()[index] for index in range(4)]
     pictures = torch.cat([item["pictures"] for item in items])
@@ -103,7 +112,14 @@ def test_the_loss_is_of_masks_and_pairs(tiny: dict[str, Any]) -> None:
         for row in range(4):
             likeness = [math.exp(float(one[row] @ other[column]) / SETTINGS["temperature"]) for column in range(4)]
             terms.append(-math.log(likeness[row] / sum(likeness)))
+    with torch.no_grad():
+        kept = [
+            distillation_loss(extraction.last[row : row + 1], before(pictures[row : row + 1]).last).item()
+            for row in (1, 3, 5, 7)
+        ]
+    assert sum(kept) > 0.01
     expected = module.validation_loss(extraction, label).item() + SETTINGS["contrast"] * sum(terms) / len(terms)
+    expected += distill * sum(kept) / len(kept)
     assert module.training_loss(extraction, label).item() == pytest.approx(expected, rel=1e-4)
     assert sum(terms) > 0.1
 
@@ -226,6 +242,27 @@ def test_distillation_holds_the_feature_map_near_the_pretrained_one(tiny: dict[s
 def test_shares_out_of_range_are_answered(settings: dict[str, float], message: str, tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         JointModule(tiny, **SETTINGS | settings)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "settle", "first"),
+    [(1, 1.0, None), (2, 1.0, 1), (4, 0.05, 3), (4, 0.5, 2), (5, 0.3, 3)],
+    ids=["an only epoch is for learning", "so is a first one", "one settles at least", "half", "rounded"],
+)
+def test_from_which_epoch_the_backbone_is_averaged(
+    epochs: int, settle: float, first: int | None, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    module = JointModule(tiny, **SETTINGS | {"average": 0.5, "settle": settle})
+    averaged = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            averaged.append(bool(module.averaged))
+            learning = any(p.requires_grad for p in module.extractor.backbone.parameters())
+            assert learning != averaged[-1], "no gradients are made that nobody uses"
+
+    fit(module, tmp_path, epochs, Watch())
+    assert averaged == [first is not None and epoch >= first for epoch in range(epochs)]
 
 
 @pytest.mark.parametrize("settings", [{"average": 0.5, "settle": 0.5}, {"distill": 1.0}])

@@ -32,7 +32,8 @@ class StreetAugmentation:
     """What a phone sees in a street or a shop: solids at any angle, in hands, before shelves, in its light, through its camera.
 
     Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
-    `zoom` the share of a background photograph that is seen.
+    `zoom` the share of a background photograph that is seen. Raises ValueError for shares and probabilities outside 0..1
+    and for a key of `camera` that is unknown or missing.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class StreetAugmentation:
                 f"augmentation.camera has an unknown or missing key '{unknown[0]}'; "
                 f"it takes exactly glare, colour, defocus, {', '.join(CAMERA)}"
             )
+        shares = {"upright": upright, "solid": solid, "hand": hand, "holes": holes, "shelf": shelf, "photo_share": photo_share}
+        shares |= {"clutter": clutter, "occlusion": occlusion, "shadow": shadow, "light": light, "bars": bars}
+        for key, share in (shares | {f"camera.{name}": share for name, share in camera.items()}).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"augmentation.{key}={share}: type a share from 0 to 1")
         self.camera = dict(camera)
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
