@@ -26,14 +26,13 @@ from .retrieval.manifest import digest, locked, replace_file
 from .retrieval.memory import MemoryExtraction
 from .retrieval.parts import Parts, build_parts
 from .retrieval.ranking import check_k
-from .retrieval.rerank import Reranker
 from .retrieval.versions import Versions
 
 ABOUT = "retriever.json"
 # Settings of retrieve.py that are arguments here, or that have no meaning without its files.
 SCRIPT_ONLY = (
     *("checkpoints", "gallery", "queries", "truth", "masks", "index_dir", "output_dir", "submission", "k"),
-    *("report", "report_queries", "features", "num_workers", "hydra"),
+    *("report", "report_queries", "features", "num_workers", "known_at", "hydra"),
 )
 
 
@@ -41,7 +40,8 @@ SCRIPT_ONLY = (
 class Hit:
     """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it had none.
 
-    `probability`: that the answer is right, 0 to 1; None for now, as nothing calibrates it yet.
+    `probability`: that the answer is right, 0 to 1; None where there was nothing to learn it from (see `rehearsal` in
+    conf/retrieve.yaml, and `Calibration`).
     """
 
     id: str
@@ -68,9 +68,9 @@ class Retriever:
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
-        self._steps: Sequence[Reranker] = parts.steps
         self._checkpoints, self._overrides = list(checkpoints), list(overrides)
         self._changing = threading.Lock()
+        gallery.rehearse(parts.steps, parts.rehearsal, parts.about)
         self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason
         self._put(gallery)
         self.describe([np.zeros((8, 8, 3), np.uint8)])  # builds the queries' engine, so that the first search is quick
@@ -168,11 +168,11 @@ class Retriever:
         if not len(queries):
             return [], np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
         described = self._described(shelf.gallery, queries)
-        ranking = shelf.gallery.answer(queries.files, described, self._steps, k)
+        ranking = shelf.gallery.answer(queries, described, k)
         hits = [
             [
-                Hit(name, float(score), None, shelf.paths.get(name))
-                for name, score in zip(ranking.answers(row), ranking.scores[row], strict=True)
+                Hit(name, float(score), sure, shelf.paths.get(name))
+                for name, score, sure in zip(ranking.answers(row), ranking.scores[row], ranking.certainty(row), strict=True)
             ]
             for row in range(len(queries))
         ]

@@ -19,7 +19,7 @@ log = logging.getLogger("beauty_bafe")
 
 
 def retrieve(cfg: DictConfig) -> dict[str, Any]:
-    """Retrieve as configured; writes submission.csv, with truth metrics.json, and report.html. Returns the metrics."""
+    """Retrieve as configured; writes submission.csv, answers.csv, report.html, with truth metrics.json. Returns these."""
     cli.require_retrieval_inputs(cfg)
     recipe.resolve_auto(cfg, CONF)
     from beauty_bafe.data.catalog import Skipped, open_catalog
@@ -29,7 +29,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.retrieval.features import mean_masks
     from beauty_bafe.retrieval.gallery import Gallery
     from beauty_bafe.retrieval.parts import build_parts
-    from beauty_bafe.retrieval.submission import write_submission
+    from beauty_bafe.retrieval.submission import write_answers, write_submission
 
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -41,17 +41,20 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     gallery = Gallery(parts.members, parts.extraction, parts.ensemble, parts.view)
     try:
         gallery.open(cfg.gallery, cfg.index_dir, parts.index, skipped)
+        gallery.rehearse(parts.steps, parts.rehearsal, parts.about, cfg.index_dir)
         query_catalog = open_catalog(cfg.queries)
         described = gallery.describe(query_catalog, cfg.queries, "queries", skipped)
     finally:
         skipped.write(output / "skipped.csv")
 
     start = time.perf_counter()
-    ranking = gallery.answer(query_catalog, described, parts.steps, cfg.k)
+    ranking = gallery.answer(query_catalog, described, cfg.k)
     milliseconds = 1e3 * (time.perf_counter() - start) / len(ranking.query_ids)
     queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": query_catalog}
+    threshold = None if gallery.calibration is None else gallery.calibration.threshold(cfg.known_at)
     write_submission(ranking, cfg.submission)
     log.info(f"{len(ranking.query_ids)} queries answered from {len(ranking.gallery_ids)} pictures: {cfg.submission}")
+    write_answers(ranking, output / "answers.csv", threshold)
 
     evaluation = None if truth is None else evaluate(ranking.as_answers(), truth, cfg.k)
     metrics = gallery.costs() | {"ms_per_query": milliseconds} | ({} if evaluation is None else evaluation.summary())
@@ -61,7 +64,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     log.info("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     if cfg.report:
-        write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth)
+        write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth, threshold)
         log.info(f"report: {output / 'report.html'}")
     return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -9,9 +10,28 @@ import numpy as np
 
 from .augmentation import Augmentation, Sample, Surroundings
 from .backgrounds import Backgrounds
-from .catalog import Catalog
+from .catalog import Catalog, open_catalog
 from .photos import load_photo
 from .pictures import UnreadablePicture
+
+SIDE = 640  # pixels of a street view; what looks at it from close by needs more than a network does
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is asked of a gallery before anybody else asks: `views` of its photos, drawn by `augmentation` on `backgrounds`.
+
+    `views`: how many, 0 for none. `backgrounds`: a folder of photographs, None for drawn scenes.
+    """
+
+    views: int
+    augmentation: Augmentation
+    backgrounds: str | None = None
+
+    def draw(self, catalog: Catalog, folder: Path) -> Catalog:
+        """Street views of a catalogue's photos in `folder`; none where no product can be cut out."""
+        photos = Backgrounds(None if self.backgrounds is None else open_catalog(self.backgrounds))
+        return draw_street_views(catalog, self.views, self.augmentation, photos, SIDE, folder)
 
 
 def draw_street_views(
@@ -20,7 +40,6 @@ def draw_street_views(
     """Augment `count` photos, drawn without return, into `folder`; each picture has the id of the photo it shows.
 
     Photos whose product cannot be cut out are passed over. Files that are there and would not change stay untouched.
-    Raises ValueError where no photo can be used.
     """
     order = np.random.default_rng((0, len(catalog))).permutation(len(catalog)).tolist()
     photos: dict[int, Sample] = {}
@@ -31,8 +50,6 @@ def draw_street_views(
             photos[index] = load_photo(catalog.paths[index], size)
         except (UnreadablePicture, ValueError):
             continue
-    if not photos:
-        raise ValueError("no gallery photo has a plain backdrop to cut its product out of; give the step's weight a number")
     folder.mkdir(parents=True, exist_ok=True)
     chosen = list(photos)
     surroundings = Surroundings(backgrounds, lambda rng: photos[chosen[int(rng.integers(len(chosen)))]])

@@ -18,6 +18,7 @@ from ..data.catalog import Catalog
 from ..data.pictures import letterbox, read_picture
 from ..retrieval.features import Features
 from ..retrieval.ranking import Ranking
+from ..retrieval.submission import is_known
 from .metrics import DIVISIONS, Evaluation
 
 THUMB, QUERY = 132, 168  # pixels
@@ -37,8 +38,12 @@ def write_report(
     evaluation: Evaluation | None,
     metrics: Mapping[str, Any],
     truth: Mapping[str, Collection[str]] | None,
+    threshold: float | None = None,
 ) -> None:
-    """Write the page; with truth the worst queries come first. `catalogs`: "gallery" and "queries"."""
+    """Write the page; with truth the worst queries come first. `catalogs`: "gallery" and "queries".
+
+    `threshold`: the probability from which a query's product counts as one of the gallery's.
+    """
     from rich.progress import track
 
     paths = {what: dict(zip(catalog.ids, catalog.paths, strict=True)) for what, catalog in catalogs.items()}
@@ -49,10 +54,11 @@ def write_report(
     rows = range(len(ranking.query_ids))
     # Worst first; among equals the surest mistake first. Without truth the least sure answer first.
     sign = -1 if precision else 1
-    order = sorted(rows, key=lambda row: (precision.get(ranking.query_ids[row], 2.0), sign * float(ranking.scores[row, 0])))
+    sure = ranking.scores if ranking.probabilities is None else ranking.probabilities
+    order = sorted(rows, key=lambda row: (precision.get(ranking.query_ids[row], 2.0), sign * float(sure[row, 0])))
     shown = order[: cfg.report_queries]
     entries = [
-        _entry(row, ranking, queries, paths, precision, (truth or {}).get(ranking.query_ids[row], ()))
+        _entry(row, ranking, queries, paths, precision, (truth or {}).get(ranking.query_ids[row], ()), threshold)
         for row in track(shown, f"drawing {len(shown)} queries of the report")
     ]
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html.j2")
@@ -63,6 +69,7 @@ def write_report(
         k=ranking.positions.shape[1],
         cards=_cards(metrics, cfg.k),
         judged=bool(precision),
+        sure=ranking.probabilities is not None,
         found=sum(1 for query in ranking.query_ids if precision.get(query, 0) > 0),
         unanswered=evaluation.unanswered if evaluation else (),
         config=OmegaConf.to_yaml(cfg, resolve=True),
@@ -77,6 +84,7 @@ def _entry(
     paths: Mapping[str, Mapping[str, Path]],
     precision: Mapping[str, float],
     matches: Collection[str],
+    threshold: float | None,
 ) -> dict[str, Any]:
     query, answers = ranking.query_ids[row], ranking.answers(row)
     picture = letterbox(read_picture(paths["queries"][query], QUERY).rgb, QUERY)
@@ -88,9 +96,16 @@ def _entry(
         "looked": _data_url(looked),
         "precision": precision.get(query),
         "answers": [
-            {"id": answer, "score": float(score), "match": answer in matches, "picture": _thumb(paths["gallery"][answer])}
-            for answer, score in zip(answers, ranking.scores[row], strict=True)
+            {
+                "id": answer,
+                "score": float(score),
+                "probability": sure,
+                "match": answer in matches,
+                "picture": _thumb(paths["gallery"][answer]),
+            }
+            for answer, score, sure in zip(answers, ranking.scores[row], ranking.certainty(row), strict=True)
         ],
+        "unknown": ranking.probabilities is not None and threshold is not None and not is_known(ranking, row, threshold),
         "missed": [
             {"id": name, "picture": _thumb(paths["gallery"][name]) if name in paths["gallery"] else None} for name in missed[:2]
         ],

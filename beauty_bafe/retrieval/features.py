@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -183,6 +184,12 @@ class FeatureExtraction:
         self.device = pick_device(device)
         self.precision = fastest_precision(self.device) if precision == "auto" else precision
         self.compiled, self.shard, self.dtype, self.max_skipped = compiled, shard, np.dtype(dtype), max_skipped
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A folder for pictures to be described, kept from other runs meanwhile; it stays, for the next run."""
+        with locked([self.root / name]):
+            yield self.root / name
 
     def __call__(
         self,

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from ..data.catalog import Catalog, Skipped, open_catalog
 from ..data.images import Pictures
+from ..data.rehearsal import Rehearsal
 from ..models.views import View
+from .calibration import SHORTLIST, Calibration
 from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
 from .features import Features, Member, describe_members
 from .index import Index
-from .manifest import locked, replace_file
+from .manifest import digest, locked, replace_file
 from .ranking import Ranking, check_k
-from .rerank import Candidates, Reranker, SearchContext
+from .rerank import Candidates, Learner, Reranker, SearchContext
 from .versions import Versions
 
 log = logging.getLogger("beauty_bafe")
 
 CATALOG = "gallery.csv"  # the pictures of a kept index
+LEARNED = "learned.json"  # by its re-rankers and calibration
 
 
 class Extraction(Protocol):
@@ -33,6 +41,8 @@ class Extraction(Protocol):
     root: Path
     scales: tuple[float, ...]
     flip: bool
+
+    def folder(self, name: str) -> AbstractContextManager[Path]: ...
 
     def __call__(
         self,
@@ -63,6 +73,9 @@ class Gallery:
         self.members, self.extraction, self.ensemble, self.view = members, extraction, ensemble, view
         self.catalog = Catalog((), ())
         self.indexes: list[Index] = []
+        self.steps: list[list[Reranker]] = []
+        self.calibration: Calibration | None = None
+        self._learned: dict[str, Any] = {}
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
@@ -100,6 +113,7 @@ class Gallery:
         start = time.perf_counter()
         if place is not None:
             self.indexes = self._load_indexes(place, index)
+            self._read_learned(place)
             views = self.ensemble.transform(features)
             changes = [index.sync(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
             changed = any(removed or added for removed, added, _ in changes) or open_catalog(place / CATALOG) != self._held()
@@ -138,22 +152,75 @@ class Gallery:
         """Features of each member over pictures to ask with, their masks among them."""
         return self.extraction(self.members, pictures, source, what, skipped, masks=True, view=self.view)
 
-    def answer(self, query_catalog: Catalog, described: Sequence[Features], steps: Sequence[Reranker], k: int) -> Ranking:
-        """Search each view for `described`, re-rank, fuse: the k best of every query.
+    def rehearse(self, steps: Sequence[Reranker], rehearsal: Rehearsal, about: str, folder: str | None = None) -> None:
+        """Take these re-ranking steps; they and the calibration learn from street views of the gallery's photos.
 
-        `query_catalog`: those queries that are files.
+        `about`: the settings behind them. What was learned by the same settings is taken as it is, from `folder` (the
+        index_dir) as well, and else written there. Without views, or photos to draw them from, there are no probabilities.
+        """
+        self.steps = [list(steps) for _ in self.indexes]
+        if self._learned.get("about") == about:
+            for own, weights in zip(self.steps, self._learned["weights"], strict=True):
+                learners = [place for place, step in enumerate(own) if isinstance(step, Learner)]
+                for place, weight in zip(learners, weights, strict=True):
+                    own[place] = replace(own[place], weight=weight)  # type: ignore[type-var]
+            known = self._learned["calibration"]
+            self.calibration = None if known is None else Calibration.from_dict(known)
+            return
+        self.calibration = self._practise(rehearsal)
+        weights = [[step.weight for step in own if isinstance(step, Learner)] for own in self.steps]
+        known = None if self.calibration is None else self.calibration.to_dict()
+        self._learned = {"about": about, "weights": weights, "calibration": known}
+        if folder is not None:
+            Versions(Path(folder)).read(self._write_learned)
 
-        Raises ValueError for a bad k.
+    def _practise(self, rehearsal: Rehearsal) -> Calibration | None:
+        if not rehearsal.views or not len(self.catalog):
+            return None
+        with self.extraction.folder(f"rehearsal-{digest(*self.catalog.ids, *map(str, self.catalog.paths))}") as where:
+            views = rehearsal.draw(self.catalog, where)
+            if not len(views):
+                return None
+            described = self.describe(views, str(where), "street views of gallery pictures", Skipped())
+            ranking = self._answer(views, described, SHORTLIST, learn=True)
+        if ranking.positions.shape[1] < 2:
+            return None
+        names = np.array(ranking.gallery_ids)[ranking.positions]
+        return Calibration.fit(ranking.scores, names == np.array(ranking.query_ids)[:, None])
+
+    def _read_learned(self, place: Path) -> None:
+        file = place / LEARNED
+        self._learned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def _write_learned(self, place: Path) -> None:
+        replace_file(place / LEARNED, lambda part: part.write_text(json.dumps(self._learned), encoding="utf-8"))
+
+    def answer(self, pictures: Pictures, described: Sequence[Features], k: int) -> Ranking:
+        """Search each view for `described`, re-rank as `rehearse` was told, fuse: the k best of every query.
+
+        `pictures`: the queries, for steps that look at them. Raises ValueError for a bad k.
         """
         check_k(k, len(self.indexes[0]))
-        depth = min(max([k, self.ensemble.depth, *(step.depth for step in steps)]), len(self.indexes[0]))
+        ranking = self._answer(pictures, described, max(k, SHORTLIST if self.calibration is not None else 0))
+        if self.calibration is not None:
+            ranking = replace(ranking, probabilities=self.calibration.probabilities(ranking.scores))
+        return ranking.first(k)
+
+    def _answer(self, pictures: Pictures, described: Sequence[Features], k: int, learn: bool = False) -> Ranking:
+        """The k best, or as many as the gallery and the steps leave."""
+        steps = self.steps or [[] for _ in self.indexes]
+        depths = [k, self.ensemble.depth, *(step.depth for own in steps for step in own)]
+        depth = min(max(depths), len(self.indexes[0]))
         rankings = []
-        for number, view in enumerate(self.ensemble.transform(described)):
-            found = self._search(number, view, query_catalog, depth)
-            for step in steps:
+        for own, index, queries in zip(steps, self.indexes, self.ensemble.transform(described), strict=True):
+            context = SearchContext(self.catalog, pictures, self.extraction.root)
+            found = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
+            for place, step in enumerate(own):
+                if learn and isinstance(step, Learner):
+                    own[place] = step = step.learned(found)
                 found = step(found)
             rankings.append(found.ranking)
-        return self.ensemble.fuse(rankings, k)
+        return self.ensemble.fuse(rankings, min(k, *(ranking.positions.shape[1] for ranking in rankings), depth))
 
     def costs(self) -> dict[str, float]:
         """Dimensions of a picture and bytes of the index."""
@@ -161,15 +228,6 @@ class Gallery:
             "dimensions": sum(index.dimensions for index in self.indexes),
             "index_bytes": sum(index.nbytes for index in self.indexes),
         }
-
-    def _search(self, number: int, queries: Features, query_catalog: Catalog, depth: int) -> Candidates:
-        def rehearse(pictures: Catalog) -> Candidates:
-            described = self.describe(pictures, str(pictures.paths[0].parent), "rehearsal pictures", Skipped())
-            return self._search(number, self.ensemble.transform(described)[number], pictures, depth)
-
-        index = self.indexes[number]
-        context = SearchContext(self.catalog, query_catalog, self.extraction.root, rehearse)
-        return Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
 
     def _about(self) -> dict[str, object]:
         seen = {"scales": list(self.extraction.scales), "flip": self.extraction.flip}
@@ -180,6 +238,7 @@ class Gallery:
         learn(self.members, None, "", place, self.extraction.root)
         self.indexes = self._load_indexes(place, index)
         self.catalog = open_catalog(place / CATALOG) if (place / CATALOG).is_file() else Catalog((), ())
+        self._read_learned(place)
 
     def _load_indexes(self, place: Path, index: Index) -> list[Index]:
         """The kept indexes, one a view; the ensemble takes up what it had learned."""
@@ -198,6 +257,7 @@ class Gallery:
         keep_learned(self.members, place)
         for number, index in enumerate(self.indexes):
             index.save(place / f"view{number}", self._about())
+        self._write_learned(place)
         held = self._held()
         if not len(held):
             return

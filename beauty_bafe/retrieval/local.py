@@ -14,13 +14,10 @@ import torch
 from rich.progress import track
 from threadpoolctl import threadpool_limits
 
-from ..data.augmentation import Augmentation
-from ..data.backgrounds import Backgrounds
-from ..data.catalog import Catalog, open_catalog, stamp
+from ..data.catalog import Catalog, stamp
 from ..data.foreground import find_foreground
 from ..data.photos import VERSION as MASKS
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
-from ..data.rehearsal import draw_street_views
 from ..data.workers import default_workers, one_opencv_thread
 from ..process import HeldSetting
 from .features import PREPROCESSING
@@ -63,31 +60,31 @@ class Verification:
     """Likeness + `weight` x log(1 + inliers) among each query's first `depth` answers: geometry beside appearance.
 
     With `detector.foreground` the keypoints are the product's: of the query by its predicted mask, of a catalogue photo by
-    its plain backdrop. `weight` None: the one that finds gallery pictures best from `rehearsals` street views of themselves,
-    drawn by `augmentation` on `backgrounds` (a folder, None for drawn scenes). `every_turn`: the query is matched upright and
-    turned by 90, 180 and 270 degrees, and the most inliers count, for keypoints that bear little rotation.
-
-    A step after this one rehearses on what this one finds, so a cheap matcher can choose the few that a dear one looks at.
+    its plain backdrop. `weight` None: the one that finds gallery pictures best from street views of themselves. `every_turn`:
+    the query is matched upright and turned by 90, 180 and 270 degrees, and the most inliers count, for keypoints that bear
+    little rotation.
     """
 
     depth: int
     detector: Detector
     matcher: Matcher
     weight: float | None
-    rehearsals: int
-    augmentation: Augmentation
-    backgrounds: str | None
     every_turn: bool = False
 
-    def __call__(self, found: Candidates) -> Candidates:
-        context = _present(found.context)
-        weight = self._choose(context) if self.weight is None else self.weight
-        later = replace(context, rehearse=lambda pictures: self._verify(context.rehearse(pictures), weight))
-        return replace(self._verify(found, weight), context=later)
+    def learned(self, practice: Candidates) -> Verification:
+        if self.weight is not None:
+            return self
+        practice = with_depth(practice, self.depth)
+        return replace(self, weight=choose_weight(practice, self._evidence(practice)))
 
-    def _verify(self, found: Candidates, weight: float) -> Candidates:
+    def __call__(self, found: Candidates) -> Candidates:
+        if self.weight is None:
+            raise ValueError(
+                "the weight of geometry is learned from street views of the gallery's photos, and there are none; "
+                "type a number (rerank.sift_verified.weight=0.05), or rehearsal.views=384 where the photos have plain backdrops"
+            )
         found = with_depth(found, self.depth)
-        return reorder(found, _likeness(found, self.depth) + weight * self._evidence(found))
+        return reorder(found, _likeness(found, self.depth) + self.weight * self._evidence(found))
 
     def _evidence(self, found: Candidates) -> np.ndarray:
         return _look(found, self.depth, self.detector, self._score, 4 if self.every_turn else 1)
@@ -95,15 +92,6 @@ class Verification:
     def _score(self, query: Keypoints, candidates: Sequence[Keypoints]) -> np.ndarray:
         pairs = zip(candidates, self.matcher(query, candidates, self.detector.size), strict=True)
         return np.log1p([count_inliers(query.points[rows], other.points[columns]) for other, (rows, columns) in pairs])
-
-    def _choose(self, context: SearchContext) -> float:
-        photos = Backgrounds(None if self.backgrounds is None else open_catalog(self.backgrounds))
-        size = self.detector.size
-        folder = context.folder / f"rehearsal-{size}"
-        with locked([folder]):  # another gallery's views go to the same files
-            views = draw_street_views(context.gallery, self.rehearsals, self.augmentation, photos, size, folder)
-            practice = with_depth(context.rehearse(views), self.depth)
-            return choose_weight(practice, self._evidence(practice))
 
 
 def _likeness(found: Candidates, depth: int) -> np.ndarray:
@@ -158,10 +146,10 @@ def _look(
     positions = ranking.positions[:, :depth]
     _paths(context.gallery, (ranking.gallery_ids[place] for place in np.unique(positions)))
     gallery = _GalleryKeypoints(context, detector)
-    paths = _paths(context.query_catalog, ranking.query_ids)
+    rows = {name: row for row, name in enumerate(context.queries.ids)}
 
     def look(row: int) -> np.ndarray:
-        rgb = read_picture(paths[ranking.query_ids[row]], detector.size).rgb
+        rgb = context.queries.read(rows[ranking.query_ids[row]], detector.size).rgb
         mask = None if found.queries.masks is None else found.queries.masks[row]
         candidates = [gallery[ranking.gallery_ids[place]] for place in positions[row]]
         scores = []
@@ -184,7 +172,8 @@ def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Path]:
     paths = dict(zip(catalog.ids, catalog.paths, strict=True))
     if missing := [name for name in names if name not in paths]:
         raise ValueError(
-            f"local features need pictures as files, and '{missing[0]}' was given as pixels; give its path, or rerank=none"
+            f"local features need the gallery's pictures as files, and '{missing[0]}' was given as pixels; "
+            "give its path, or rerank=none"
         )
     return paths
 

@@ -8,8 +8,9 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ class MemoryExtraction:
         # One call at a time reaches the networks: each already takes every core, and threads that share cores wait for
         # each other at every layer.
         self._networks = threading.RLock()
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A folder for pictures to be described, removed afterwards."""
+        with tempfile.TemporaryDirectory(prefix=f"beauty_bafe-{name}-") as folder:
+            yield Path(folder)
 
     def engine(self, members: Sequence[Member], masks: bool, view: View | None) -> EnsembleEngine:
         """The engine for pictures described like this; the same members at every call."""

@@ -11,6 +11,8 @@ import numpy as np
 class Ranking:
     """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), never rising along a row.
 
+    `probabilities`: float32 (Q, k), that each is right, where a gallery has learned them (see Calibration).
+
     Raises ValueError where shapes differ, a position is out of range or twice in a row, or scores rise or are not
     finite.
     """
@@ -19,6 +21,7 @@ class Ranking:
     gallery_ids: tuple[str, ...]
     positions: np.ndarray
     scores: np.ndarray
+    probabilities: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.positions.shape != self.scores.shape or len(self.positions) != len(self.query_ids):
@@ -45,11 +48,16 @@ class Ranking:
             raise ValueError(
                 f"k={k}, but re-ranking or fusion kept {self.positions.shape[1]} answers; raise their depth to k or lower k"
             )
-        return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k])
+        sure = None if self.probabilities is None else self.probabilities[:, :k]
+        return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k], sure)
 
     def answers(self, query: int) -> list[str]:
         """The gallery ids of one query, best first."""
         return [self.gallery_ids[position] for position in self.positions[query].tolist()]
+
+    def certainty(self, query: int) -> list[float] | list[None]:
+        """The probabilities of one query's answers, or as many None."""
+        return [None] * self.positions.shape[1] if self.probabilities is None else self.probabilities[query].tolist()
 
     def as_answers(self) -> dict[str, list[str]]:
         """Query id -> gallery ids, best first."""

@@ -10,12 +10,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from rich.progress import track
 
 from ..data.catalog import Catalog
+from ..data.images import Pictures
 from .features import Features, unit
 from .index import Index
 from .ranking import Ranking
@@ -43,15 +44,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchContext:
-    """The pictures behind a search. `folder`: where a step may keep what it makes of them.
-
-    `rehearse` answers other pictures from the same gallery, described as queries are: pictures -> Candidates.
-    """
+    """The pictures behind a search. `folder`: where a step may keep what it makes of them."""
 
     gallery: Catalog
-    query_catalog: Catalog
+    queries: Pictures
     folder: Path
-    rehearse: Callable[[Catalog], Candidates]
 
 
 class Reranker(Protocol):
@@ -61,6 +58,17 @@ class Reranker(Protocol):
     def depth(self) -> int: ...
 
     def __call__(self, found: Candidates) -> Candidates: ...
+
+
+@runtime_checkable
+class Learner(Reranker, Protocol):
+    """A re-ranker, a dataclass, whose `weight` may be learned from street views of the gallery, once, before it answers."""
+
+    @property
+    def weight(self) -> float | None: ...
+
+    def learned(self, practice: Candidates) -> Reranker:
+        """What has learned. `practice`: queries named after the gallery pictures that they show."""
 
 
 @dataclass(frozen=True)

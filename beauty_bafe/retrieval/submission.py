@@ -1,4 +1,4 @@
-"""The challenge's answer file: no header; a query's id, then k gallery ids, most confident first."""
+"""Files of answers. The challenge's has no header; a query's id, then k gallery ids, most confident first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import csv
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.catalog import open_catalog
@@ -16,13 +16,38 @@ from .ranking import Ranking
 
 def write_submission(ranking: Ranking, file: str | Path) -> None:
     """Write one line a query, whole or not at all."""
+    _write_rows(file, ([query, *ranking.answers(row)] for row, query in enumerate(ranking.query_ids)))
+
+
+def write_answers(ranking: Ranking, file: str | Path, threshold: float | None) -> None:
+    """Write one line an answer, with a header: query, rank from 1, id, score, probability, known.
+
+    `known`: yes where the query's best answer has a probability of `threshold` or more, no where the product is not in the
+    gallery. Both are empty where nothing was learned to tell.
+    """
+    rows: list[list[object]] = [["query", "rank", "id", "score", "probability", "known"]]
+    for row, query in enumerate(ranking.query_ids):
+        known = "" if ranking.probabilities is None or threshold is None else ("no", "yes")[is_known(ranking, row, threshold)]
+        answers = zip(ranking.answers(row), ranking.scores[row].tolist(), ranking.certainty(row), strict=True)
+        for rank, (name, score, sure) in enumerate(answers, start=1):
+            rows.append([query, rank, name, f"{score:.6g}", "" if sure is None else f"{sure:.4f}", known])
+    _write_rows(file, rows)
+
+
+def is_known(ranking: Ranking, row: int, threshold: float) -> bool:
+    """Whether the query in this row shows a product of the gallery. Raises ValueError for a ranking without probabilities."""
+    if ranking.probabilities is None:
+        raise ValueError("there are no probabilities to tell known products by; type rehearsal.views=384")
+    return bool(ranking.probabilities[row].max() >= threshold)
+
+
+def _write_rows(file: str | Path, rows: Iterable[Sequence[object]]) -> None:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(part: Path) -> None:
         with part.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerows([query, *ranking.answers(row)] for row, query in enumerate(ranking.query_ids))
+            csv.writer(stream, lineterminator="\n").writerows(rows)
 
     replace_file(file, write)
 

@@ -109,11 +109,11 @@ def test_members_of_the_picture_are_made_once_and_answer_a_year_later(tmp_path: 
     index = str(tmp_path / "index")
     queries = from_folder(toy / "queries")
     today = shop().open(str(toy / "gallery"), index, ExactIndex(device="cpu"), Skipped())
-    first = today.answer(queries, today.describe(queries, str(toy / "queries"), "queries", Skipped()), [], 3)
+    first = today.answer(queries, today.describe(queries, str(toy / "queries"), "queries", Skipped()), 3)
     for file in (tmp_path / "features").glob("vocabulary-*.npy"):
         file.unlink()
     later = shop().open(None, index, ExactIndex(device="cpu"), Skipped())
-    second = later.answer(queries, later.describe(queries, str(toy / "queries"), "queries", Skipped()), [], 3)
+    second = later.answer(queries, later.describe(queries, str(toy / "queries"), "queries", Skipped()), 3)
     assert second.as_answers() == first.as_answers()
 
 

@@ -54,7 +54,7 @@ class Shop:
         (self.root / "queries").mkdir(exist_ok=True)
         shutil.copy(self.query, self.root / "queries" / "q.jpg")
         queries = open_catalog(self.root / "queries")
-        return shop.answer(queries, shop.describe(queries, str(self.root / "queries"), "queries", Skipped()), [], k)
+        return shop.answer(queries, shop.describe(queries, str(self.root / "queries"), "queries", Skipped()), k)
 
 
 @pytest.fixture(params=["concat", "fusion"])

@@ -1,0 +1,105 @@
+"""Probabilities on data whose truth is known, and what a gallery learns once and keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beauty_bafe.retrieval.calibration import SHORTLIST, Calibration
+from beauty_bafe.retrieval.ranking import Ranking
+from beauty_bafe.retrieval.submission import write_answers
+
+K, LIFT = 10, 3.0
+
+
+def draw(queries: int, seed: int, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of K answers, normal with deviation 1 around 0, and around LIFT for the right one; sorted, float (Q, K)."""
+    rng = np.random.default_rng(seed)
+    right = np.zeros((queries, K), bool)
+    right[:, 0] = known
+    scores = rng.normal(size=(queries, K)) + LIFT * right
+    order = np.argsort(-scores, axis=1)
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(right, order, axis=1)
+
+
+def test_bayes_rule_is_found_again() -> None:
+    """Half of the queries known, P(i) = exp(LIFT s_i) / (K exp(LIFT^2 / 2) + sum_j exp(LIFT s_j))."""
+    fitted = Calibration.fit(*draw(20_000, 0))
+    assert fitted.scale == pytest.approx(LIFT, rel=0.03)
+    # A stranger's row has an answer less, as its right one was taken out.
+    assert fitted.unknown == pytest.approx(np.log(K) + LIFT**2 / 2, abs=0.25)
+    scores = np.concatenate([draw(5000, 1)[0], draw(5000, 2, known=False)[0]])
+    right = np.concatenate([draw(5000, 1)[1], draw(5000, 2, known=False)[1]])
+    sure = fitted.probabilities(scores)[:, 0]
+    for low in np.arange(0, 1, 0.2):
+        part = (sure >= low) & (sure < low + 0.2)
+        assert abs(sure[part].mean() - right[part, 0].mean()) < 0.05
+
+
+def test_so_many_strangers_pass_for_known() -> None:
+    fitted = Calibration.fit(*draw(5000, 0))
+    strangers = fitted.probabilities(draw(20_000, 3, known=False)[0][:, : K - 1])[:, 0]
+    for rate in (0.01, 0.1, 0.5):
+        assert (strangers > fitted.threshold(rate)).mean() == pytest.approx(rate, abs=0.25 * rate)
+    assert fitted.threshold(0) >= max(fitted.strangers)
+    assert fitted.threshold(1) == 0
+    with pytest.raises(ValueError, match=r"known_at=1.5: type the share of unknown products that may pass for known, from 0"):
+        fitted.threshold(1.5)
+
+
+def test_probabilities_fall_along_a_row_and_leave_room_for_none() -> None:
+    fitted = Calibration.fit(*draw(500, 0))
+    scores = -np.sort(-np.random.default_rng(1).normal(size=(50, SHORTLIST + 30)), axis=1)
+    sure = fitted.probabilities(scores)
+    assert sure.dtype == np.float32
+    assert (np.diff(sure, axis=1) <= 0).all()
+    assert (sure[:, :SHORTLIST].sum(axis=1) < 1).all()
+    np.testing.assert_array_equal(sure[:, :SHORTLIST], fitted.probabilities(scores[:, :SHORTLIST]), "more answers change none")
+    huge = fitted.probabilities(1e6 * scores)
+    assert np.isfinite(huge).all()
+
+
+def test_separable_queries_are_not_believed_for_ever() -> None:
+    scores = np.tile([10.0, 1.0, 0.0], (8, 1))
+    right = np.tile([True, False, False], (8, 1))
+    fitted = Calibration.fit(scores, right)
+    assert 0.8 < fitted.probabilities(scores)[0, 0] < 0.95, "eight queries"
+    assert fitted.probabilities(scores[:, 1:])[0, 0] < 0.2
+    lost = Calibration.fit(scores, np.zeros_like(right))
+    assert lost.probabilities(scores).max() < 0.2, "where nothing is ever found, nothing is likely to be right"
+
+
+def test_scores_of_any_scale_give_the_same_probabilities() -> None:
+    scores, right = draw(1000, 0)
+    sure = [Calibration.fit(factor * scores, right).probabilities(factor * scores) for factor in (1, 1e-4, 1e3)]
+    np.testing.assert_allclose(sure[1], sure[0], atol=2e-3)
+    np.testing.assert_allclose(sure[2], sure[0], atol=2e-3)
+
+
+def test_it_survives_a_file() -> None:
+    fitted = Calibration.fit(*draw(100, 0))
+    assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (3,)])
+def test_what_cannot_be_learned_from(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="calibration needs queries with two answers or more"):
+        Calibration.fit(np.zeros(shape), np.zeros(shape, bool))
+
+
+def test_the_file_of_answers(tmp_path: Path) -> None:
+    positions, scores = np.array([[1, 0], [0, 1]]), np.array([[0.9, 0.5], [0.4, 0.1]])
+    sure = np.array([[0.8, 0.1], [0.2, 0.05]], np.float32)
+    write_answers(Ranking(("q", 'a "b"'), ("x", "y"), positions, scores, sure), tmp_path / "answers.csv", 0.5)
+    assert (tmp_path / "answers.csv").read_text().splitlines() == [
+        "query,rank,id,score,probability,known",
+        "q,1,y,0.9,0.8000,yes",
+        "q,2,x,0.5,0.1000,yes",
+        '"a ""b""",1,x,0.4,0.2000,no',
+        '"a ""b""",2,y,0.1,0.0500,no',
+    ]
+    write_answers(Ranking(("q",), ("x", "y"), positions[:1], scores[:1]), tmp_path / "answers.csv", None)
+    assert (tmp_path / "answers.csv").read_text().splitlines()[1] == "q,1,y,0.9,,"
