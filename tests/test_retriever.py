@@ -88,7 +88,7 @@ def test_answers_are_those_of_the_script_to_the_bit(
     assert all(hit.path == toy / "gallery" / f"{hit.id}.jpg" for found in hits for hit in found)
     sure = np.float32([[hit.probability for hit in found] for found in hits])
     assert np.array_equal(sure, rankings[0].probabilities)
-    assert 0 <= sure.min() < sure.max() <= 1
+    assert 0 <= sure.min() <= sure.max() <= 1
 
 
 def test_sixteen_threads_answer_as_one(shop: Retriever, queries: list[Path]) -> None:
