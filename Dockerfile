@@ -1,10 +1,13 @@
-# The challenge's image: a folder of queries in, a csv out, on a GPU where the host lends one.
+# Serves a catalogue over HTTP, or answers the challenge: a folder of queries in, a csv out. On a GPU where the host lends one.
 #
 #   docker build -t beauty_bafe .
 #   docker run --rm --gpus all -v RUN/checkpoints:/checkpoints:ro -v GALLERY:/gallery:ro \
 #     -v QUERIES:/queries:ro -v ANSWERS:/answers beauty_bafe /queries /answers/submission.csv
+#   docker run --rm --gpus all -v RUN/checkpoints:/checkpoints:ro -v GALLERY:/gallery:ro \
+#     -v beauty_bafe_shop:/shop -e BEAUTY_BAFE_TOKEN -p 8000:8000 beauty_bafe serve
 #
-# PyTorch's and FAISS's wheels bring their CUDA libraries along; the host brings the driver.
+# compose.yaml serves with Prometheus beside it. PyTorch's and FAISS's wheels bring their CUDA libraries along; the host brings
+# the driver.
 FROM python:3.11-slim-bookworm
 
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -14,10 +17,12 @@ WORKDIR /app
 COPY pyproject.toml constraints.txt README.md ./
 COPY beauty_bafe ./beauty_bafe
 COPY conf ./conf
-RUN pip install --constraint constraints.txt .
+RUN pip install --constraint constraints.txt '.[serve]'
 COPY train.py retrieve.py docker-entrypoint.sh ./
 
-RUN useradd --create-home --uid 1000 shopper && mkdir /answers && chown shopper /answers
+# Volumes take over the owner of the folder that they are mounted on.
+RUN useradd --create-home --uid 1000 shopper && mkdir /answers /shop && chown shopper /answers /shop
 USER shopper
+EXPOSE 8000
 ENTRYPOINT ["/bin/sh", "/app/docker-entrypoint.sh"]
 CMD ["/queries", "/answers/submission.csv"]

@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE = 1
 	@touch $@
 
 demo: .venv/installed
-	@rm -rf $(DEMO)/train $(DEMO)/frozen $(DEMO)/trained $(DEMO)/features
+	@rm -rf $(DEMO)/train $(DEMO)/frozen $(DEMO)/trained $(DEMO)/features $(DEMO)/shop
 	$(BIN)/python -m beauty_bafe.data.toy --root $(DEMO)/toy --products 240 --queries 120 --seed 7
 	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
 	$(BIN)/python retrieve.py model=efficientnet_lite0 pooling=spoc report=false \
@@ -28,6 +28,8 @@ demo: .venv/installed
 	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/frozen $(DEMO)/trained --against $(DEMO)/frozen
 	@echo "submission  $(DEMO)/trained/submission.csv"
 	@echo "report      $(DEMO)/trained/report.html"
+	@echo "in a browser, with the pictures of $(TOY)/queries:"
+	@echo "  $(BIN)/python -m beauty_bafe serve index_dir=$(DEMO)/shop checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' gallery=$(TOY)/gallery"
 
 test: .venv/installed
 	$(BIN)/ruff format --check .

@@ -40,8 +40,9 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
         "`retrieve.py checkpoints='[FOLDER]'` and `Retriever.build(\"FOLDER\", gallery)` load this folder "
         "(`model.safetensors`, `config.json`).",
         "",
-        f"ONNX: input `pictures`, uint8 (N, 3, S, S), RGB, the longer side scaled to S and the rest filled with {pad}; outputs "
-        "`descriptor`, float32 (N, D) of length 1, and `mask`, uint8 (N, 112, 112), 0 to 255. Normalisation is inside.",
+        "ONNX: input `pictures`, uint8 (N, 3, S, S), RGB: the picture in the middle, its longer side scaled "
+        f"to S, the rest filled with {pad}; outputs `descriptor`, float32 (N, D) of length 1, and `mask`, uint8 (N, 112, 112), "
+        "0 to 255. Normalisation is inside.",
         f"Pooling: {files['model.onnx']['pooling']}. "
         + (
             "Describe the gallery with `model.onnx`, queries with `query.onnx`."
@@ -53,6 +54,14 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
         "| --- | --- | --- | --- | --- | --- |",
         *agreement,
         "",
+        *(
+            [
+                "`query.onnx` first finds the product, then describes what its view shows of it, see `conf/query`.",
+                "",
+            ]
+            if "query.onnx" in files
+            else []
+        ),
         f"The last columns compare onnxruntime on a CPU with PyTorch in float32, on {'drawn' if drawn else 'real'} pictures.",
         "",
         "## Data and recipe",
@@ -80,11 +89,16 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
 def _settings(content: Mapping[str, Any]) -> list[str]:
     """What decided the training, as a list; which pictures it was is not in a checkpoint."""
     run, rest = content.get("run", {}), content["hyper_parameters"]
-    rows = {"objective": content.get("objective", "not kept"), "epochs": content.get("epoch", -1) + 1 or "not kept"}
+    rows = {"objective": content.get("objective"), "epochs": content.get("epoch", -1) + 1 or None}
     rows |= {key: value for key, value in rest.items() if key != "model"} | run
     rows |= {f"retrieval.{key}": value for key, value in (content.get("retrieval") or {}).items()}
     kept = [f"* {key}: `{json.dumps(value)}`" for key, value in rows.items() if value not in (None, {}, [])]
-    return ["The checkpoint does not say which photos it learned from: add it here. Its settings:", "", *kept]
+    return [
+        "The checkpoint does not say which photos it learned from: add it here. The settings that it keeps, which "
+        "`conf/objective` and `conf/train.yaml` explain:",
+        "",
+        *kept,
+    ]
 
 
 def _figures(checkpoint: Path) -> list[str]:
@@ -97,7 +111,7 @@ def _figures(checkpoint: Path) -> list[str]:
     return [
         "The training's last epoch, on photos held back from it; intervals were not measured.",
         "",
-        "| | |",
+        "| figure | value |",
         "| --- | --- |",
         *rows,
     ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -130,36 +128,3 @@ def test_the_readme_has_commands_and_is_short() -> None:
     assert sum(command in readme for command in commands()) >= 8
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / target).exists(), f"the README points at {target}"
-
-
-def test_dockerfile_copies_what_exists_and_runs_as_an_ordinary_user() -> None:
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
-    for line in lines:
-        if line.startswith("COPY"):
-            for source in line.split()[1:-1]:
-                assert (ROOT / source).exists(), line
-    users = [line.split()[1] for line in lines if line.startswith("USER")]
-    assert users, "no USER line"
-    assert users[-1] != "root"
-    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
-    assert (ROOT / Path(re.findall(r'"(/app/[^"]+)"', entry)[0]).name).is_file()
-    ignored = (ROOT / ".dockerignore").read_text().split()
-    assert not {"beauty_bafe", "conf", "train.py", "retrieve.py", "constraints.txt"} & set(ignored)
-
-
-def test_docker_entrypoint_composes(tmp_path: Path, configure) -> None:
-    """With a stand-in for python that prints its arguments: what the image would run."""
-    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    entry = ["sh", str(ROOT / "docker-entrypoint.sh")]
-    done = subprocess.run(
-        [*entry, "/my queries", "/answers/a,b.csv", "k=3"], env=environment, capture_output=True, text=True, check=True
-    )
-    script, *overrides = done.stdout.splitlines()
-    assert (ROOT / script).is_file()
-    cfg = configure("retrieve", *overrides)
-    assert (cfg.queries, cfg.submission, cfg.k, cfg.report) == ("/my queries", "/answers/a,b.csv", 3, False)
-    short = subprocess.run([*entry, "/queries"], env=environment, capture_output=True, text=True, check=False)
-    assert short.returncode == 2
-    assert "usage: QUERIES OUTPUT.csv" in short.stderr

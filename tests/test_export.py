@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +52,18 @@ def test_an_exported_network_is_the_checkpoints(recipe_checkpoint: Path, network
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
     assert read_checkpoint(network)["retrieval"] == read_checkpoint(recipe_checkpoint)["retrieval"]
     assert "weights.pth" not in (network / "config.json").read_text(), "a path of this machine"
+
+
+def test_others_may_read_the_files_as_the_umask_says(recipe_checkpoint: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_network(read_checkpoint(recipe_checkpoint), tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: stat.filemode(file.stat().st_mode) for file in tmp_path.iterdir()} == {
+        "config.json": "-rw-r--r--",
+        "model.safetensors": "-rw-r--r--",
+    }
 
 
 def test_a_retriever_is_built_saved_and_loaded_from_an_exported_network(
@@ -125,12 +139,13 @@ def test_export_writes_what_it_compared(
 def test_export_compares_photographs(
     recipe_checkpoint: Path, shared: Path, tmp_path: Path, configure: Callable[..., DictConfig]
 ) -> None:
+    """100 of them, seen both ways; the check inside of export is the test, and says how far they differ."""
     pytest.importorskip("onnxruntime", reason="the extra `export`")
     pytest.importorskip("onnxscript", reason="the extra `export`")
-    words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path}", "query=whole", "most_pictures=20"]
+    words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path}"]
     files = export(configure("export", *words, f"pictures={shared / 'benchmark' / 'dev' / 'queries'}"))
-    assert files.keys() == {"model.onnx"}
-    assert files["model.onnx"]["compared_pictures"] == 20
+    assert files.keys() == {"model.onnx", "query.onnx"}
+    assert [found["compared_pictures"] for found in files.values()] == [100, 100]
 
 
 def test_a_file_that_gives_something_else_is_refused(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -20,7 +19,8 @@ log = logging.getLogger("beauty_bafe")
 def serve(cfg: DictConfig) -> None:
     """Serve as configured, until SIGTERM or Ctrl-C; requests that are under way then are answered first.
 
-    Raises ValueError for a bad setting or a folder that holds no retriever.
+    Where index_dir holds nothing, it is made from `checkpoints` and `gallery`. Raises ValueError for a bad setting or a
+    folder that holds no retriever.
     """
     if OmegaConf.is_missing(cfg, "index_dir"):
         raise ValueError("serve needs index_dir=SHOP, a folder that Retriever.save(SHOP) wrote")
@@ -30,7 +30,7 @@ def serve(cfg: DictConfig) -> None:
     from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
     from beauty_bafe.serving.app import Settings, create_app
     from beauty_bafe.serving.limits import Limits
-    from beauty_bafe.serving.shop import Shop
+    from beauty_bafe.serving.shop import Shop, make
 
     token = read_token(cfg.token_file)
     host = choose_host(cfg.host, token)
@@ -38,16 +38,25 @@ def serve(cfg: DictConfig) -> None:
     settings = Settings(
         Access(token, cfg.private), limits, cfg.k, cfg.threshold, cfg.thumbnail, cfg.batch.size, cfg.batch.wait_ms
     )
-    if Versions(Path(cfg.index_dir)).current() is None:
-        raise ValueError(f"'{cfg.index_dir}' holds no retriever; Retriever.save('{cfg.index_dir}') writes one")
+    empty = Versions(Path(cfg.index_dir)).current() is None
+    if empty and not (cfg.checkpoints and cfg.gallery):
+        raise ValueError(
+            f"'{cfg.index_dir}' holds no retriever; to make it, type checkpoints='[RUN/checkpoints/best.ckpt]' gallery=GALLERY "
+            f"or write it with Retriever.save('{cfg.index_dir}')"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     failures: list[BaseException] = []
+
+    def load() -> Shop:
+        if empty:
+            make(cfg.index_dir, list(cfg.checkpoints), cfg.gallery, list(cfg.overrides))
+        return Shop(cfg.index_dir, list(cfg.overrides))
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(partial(Shop, cfg.index_dir, list(cfg.overrides)), settings, fail)
+    app = create_app(load, settings, fail)
     server = uvicorn.Server(
         uvicorn.Config(app, host=host, port=cfg.port, log_config=None, access_log=False, server_header=False)
     )
@@ -56,6 +65,8 @@ def serve(cfg: DictConfig) -> None:
             f"no token, so anybody on this machine may change the catalogue; listening at {host} only. "
             f"Set {VARIABLE} or token_file=FILE to serve others.",
         )
+    if cfg.gallery and not empty:
+        log.info(f"'{cfg.index_dir}' holds a catalogue already, so {cfg.gallery} is not read")
     log.info(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}")
     with suppress(KeyboardInterrupt):  # raised after the requests under way were answered
         server.run()

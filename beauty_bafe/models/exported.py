@@ -13,14 +13,15 @@ PREFIX = "extractor."  # of the network's weights in a checkpoint; an objective 
 
 def write_network(content: Mapping[str, Any], folder: Path) -> None:
     """Write the network of a checkpoint's `content` (see `read_checkpoint`) and its retrieval recipe to `folder`."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # Where pretrained weights came from plays no role any more, and may be a path of somebody's machine.
     model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
     config = {"model": model} | {key: content[key] for key in ("retrieval",) if key in content}
     state = content["state_dict"].items()
     weights = {key.removeprefix(PREFIX): value.contiguous() for key, value in state if key.startswith(PREFIX)}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    # Not save_file, whose files only their owner may read, whatever the umask says.
+    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Who may ask: the token, and requests that another web site made a browser send."""
+"""Which requests are allowed: the token, and requests that another web site made a browser send."""
 
 from __future__ import annotations
 

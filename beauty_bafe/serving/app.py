@@ -9,19 +9,20 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .access import Access
 from .answers import UPLOAD, Answer, Change, Description, Health, SearchAnswer, problems
 from .batching import Batcher
+from .documents import add_documents
 from .limits import Limits, Places, Refused, Upload, drain, read_upload
 from .metrics import Metrics
 from .shop import Served, Shop, encode_mask
@@ -29,12 +30,15 @@ from .shop import Served, Shop, encode_mask
 log = logging.getLogger(__name__)
 Mask = Annotated[bool, Query(description="Whether to send the mask")]
 K = Annotated[int, Query(ge=1, le=1000, description="How many answers, at most; fewer where the catalogue is smaller")]
-PAGE = Path(__file__).with_name("page.html")
-# The page may load nothing from elsewhere and nobody may frame it.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-}
+Threshold = Annotated[
+    float | None,
+    Query(description="Probability (score where there is none) from which the best answer counts as known"),
+]
+FOLLOW_SECONDS = 1.0  # how often the folder is asked for a version that another process wrote
+DESCRIPTION = (
+    "Finds the products of a catalogue in pictures. Where the service has a token, changes of the catalogue need the header "
+    "Authorization: Bearer TOKEN, and so do searches of a private one."
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Service:
         self.changing = asyncio.Lock()
         loading = asyncio.create_task(self._start())
         yield
-        await loading
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
         await self.batcher.close()
 
     async def _start(self) -> None:
@@ -83,6 +88,15 @@ class Service:
         self._note(shop.served)
         self.loaded = shop
         log.info("ready: %d pictures, version %s", len(shop.served.retriever), shop.served.version)
+        fault = ""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                self._note(await asyncio.to_thread(shop.refresh))
+            except Exception as error:  # the version before is still served
+                if str(error) != fault:
+                    fault = str(error)
+                    log.error("the new version of the catalogue cannot be loaded, so the one before is served: %s", fault)
 
     @property
     def shop(self) -> Shop:
@@ -136,7 +150,7 @@ class Service:
 def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> FastAPI:
     """The service as an ASGI application; see Service for `load` and `failed`."""
     service, access = Service(load, settings, failed), settings.access
-    app = FastAPI(title="beauty_bafe", lifespan=service.lifespan, redoc_url=None)
+    app = FastAPI(title="beauty_bafe", description=DESCRIPTION, lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Observed, metrics=service.metrics)
 
     @app.exception_handler(Refused)
@@ -144,9 +158,15 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
         await drain(request)
         return JSONResponse({"detail": error.reason}, error.status, error.headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def misread(request: Request, error: RequestValidationError) -> JSONResponse:
+        await drain(request)
+        faults = [f"{'.'.join(str(part) for part in fault['loc'][1:])}: {fault['msg']}" for fault in error.errors()]
+        return JSONResponse({"detail": "; ".join(faults)}, 422)
+
     @app.post("/search", openapi_extra=UPLOAD, responses=problems(401, 403, 413, 415, 422, 429, 503, 504))
     async def search(
-        request: Request, k: K = settings.k, threshold: float | None = settings.threshold, mask: Mask = False
+        request: Request, k: K = settings.k, threshold: Threshold = settings.threshold, mask: Mask = False
     ) -> SearchAnswer:
         """Search the catalogue for the product in a picture."""
         start = time.perf_counter()
@@ -188,6 +208,8 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
     async def add(request: Request, id: Annotated[str, Query(min_length=1, max_length=200)]) -> Change:
         """Add a product. Searches that start after the answer can find it; its picture is kept in the index folder."""
         access.check_writing(request)
+        if id in (".", "..") or not id.isprintable():  # no address could name it: browsers drop dots, routes end at a newline
+            raise Refused(422, f"{id!r} cannot be an id; use printable characters, and not dots alone")
         shop = service.shop
 
         def change(upload: Upload | None) -> Served:
@@ -226,10 +248,7 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
         """Counts and durations for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
-
+    add_documents(app)
     return app
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import os
 import re
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from ..data.pictures import letterbox, read_picture
@@ -20,6 +23,8 @@ from ..retrieval.manifest import replace_file
 from ..retrieval.versions import Versions
 from ..retriever import Hit, Retriever
 from .limits import Refused, Upload
+
+LOCK = "changes.lock"  # in the folder; held by who changes it
 
 
 class Served(NamedTuple):
@@ -46,20 +51,28 @@ class Described(NamedTuple):
 
 
 class Shop:
-    """What Retriever.save wrote to `folder`, loaded once. Its methods may be called from several threads at once.
+    """What Retriever.save wrote to `folder`. Its methods may be called from several threads at once, and other processes may
+    serve and change the same folder.
 
     Raises ValueError where `folder` holds no retriever, or one that can only search for pictures in files.
     """
 
     def __init__(self, folder: str | Path, overrides: Sequence[str] = ()) -> None:
-        self.folder = Path(folder)
+        self.folder, self._overrides = Path(folder), tuple(overrides)
         self._changing = threading.Lock()
-        retriever = Retriever.load(self.folder, overrides)
+        self.served = self._load()
         blank = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(blank, "png")
-        retriever.search([blank.getvalue()], k=1)  # also shows that its re-rankers take pictures that are no files
-        self.served = Served(retriever, self._version())
-        self._tidy()
+        self.served.retriever.search([blank.getvalue()], k=1)  # also shows that its re-rankers take pictures that are no files
+        if os.access(self.folder, os.W_OK):
+            with self._change():
+                self._tidy()
+
+    def refresh(self) -> Served:
+        """Serve the newest version of the folder, which another process may have written."""
+        with self._changing:
+            self._refresh()
+            return self.served
 
     def answer(self, kind: Hashable, contents: Sequence[bytes]) -> list[Any]:
         """Found for the kind ("search", k), Described for ("describe", None), or the exception, for each encoded picture."""
@@ -68,7 +81,7 @@ class Shop:
         except ValueError as error:
             if len(contents) == 1:
                 return [_broken(error)]
-            # One of them is broken; the others have a right to their answers.
+            # One of them is broken; the others are answered all the same.
             return [self.answer(kind, [content])[0] for content in contents]
 
     def _answer(self, kind: Any, contents: Sequence[bytes]) -> list[Any]:
@@ -82,8 +95,7 @@ class Shop:
 
     def add(self, name: str, upload: Upload) -> Served:
         """Add a product. Returns once it is saved and served. Raises Refused: 409 for an id that is there, 422 as above."""
-        with self._changing:
-            shop = copy.copy(self.served.retriever)  # shares all but what `add` replaces
+        with self._change() as shop:
             if name in shop.ids:
                 raise Refused(409, f"the catalogue already holds '{name}'; delete it first to replace it")
             # Named by its content, so that no id can choose where it lies.
@@ -100,8 +112,7 @@ class Shop:
 
     def remove(self, name: str) -> Served:
         """Remove a product. Returns once that is saved and served. Raises Refused: 404 for an unknown id, 409 for the last."""
-        with self._changing:
-            shop = copy.copy(self.served.retriever)
+        with self._change() as shop:
             if name not in shop.ids:
                 raise Refused(404, f"the catalogue holds no '{name}'")
             if len(shop) == 1:
@@ -116,6 +127,8 @@ class Shop:
         path = self.served.retriever.path(name)
         if path is None:
             raise Refused(404, f"the catalogue holds no picture of '{name}'")
+        if path.parent.name == self._pictures.name and not path.exists():
+            path = self._pictures / path.name  # the folder was moved since
         try:
             picture = read_picture(path, size)
         except ValueError as error:
@@ -128,6 +141,24 @@ class Shop:
     def _pictures(self) -> Path:
         return self.folder.resolve() / "pictures"
 
+    @contextmanager
+    def _change(self) -> Iterator[Retriever]:
+        """A copy of the newest version, to change while no other thread or process changes it."""
+        with self._changing, FileLock(self.folder / LOCK):
+            self._refresh()
+            yield copy.copy(self.served.retriever)  # shares all but what `add` and `remove` replace
+
+    def _refresh(self) -> None:
+        if self._version() != self.served.version:
+            self.served = self._load()
+
+    def _load(self) -> Served:
+        while True:  # the name and the content must be of one version
+            version = self._version()
+            retriever = Retriever.load(self.folder, self._overrides)
+            if version == self._version():
+                return Served(retriever, version)
+
     def _swap(self, shop: Retriever) -> Served:
         shop.save(self.folder)  # a kill before its last step leaves the version before
         self.served = Served(shop, self._version())
@@ -139,10 +170,20 @@ class Shop:
 
     def _tidy(self) -> None:
         """Remove pictures that were added and whose product is gone, or was never saved."""
-        used = {path for name in self.served.retriever.ids if (path := self.served.retriever.path(name)) is not None}
+        shop = self.served.retriever
+        # By name, which tells the content: the paths are of another folder where this one was moved.
+        used = {path.name for name in shop.ids if (path := shop.path(name)) is not None}
         for file in self._pictures.iterdir() if self._pictures.is_dir() else ():
-            if file not in used:
+            if file.name not in used:
                 file.unlink(missing_ok=True)
+
+
+def make(folder: str | Path, checkpoints: Sequence[str], gallery: str, overrides: Sequence[str]) -> None:
+    """Build the retriever of a gallery in `folder`, unless it holds one; see Retriever.build for the rest."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(folder) / LOCK):
+        if Versions(Path(folder)).current() is None:
+            Retriever.build(checkpoints, gallery, overrides).save(folder)
 
 
 def _broken(error: ValueError) -> Refused:
