@@ -222,6 +222,14 @@ class Retriever:
             if gone:
                 self._put(gallery.removed(gone))
 
+    def threshold(self, rate: float) -> float | None:
+        """The probability from which a best answer counts as known, where `rate` (0 to 1) of the strangers may pass for known.
+
+        None where there are no probabilities. Raises ValueError for another rate. See `Calibration.threshold`.
+        """
+        calibration = self._shelf.gallery.calibration
+        return None if calibration is None else calibration.threshold(rate)
+
     def path(self, name: str) -> Path | None:
         """Where the picture of this id lies; None for an unknown id and for a picture that came from memory."""
         return self._shelf.paths.get(name)

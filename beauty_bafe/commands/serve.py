@@ -35,9 +35,10 @@ def serve(cfg: DictConfig) -> None:
     token = read_token(cfg.token_file)
     host = choose_host(cfg.host, token)
     limits = Limits(**{**cfg.limits, "kinds": tuple(cfg.limits.kinds)})
-    settings = Settings(
-        Access(token, cfg.private), limits, cfg.k, cfg.threshold, cfg.thumbnail, cfg.batch.size, cfg.batch.wait_ms
-    )
+    if not 0 <= cfg.known_at <= 1:
+        raise ValueError(f"known_at={cfg.known_at}: type the share of unknown products that may pass for known, from 0 to 1")
+    access, batch = Access(token, cfg.private), cfg.batch
+    settings = Settings(access, limits, cfg.k, cfg.threshold, cfg.known_at, cfg.thumbnail, batch.size, batch.wait_ms)
     empty = Versions(Path(cfg.index_dir)).current() is None
     if empty and not (cfg.checkpoints and cfg.gallery):
         raise ValueError(

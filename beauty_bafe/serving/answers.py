@@ -24,7 +24,7 @@ class SearchAnswer(BaseModel):
     answers: list[Answer]
     known: bool | None = Field(
         description="Whether the best answer reaches the threshold (of its probability, or of its score where that is null); "
-        "null without a threshold"
+        "null where nothing tells"
     )
     threshold: float | None
     mask: str | None = Field(description=MASK)

@@ -49,6 +49,7 @@ class Settings:
     limits: Limits
     k: int
     threshold: float | None
+    known_at: float
     thumbnail: int
     batch_size: int
     batch_wait_ms: float
@@ -180,6 +181,8 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
             )
             for hit in found.hits
         ]
+        if threshold is None:
+            threshold = service.shop.served.retriever.threshold(settings.known_at)
         best = found.hits[0].score if found.hits[0].probability is None else found.hits[0].probability
         return SearchAnswer(
             answers=answers,
