@@ -44,6 +44,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     pl.seed_everything(cfg.seed, verbose=False)
 
     module = instantiate(cfg.objective, model=cfg.model, _recursive_=False, _convert_="all")
+    network = module.extractor
+    if network.frozen and network.backbone.patch is not None and cfg.retrieval.pooling == "attention_gem":
+        raise ValueError(
+            f"retrieval.pooling=attention_gem cuts off negative values, which the maps of the transformer {cfg.model.name} have "
+            "where it is not trained; type retrieval.pooling=attention"
+        )
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     run = run_settings(plain, settings["precision"])
     if cfg.ckpt_path is not None:

@@ -223,7 +223,9 @@ def _relight(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a toy catalogue of beauty products with street-like queries.")
+    parser = argparse.ArgumentParser(
+        description="Draw a toy catalogue of beauty products with street-like queries.", prog="python -m beauty_bafe.data.toy"
+    )
     parser.add_argument("--root", default="toy", help="folder to draw into (default: toy)")
     parser.add_argument("--products", type=int, default=400, help="catalogue photos (default: 400)")
     parser.add_argument("--queries", type=int, default=100, help="street-like pictures with true masks (default: 100)")
