@@ -47,8 +47,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     network = module.extractor
     if network.frozen and network.backbone.patch is not None and cfg.retrieval.pooling == "attention_gem":
         raise ValueError(
-            f"retrieval.pooling=attention_gem cuts off negative values, which the maps of the transformer {cfg.model.name} have "
-            "where it is not trained; type retrieval.pooling=attention"
+            f"retrieval.pooling=attention_gem cuts off negative values, and maps of the transformer {cfg.model.name} have them "
+            "where it stays as pretrained; type retrieval.pooling=attention"
         )
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     run = run_settings(plain, settings["precision"])

@@ -18,8 +18,9 @@ class Calibration:
     """Scores of a query's answers -> the probability that each is right; what is left over is that none is.
 
     P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)), j among the first SHORTLIST answers: the conditional logit
-    (McFadden, 1974) with the choice of none. `strangers`: of queries whose product the gallery lacked, the largest
-    probability that an answer had, rising.
+    (McFadden, 1974) with the choice of none. Scores count from the median of those answers, as another camera or a blurred
+    picture lowers all of them alike. `strangers`: of queries whose product the gallery lacked, the largest probability that
+    an answer had, rising.
     """
 
     scale: float
@@ -40,29 +41,30 @@ class Calibration:
         # The last answer goes where the right one is not among them, so that all rows have one length.
         gone = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
         without = scores[np.arange(right.shape[1]) != gone[:, None]].reshape(len(scores), -1)
+        raised, without = _above_median(scores), _above_median(without)
         found = right.any(axis=1)
-        own = scores[right]
+        own = raised[right]
         # Platt (1999) keeps separable data from asking for infinite certainty: nobody is surer than this many queries allow.
         doubt = 1 / (len(scores) + 2)
 
         def loss(values: np.ndarray) -> float:
             scale, unknown = np.exp(values[0]), values[1]
-            total = np.logaddexp(unknown, logsumexp(scale * scores, axis=1))
+            total = np.logaddexp(unknown, logsumexp(scale * raised, axis=1))
             hit = total - unknown  # of a right answer that is not among them
             hit[found] -= (1 - doubt) * (scale * own - unknown)
             absent = np.logaddexp(unknown, logsumexp(scale * without, axis=1))
             best = scale * without[:, 0]
             return float(np.mean(hit) + np.mean(absent - (1 - doubt) * unknown - doubt * best))
 
-        spread = max(float(scores.std()), 1e-6)
-        start = np.array([np.log(1 / spread), float(np.median(scores[:, 0])) / spread])
+        spread = max(float(raised.std()), 1e-6)
+        start = np.array([np.log(1 / spread), float(np.median(raised[:, 0])) / spread])
         solved = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000, "xatol": 1e-5, "fatol": 1e-9})
         fitted = cls(float(np.exp(solved.x[0])), float(solved.x[1]), ())
         return cls(fitted.scale, fitted.unknown, tuple(np.sort(fitted.probabilities(without)[:, 0]).tolist()))
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """float (Q, k), falling along a row -> float32 (Q, k), 0 to 1."""
-        logits = self.scale * scores.astype(np.float64)
+        logits = self.scale * _above_median(scores.astype(np.float64))
         total = np.logaddexp(self.unknown, logsumexp(logits[:, :SHORTLIST], axis=1))
         return np.exp(logits - total[:, None]).astype(np.float32)
 
@@ -84,3 +86,7 @@ class Calibration:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """What `to_dict` gave."""
         return cls(float(values["scale"]), float(values["unknown"]), tuple(float(value) for value in values["strangers"]))
+
+
+def _above_median(scores: np.ndarray) -> np.ndarray:
+    return scores - np.median(scores[:, :SHORTLIST], axis=1, keepdims=True)

@@ -12,15 +12,18 @@ from beauty_bafe.retrieval.calibration import SHORTLIST, Calibration
 from beauty_bafe.retrieval.ranking import Ranking
 from beauty_bafe.retrieval.submission import write_answers
 
-K, LIFT = 10, 3.0
+K, LIFT = SHORTLIST, 3.0
 
 
 def draw(queries: int, seed: int, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of K answers, normal with deviation 1 around 0, and around LIFT for the right one; sorted, float (Q, K)."""
+    """Scores of K answers, normal with deviation 1 around 0, and around LIFT for the right one; sorted, float (Q, K).
+
+    Each query's picture raises or lowers all of its scores.
+    """
     rng = np.random.default_rng(seed)
     right = np.zeros((queries, K), bool)
     right[:, 0] = known
-    scores = rng.normal(size=(queries, K)) + LIFT * right
+    scores = rng.normal(size=(queries, K)) + LIFT * right + 10 * rng.normal(size=(queries, 1))
     order = np.argsort(-scores, axis=1)
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(right, order, axis=1)
 
@@ -28,9 +31,8 @@ def draw(queries: int, seed: int, known: bool = True) -> tuple[np.ndarray, np.nd
 def test_bayes_rule_is_found_again() -> None:
     """Half of the queries known, P(i) = exp(LIFT s_i) / (K exp(LIFT^2 / 2) + sum_j exp(LIFT s_j))."""
     fitted = Calibration.fit(*draw(20_000, 0))
-    assert fitted.scale == pytest.approx(LIFT, rel=0.03)
-    # A stranger's row has an answer less, as its right one was taken out.
-    assert fitted.unknown == pytest.approx(np.log(K) + LIFT**2 / 2, abs=0.25)
+    assert fitted.scale == pytest.approx(LIFT, rel=0.15)
+    assert fitted.unknown == pytest.approx(np.log(K) + LIFT**2 / 2, rel=0.15)
     scores = np.concatenate([draw(5000, 1)[0], draw(5000, 2, known=False)[0]])
     right = np.concatenate([draw(5000, 1)[1], draw(5000, 2, known=False)[1]])
     sure = fitted.probabilities(scores)[:, 0]
@@ -43,7 +45,7 @@ def test_so_many_strangers_pass_for_known() -> None:
     fitted = Calibration.fit(*draw(5000, 0))
     strangers = fitted.probabilities(draw(20_000, 3, known=False)[0][:, : K - 1])[:, 0]
     for rate in (0.01, 0.1, 0.5):
-        assert (strangers > fitted.threshold(rate)).mean() == pytest.approx(rate, abs=0.25 * rate)
+        assert (strangers > fitted.threshold(rate)).mean() == pytest.approx(rate, abs=0.35 * rate)
     assert fitted.threshold(0) >= max(fitted.strangers)
     assert fitted.threshold(1) == 0
     with pytest.raises(ValueError, match=r"known_at=1.5: type the share of unknown products that may pass for known, from 0"):
