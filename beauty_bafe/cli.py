@@ -123,6 +123,7 @@ def messages_on_terminal() -> Iterator[None]:
     logger, handler = logging.getLogger("beauty_bafe"), _Terminal()
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
+    logger.disabled = False  # Hydra's job_logging=disabled disables every logger that there is
     logger.propagate = False  # Hydra's handler of the root logger would show every line again, with time and level
     logger.addHandler(handler)
     try:

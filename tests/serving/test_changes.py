@@ -65,7 +65,7 @@ def test_changes_that_are_refused(server: Server, pictures: list[bytes]) -> None
     post, delete = server.client.post, server.client.delete
     assert post("/catalogue?id=p000003", files={"image": pictures[0]}).status_code == 409
     assert post("/catalogue?id=broken", files={"image": bomb(9, 9)}).status_code == 422
-    for name in ("strange", "..%2f..%2fpictures", "%2e%2e/000001", "%00", "p000003/../p000004", "%ff"):
+    for name in ("strange", "..%2f..%2fpictures", "%2e%2e/000001", "%00", "p000003%2f..%2fp000004", "%ff"):
         assert delete(f"/catalogue/{name}").status_code == 404, name
     assert server.client.get("/ready").status_code == 200
 
