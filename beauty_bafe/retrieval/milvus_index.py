@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
-import hashlib
 import json
 import weakref
 from collections.abc import Sequence
@@ -14,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from .index import Index
+from .labels import category_code, make_labels, read_categories
 from .manifest import digest, replace_file
-from .milvus_collection import KINDS, MOST, Collection, Server
+from .milvus_collection import KINDS, MOST, SEALED, Collection, Server
 
 CONSISTENCIES = ("strong", "bounded", "session", "eventually")
 NUMBERS = 1 << 26  # of candidates' vectors held at once
@@ -73,9 +72,9 @@ class MilvusIndex(Index):
         if only is not None and categories is None:
             raise ValueError(f"index.only={list(only)} needs index.categories=CSV, of id,category")
         self.rescore, self.overwrite = rescore, overwrite
-        self._category = {} if categories is None else _read_categories(categories)
-        # Written as JSON strings, which Milvus's expressions take: quotes and backslashes stay what they are.
-        self._only = "" if only is None else f"category in {json.dumps(list(only), ensure_ascii=False)}"
+        self._category = {} if categories is None else read_categories(categories)
+        # Hashes, as Milvus's expressions misread some quotes and backslashes.
+        self._only = "" if only is None else f"category in {json.dumps([category_code(name) for name in only])}"
         options, search, wide = {
             "hnsw": ({"M": m, "efConstruction": 200}, {"ef": ef}, {"ef": 32768}),
             "diskann": ({}, {"search_list": ef}, {"search_list": MOST}),
@@ -133,14 +132,15 @@ class MilvusIndex(Index):
         A vector that differs in any bit is another one; nothing is read back to compare.
         """
         self._collection.open(self.dimensions, create=True)
+        self._collection.load()
         self._checked = True
-        labels = _labels(vectors, ids)
+        labels = make_labels(vectors, ids)
         before = dict(zip(self.ids, self._labels.tolist(), strict=True))
         kept = np.array([before.get(name) == label for name, label in zip(ids, labels.tolist(), strict=True)], bool)
         rows = np.flatnonzero(kept)
         lost = rows[~self._collection.present(labels[rows])]
-        self._send(labels[lost], [ids[row] for row in lost], vectors[lost])
-        same = {ids[row] for row in rows}
+        self._send(labels[lost], [ids[row] for row in lost.tolist()], vectors[lost])
+        same = {ids[row] for row in rows.tolist()}
         if gone := tuple(name for name in self.ids if name not in same):
             self.remove(gone)
         if not kept.all():
@@ -148,7 +148,7 @@ class MilvusIndex(Index):
         return len(gone), int((~kept).sum()) + len(lost), len(rows) - len(lost)
 
     def _replace(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
-        labels = _labels(vectors, ids)
+        labels = make_labels(vectors, ids)
         if len(self._labels):
             # A copy of an index in use: its collection stays what it is.
             self._collection = copy.copy(self._collection)
@@ -156,31 +156,35 @@ class MilvusIndex(Index):
             weakref.finalize(self._collection, copy.copy(self._collection).drop)
         collection, width = self._collection, vectors.shape[1]
         try:
-            collection.open(width, create=True)
+            old = collection.open(width, create=True)
+            there = self._known(labels) if old else np.zeros(len(labels), bool)
         except ValueError:
             if not self.overwrite:
                 raise
             collection.drop()
             collection.open(width, create=True)
-        there = collection.present(labels)
-        if strangers := max(0, collection.count() - int(there.sum())):
-            if not self.overwrite:
-                raise ValueError(
-                    f"the {collection} holds {strangers} rows that are not of this gallery; type "
-                    "index.collection=ANOTHER_NAME, or index.overwrite=true to replace them"
-                )
-            collection.drop()
-            collection.open(width, create=True)
-            there[:] = False
+            there = np.zeros(len(labels), bool)
         new = np.flatnonzero(~there)
-        self._send(labels[new], [ids[row] for row in new], vectors[new])
+        self._send(labels[new], [ids[row] for row in new], vectors[new], alone=True)
+        collection.load()
         self._label(labels)
         self._forgotten = self._doomed = self._strangers = frozenset()
         self._checked = True
 
+    def _known(self, labels: np.ndarray) -> np.ndarray:
+        """Which rows of a gallery the collection has, bool (N,), as a killed run left them. Raises ValueError for others."""
+        self._collection.load()
+        there = self._collection.present(labels)
+        if (strangers := self._collection.count() - int(there.sum())) > 0:
+            raise ValueError(
+                f"the {self._collection} holds {strangers} rows that are not of this gallery; type "
+                "index.collection=ANOTHER_NAME, or index.overwrite=true to replace them"
+            )
+        return there
+
     def _append(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
         self._check_complete()
-        labels = _labels(vectors, ids)
+        labels = make_labels(vectors, ids)
         self._send(labels, ids, vectors)
         self._label(np.concatenate([self._labels, labels]))
         back = set(labels.tolist())
@@ -193,9 +197,11 @@ class MilvusIndex(Index):
         self._label(self._labels[keep])
         self._forgotten, self._strangers = self._forgotten | gone, self._strangers | gone
 
-    def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray) -> None:
+    def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, alone: bool = False) -> None:
         if len(labels):
-            self._collection.insert(labels, ids, vectors, [self._category.get(name, "") for name in ids])
+            self._collection.insert(labels, ids, vectors, [category_code(self._category.get(name, "")) for name in ids])
+        if len(labels) >= SEALED:
+            self._collection.settle(alone)
 
     def _get(self, ids: Sequence[str]) -> np.ndarray:
         self._check_complete()
@@ -272,6 +278,7 @@ class MilvusIndex(Index):
             return
         if not self._collection.open(self.dimensions, create=False):
             raise ValueError(self._incomplete(f"is not there; it should hold {len(self)} rows"))
+        self._collection.load()
         if (count := self._collection.count()) < len(self):
             raise ValueError(self._incomplete(f"holds {count} rows of {len(self)}"))
         self._checked = True
@@ -293,21 +300,3 @@ class MilvusIndex(Index):
         self._doomed = frozenset(np.frombuffer((folder / "forgotten.npy").read_bytes(), np.int64).tolist())
         self._forgotten, self._strangers, self._checked = frozenset(), self._doomed, False
         return len(self._labels)
-
-
-def _labels(vectors: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    """63 bits of a hash of each id and vector: int64 (N,)."""
-    labels = np.empty(len(ids), np.int64)
-    for row, (name, vector) in enumerate(zip(ids, np.ascontiguousarray(vectors, np.float32), strict=True)):
-        key = name.encode("utf-8", "surrogatepass")
-        state = hashlib.blake2b(len(key).to_bytes(4, "little") + key + vector.tobytes(), digest_size=8)
-        labels[row] = int.from_bytes(state.digest(), "little") >> 1
-    return labels
-
-
-def _read_categories(file: str) -> dict[str, str]:
-    with open(file, newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or not {"id", "category"} <= rows[0].keys():
-        raise ValueError(f"index.categories={file}: give a csv with the columns id,category")
-    return {row["id"]: row["category"] for row in rows}
