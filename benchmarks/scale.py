@@ -165,6 +165,7 @@ def main() -> None:
             search = lambda queries: exact.search(queries, asked[: len(queries)], K).positions  # noqa: E731
             simulation.measure("index=exact", search, exact.nbytes, 0)
             del exact, search
+        del simulation.codes
         ivf(simulation, "IVF{lists},SQ8", [16, 64])
         ivf(simulation, "IVF{lists},PQ32np", [64])
         print(

@@ -161,7 +161,6 @@ class Collection:
         schema.add_field("label", DataType.INT64, is_primary=True)
         schema.add_field("id", DataType.VARCHAR, max_length=65535)
         if self.partitioned:
-            # Not a number: Milvus 2.3.5 puts upserted rows into the wrong partition by those, and finds none of them.
             schema.add_field("category", DataType.VARCHAR, max_length=16, is_partition_key=True)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimensions)
         level = self.consistency.capitalize()
@@ -210,7 +209,12 @@ class Collection:
                 for row, category in zip(rows, categories[part], strict=True):
                     row["category"] = category
             with self.server.asked(f"take vectors {start} to {start + len(rows)} of {len(labels)}") as client:
-                client.upsert(self.name, rows, timeout=self.server.timeout)
+                if self.partitioned:
+                    # Milvus 2.3.5 upserts rows into wrong partitions, where a search by category does not find them.
+                    client.delete(self.name, ids=labels[part].tolist(), timeout=self.server.timeout)
+                    client.insert(self.name, rows, timeout=self.server.timeout)
+                else:
+                    client.upsert(self.name, rows, timeout=self.server.timeout)
 
     def delete(self, labels: Sequence[int]) -> None:
         """Remove rows; labels that it does not hold are no error."""
