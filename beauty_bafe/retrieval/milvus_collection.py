@@ -125,6 +125,11 @@ class Collection:
                 try:
                     client.load_collection(self.name, replica_number=self.replicas, _async=True, timeout=self.server.timeout)
                     while str(client.get_load_state(self.name, timeout=self.server.timeout)["state"]) != "Loaded":
+                        if time.monotonic() > until + 10 * self.server.timeout:
+                            raise ConnectionError(
+                                f"the {self} is not loaded after {11 * self.server.timeout:g} seconds; have its query nodes "
+                                "the memory for it (docs/scale.md)? else raise index.timeout"
+                            )
                         time.sleep(0.1)
                     return
                 except MilvusException:
