@@ -11,6 +11,7 @@ EXTRAS = {  # module -> extra of this package
     "onnxruntime": "export",
     "onnxscript": "export",
     "onnx": "export",  # after those whose names begin with it
+    "pymilvus": "milvus",
     "fastapi": "serve",
     "uvicorn": "serve",
     "python_multipart": "serve",

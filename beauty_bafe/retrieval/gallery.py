@@ -121,7 +121,9 @@ class Gallery:
         else:
             views = self.ensemble.fit(features).transform(features)
             del features
-            self.indexes = [copy.copy(index).fit(view.vectors, view.ids) for view in views]
+            self.indexes = [
+                index.for_view(number, self._about()).fit(view.vectors, view.ids) for number, view in enumerate(views)
+            ]
             how, changed = "built", True
         first = self.indexes[0]
         done = f"index: {first}, {len(first)} x {first.dimensions}, {how} in {time.perf_counter() - start:.1f} s"
@@ -244,7 +246,8 @@ class Gallery:
         """The kept indexes, one a view; the ensemble takes up what it had learned."""
         self.ensemble.load(place)
         views = sorted(place.glob("view*"), key=lambda view: int(view.name.removeprefix("view")))
-        return [copy.copy(index).load(view, self._about()) for view in views]
+        about = self._about()
+        return [index.for_view(number, about).load(view, about) for number, view in enumerate(views)]
 
     def _held(self) -> Catalog:
         """The files of the pictures that the index holds, where they lie now."""

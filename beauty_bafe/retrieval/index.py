@@ -55,6 +55,10 @@ class Index(ABC):
         """An index of the same rows; adding to it or removing from it leaves this one as it is."""
         return copy.copy(self)
 
+    def for_view(self, number: int, about: dict[str, Any]) -> Self:
+        """An index for one view of a gallery; `about`, plain values, says what made its vectors."""
+        return copy.copy(self)
+
     def get(self, ids: Sequence[str]) -> np.ndarray:
         """The vectors of these ids, float32 (len(ids), D), in their order. Raises ValueError for an id that is not there."""
         self._check_known(ids)
