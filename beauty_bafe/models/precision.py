@@ -61,6 +61,21 @@ def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str
     }
 
 
+def count_devices(accelerator: str, devices: Any) -> Any:
+    """How many processes `trainer.devices` asks for on a machine: a number, a list of GPUs, or -1 for all GPUs that are there.
+
+    What Lightning refuses comes back as it is.
+    """
+    if isinstance(devices, str):  # Lightning takes "2" for two, "0,1" and "1," for lists
+        listed = [part for part in devices.split(",") if part.strip()]
+        devices = listed if "," in devices else int(devices) if devices.isdigit() else -1 if devices in ("-1", "auto") else devices
+    if isinstance(devices, list):
+        return len(devices)
+    if devices == -1 and pick_device(accelerator).startswith("cuda"):
+        return torch.cuda.device_count()
+    return devices
+
+
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next step instead of handing it back: new pages cost time (benchmarks/train.md)."""
     if sys.platform != "linux":
