@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ def pick_device(device: str) -> str:
             f"device={device}, but PyTorch sees {', '.join(gpus) or 'no GPU'} here; type device=cpu or device=auto"
         )
     return device
+
+
+def pick_devices(devices: str | Sequence[str] | None, device: str) -> list[str]:
+    """The settings `devices` (all, a list, or None) and `device` -> torch devices. Raises ValueError as `pick_device`."""
+    if devices is None:
+        return [pick_device(device)]
+    if isinstance(devices, str):
+        if devices != "all":
+            raise ValueError(f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for device alone")
+        first = pick_device(device)
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if first.startswith("cuda") else [first]
+    if not devices:
+        raise ValueError("extraction.devices=[] names no device; type all, or null for device alone")
+    return [pick_device(one) for one in devices]
 
 
 def fastest_precision(device: str) -> str:
