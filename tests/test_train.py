@@ -146,7 +146,9 @@ def test_two_processes_give_the_weights_of_one(toy: Path, tmp_path: Path, object
     run(command(toy, tmp_path / "one", "data.batch_size=4", *given))
     two, one = (torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True) for name in ("two", "one"))
     for key, value in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][key], value, atol=1e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            two["state_dict"][key], value, atol=1e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+        )
     assert two["global_step"] == one["global_step"] > 10
     logged = [json.loads((tmp_path / name / "metrics.json").read_text())["epochs"] for name in ("two", "one")]
     assert len(logged[0]) == 2

@@ -268,13 +268,14 @@ class SaliencyDataModule(pl.LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(self, dataset: Dataset[dict[str, torch.Tensor]], batches: object) -> DataLoader[dict[str, torch.Tensor]]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            worker_init_fn=yielding_worker,
+            worker_init_fn=quiet_worker if on_gpu else yielding_worker,  # a GPU waits for pictures, it shares no core with them
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=on_gpu,
         )
 
 

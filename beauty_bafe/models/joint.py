@@ -117,7 +117,7 @@ class JointModule(SaliencyModule):
         if self.extractor.frozen:
             return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
-        # The batch alone, of all processes: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
+        # Of one step alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
         contrast = contrast_loss(gather_rows(street), gather_rows(clean), self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(clean))

@@ -42,7 +42,9 @@ def pick_devices(devices: str | Sequence[str] | None, device: str) -> list[str]:
         return [pick_device(device)]
     if isinstance(devices, str):
         if devices != "all":
-            raise ValueError(f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for device alone")
+            raise ValueError(
+                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for device alone"
+            )
         first = pick_device(device)
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if first.startswith("cuda") else [first]
     if not devices:
@@ -83,7 +85,9 @@ def count_devices(accelerator: str, devices: Any) -> Any:
     """
     if isinstance(devices, str):  # Lightning takes "2" for two, "0,1" and "1," for lists
         listed = [part for part in devices.split(",") if part.strip()]
-        devices = listed if "," in devices else int(devices) if devices.isdigit() else -1 if devices in ("-1", "auto") else devices
+        devices = (
+            listed if "," in devices else int(devices) if devices.isdigit() else -1 if devices in ("-1", "auto") else devices
+        )
     if isinstance(devices, list):
         return len(devices)
     if devices == -1 and pick_device(accelerator).startswith("cuda"):

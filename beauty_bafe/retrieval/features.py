@@ -223,7 +223,9 @@ class FeatureExtraction:
             lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
                 with one_opencv_thread:
-                    self._describe([(m.extractor, m.pooling) for m in members], stores, catalog, stamped, lacking, what, masks, view)
+                    self._describe(
+                        [(m.extractor, m.pooling) for m in members], stores, catalog, stamped, lacking, what, masks, view
+                    )
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)

@@ -26,9 +26,9 @@ class RayExtraction(FeatureExtraction):
     many as fit. `cpus`, `gpus`: of each actor; gpus is None for 1 where `device` is a GPU, else 0, and may be a share such
     as 0.5. With `device` at auto the actors take GPUs where the cluster has any. Other settings: see FeatureExtraction.
 
-    Vectors are those of one process on the same kind of device to the bit. A worker that dies is started again and its shard with
-    it; where this process dies, the same command goes on with the shards that are not there. Raises ConnectionError where no
-    cluster answers, ValueError where a share is not above 0.
+    Vectors are those of one process on the same kind of device to the bit. A worker that dies is started again, and its shard
+    with it; where this process dies, the same command goes on with the shards that are not there. Raises ConnectionError where
+    no cluster answers, ValueError where a share is not above 0.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class RayExtraction(FeatureExtraction):
         if settings.pop("devices", None) is not None:
             raise ValueError("extraction.devices is of one machine; with extraction=ray type extraction.workers=N instead")
         # Whether there are GPUs is the cluster's to say, not this machine's: see __call__.
-        super().__init__(features, device="cpu" if device in ("auto", "gpu", "cuda") else device, precision=precision, **settings)
+        super().__init__(
+            features, device="cpu" if device in ("auto", "gpu", "cuda") else device, precision=precision, **settings
+        )
         self.wanted, self.wanted_precision = device, precision
         self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
 
@@ -117,7 +119,8 @@ class RayExtraction(FeatureExtraction):
         context.enable_progress_bars = False  # ours counts pictures
         most = ray.cluster_resources()
         fitting = min(
-            most.get("CPU", 1) // self.cpus if self.cpus else len(shards), most.get("GPU", 0) / self._gpus if self._gpus else 1e9
+            most.get("CPU", 1) // self.cpus if self.cpus else len(shards),
+            most.get("GPU", 0) / self._gpus if self._gpus else 1e9,
         )
         size = max(1, min(self.workers or int(fitting), len(shards)))
         # Bytes, as Arrow has no type for what a shard is made of; a block each, so that workers take them one by one.

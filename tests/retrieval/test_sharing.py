@@ -40,7 +40,11 @@ def describe(folder: Path, tmp_path: Path, tiny_checkpoint: Path) -> Callable[..
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.suffix in (".safetensors", ".json")}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.suffix in (".safetensors", ".json")
+    }
 
 
 def equal(ours: Sequence[Features], expected: Sequence[Features]) -> bool:
@@ -79,7 +83,7 @@ def test_every_device_takes_a_share(describe: Callable[..., list[Features]], mon
 def test_what_dead_workers_wrote_stays(
     describe: Callable[..., list[Features]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, done: int
 ) -> None:
-    """The run ends after `done` shards, not in their order; of the next one half its stores were written, unknown to the run."""
+    """The run ends after `done` shards, not in their order; of another half the stores were written, unknown to it."""
 
     def dying(_devices: Sequence[str]) -> Callable[[Worker, Sequence[Shard]], Iterator[tuple[int, int]]]:
         def run(worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
