@@ -47,10 +47,9 @@ class RayExtraction(FeatureExtraction):
                 raise ValueError(f"extraction.{name}={value}: type a number above 0")
         if settings.pop("devices", None) is not None:
             raise ValueError("extraction.devices is of one machine; with extraction=ray type extraction.workers=N instead")
-        # Whether there are GPUs is the cluster's to say, not this machine's: see __call__.
-        super().__init__(
-            features, device="cpu" if device in ("auto", "gpu", "cuda") else device, precision=precision, **settings
-        )
+        # Whether there are GPUs is the cluster's to say (`_choose_device`); until then, and in memory, this machine's.
+        here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
+        super().__init__(features, device=here, precision=precision, **settings)
         self.wanted, self.wanted_precision = device, precision
         self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
 
@@ -86,7 +85,11 @@ class RayExtraction(FeatureExtraction):
         address = "local" if self.address is None else self.address
         try:
             ray.init(address=address, log_to_driver=False, logging_level="warning", **local)
-        except (ConnectionError, ValueError) as error:
+        except Exception as error:  # a start that takes too long has no class of its own
+            if self.address is None:
+                raise ConnectionError(
+                    f"Ray did not start on this machine ({error}); type the same command again, or extraction=local"
+                ) from error
             raise ConnectionError(
                 f"no Ray cluster answers at extraction.address={self.address} ({error}); type ray start --head on one of its "
                 "machines, or extraction.address=null for this machine alone"
@@ -98,11 +101,12 @@ class RayExtraction(FeatureExtraction):
         there = ray.cluster_resources().get("GPU", 0) > 0
         if self.wanted in ("gpu", "cuda") and not there:
             raise ValueError(f"device={self.wanted}, but Ray sees no GPU in the cluster; type device=cpu or device=auto")
-        if self.wanted in ("auto", "gpu", "cuda") and there:
-            self.device = "cuda"
-            if self.wanted_precision == "auto":
-                self.precision = ray.get(ray.remote(num_gpus=self._gpus)(fastest_precision).remote("cuda"))
+        if self.wanted in ("auto", "gpu", "cuda"):
+            self.device = "cuda" if there else "cpu"
         self.devices = [self.device]
+        if self.wanted_precision == "auto":
+            remote = ray.remote(num_gpus=self._gpus)(fastest_precision)
+            self.precision = fastest_precision(self.device) if self.address is None else ray.get(remote.remote(self.device))
 
     @property
     def _gpus(self) -> float:
@@ -117,12 +121,17 @@ class RayExtraction(FeatureExtraction):
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts pictures
-        most = ray.cluster_resources()
-        fitting = min(
-            most.get("CPU", 1) // self.cpus if self.cpus else len(shards),
-            most.get("GPU", 0) / self._gpus if self._gpus else 1e9,
-        )
-        size = max(1, min(self.workers or int(fitting), len(shards)))
+        there = ray.cluster_resources()
+        fitting = int(there.get("CPU", 0) / self.cpus)
+        if self._gpus:
+            fitting = min(fitting, int(there.get("GPU", 0) / self._gpus))
+        size = min(self.workers or max(1, fitting), len(shards))
+        if size > fitting:  # Ray would wait for ever
+            raise ValueError(
+                f"{size} workers with {self.cpus} cores and {self._gpus} GPUs each do not fit into the cluster's "
+                f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; type extraction.workers={max(1, fitting)}, "
+                "or smaller extraction.cpus and extraction.gpus"
+            )
         # Bytes, as Arrow has no type for what a shard is made of; a block each, so that workers take them one by one.
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

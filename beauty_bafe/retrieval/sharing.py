@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from ..models.views import View
 from .describing import CHUNK, Canvases, Settings, check_room, stack_items, stored_arrays
 from .engine import EnsembleEngine
 from .store import Picture, Store, holds, write_shard
+
+log = logging.getLogger("beauty_bafe")
 
 Requested = Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
 
@@ -144,7 +147,7 @@ class SharedJob:
                 self.stores[store].note(int(file.stem))
         if shards:
             raise RuntimeError(f"{len(shards)} shards of {self.what} were not described; type the same command again")
-        print(f"described {count} {self.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk", flush=True)
+        log.info(f"described {count} {self.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk")
 
     def _begin(self) -> dict[int, dict[str, Any]]:
         """Begin every store, after a look at the room for them; the plans of those that lack pictures, by number."""
