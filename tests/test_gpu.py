@@ -24,7 +24,7 @@ from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from .conftest import ROOT
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
-WITHOUT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+WITHOUT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ def needs_half_tables(index: Any) -> bool:
     import faiss
 
     lists = faiss.try_extract_index_ivf(index)
-    quantiser = getattr(lists, "pq", None)
+    quantiser = None if lists is None else getattr(faiss.downcast_index(lists), "pq", None)
     return quantiser is not None and 4 * quantiser.M * quantiser.ksub > GPU_TABLES
 
 
