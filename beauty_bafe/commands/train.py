@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     run = run_settings(plain, settings["precision"])
     if cfg.ckpt_path is not None:
         check_resumable(module, run, cfg.ckpt_path)
-    writes = rank_zero_only.rank == 0  # of processes that train together, one
+    writes = getattr(rank_zero_only, "rank", 0) == 0  # of processes that train together, one
     if writes:
         OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)

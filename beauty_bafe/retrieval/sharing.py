@@ -166,7 +166,7 @@ class SharedJob:
 
     def _shards(self, numbers: Sequence[int]) -> list[Shard]:
         following = {number: self.stores[number].next_shard for number in numbers}
-        shards = []
+        shards: list[Shard] = []
         for at in range(0, len(self.lacking), self.settings.shard):
             rows = self.lacking[at : at + self.settings.shard]
             pictures = [self.pictures[row] for row in rows]
