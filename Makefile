@@ -1,6 +1,7 @@
 # make demo    draw a toy catalogue, train on it, answer queries, show the result (a few minutes on two cores)
 # make test    format, lint, types and tests
-# Both install into .venv first where it is missing or older than what it is made from.
+# make gpu     on a machine with a CUDA GPU: its tests, then every path measured; writes benchmarks/gpu.md
+# All install into .venv first where it is missing or older than what it is made from.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -9,7 +10,7 @@ export NO_ALBUMENTATIONS_UPDATE = 1
 export WANDB_MODE = offline
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test format clean
+.PHONY: demo test gpu format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %d.%d; type make PYTHON=/path/to/python3.11" % v[:2])'
@@ -36,6 +37,11 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+gpu: .venv/installed
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make gpu needs a CUDA GPU, and PyTorch sees none here")'
+	$(BIN)/python -m pytest -n 0 -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ from .extras import explain
 
 # Groups that a recipe of conf/experiment may name for the other command.
 ELSEWHERE = {
-    "train": ("pooling", "ensemble", "index", "rerank", "query"),
+    "train": ("pooling", "ensemble", "extraction", "index", "rerank", "query"),
     "retrieve": ("objective", "data", "augmentation", "trainer"),
     "serve": (),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 EXTRAS = {  # module -> extra of this package
     "wandb": "wandb",
@@ -13,6 +14,7 @@ EXTRAS = {  # module -> extra of this package
     "onnx": "export",  # after those whose names begin with it
     "pymilvus": "milvus",
     "fastapi": "serve",
+    "ray": "ray",
     "uvicorn": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",
@@ -22,6 +24,6 @@ EXTRAS = {  # module -> extra of this package
 def explain(error: ImportError) -> str:
     """What to type where `error` is about one of these packages; else the error's own text."""
     for module, extra in EXTRAS.items():
-        if module in (error.name or str(error)) and importlib.util.find_spec(module) is None:
+        if re.search(rf"\b{module}\b", error.name or str(error)) and importlib.util.find_spec(module) is None:
             return f"this needs the package {module}; type pip install 'beauty_bafe[{extra}]'"
     return str(error)

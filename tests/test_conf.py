@@ -19,7 +19,7 @@ from .conftest import ROOT, TINY
 CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
-RETRIEVE_GROUPS = {"pooling", "ensemble", "index", "rerank", "query"}
+RETRIEVE_GROUPS = {"pooling", "ensemble", "extraction", "index", "rerank", "query"}
 # Commands that compose.
 KNOWN = r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:cache|export|cutout|serve))"
 # What stands for the user's own things in commands.

@@ -29,6 +29,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{missing[0]} is not given; type {MISSING.get(missing[0], f'{missing[0]}=VALUE')}")
     import pytorch_lightning as pl
     from hydra.utils import instantiate
+    from pytorch_lightning.utilities import rank_zero_only
 
     from beauty_bafe.models.callbacks import History
     from beauty_bafe.models.precision import keep_memory, trainer_settings
@@ -54,14 +55,18 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     run = run_settings(plain, settings["precision"])
     if cfg.ckpt_path is not None:
         check_resumable(module, run, cfg.ckpt_path)
-    OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
+    writes = getattr(rank_zero_only, "rank", 0) == 0  # of processes that train together, one
+    if writes:
+        OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
     try:
         data.setup()
     finally:  # also where too little is left to train on
-        data.skipped.write(output / "skipped.csv")
+        if writes:
+            data.skipped.write(output / "skipped.csv")
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
-    log.info(data.describe())
+    if writes:
+        log.info(data.describe())
 
     callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values()), KeepRunSettings(run)]
     trainer = instantiate(cfg.trainer, **settings, callbacks=callbacks, logger=instantiate(cfg.logger))

@@ -19,7 +19,7 @@ from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_holes
 from .photos import LoadResult, PhotoCache, load_photo, try_photo
 from .pictures import UnreadablePicture, read_picture
-from .sampling import EpochSampler
+from .sampling import EpochSampler, share_out
 from .workers import default_workers, quiet_worker, yielding_worker
 
 VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
@@ -29,8 +29,8 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
     """Item (epoch, index): the letterboxed photo and `views` street views of it, with their masks.
 
     `pictures`: uint8 (1 + views, 3, S, S), the photo first. `masks`: uint8 (1 + views, 1, S, S), 0 to 255, and 128 where the
-    photo does not tell (`find_holes`) and the augmentation shows it either way. Drawn from generators seeded by
-    (seed, epoch, index, view) alone, so the number of workers and the order of reading change nothing.
+    photo does not tell (`find_holes`) and the augmentation shows it either way. `row`: int64 (), the index. Drawn from
+    generators seeded by (seed, epoch, index, view) alone, so the number of workers and the order of reading change nothing.
     """
 
     def __init__(
@@ -69,11 +69,15 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
             views.append(self.augmentation(photo, cut, surroundings, rng))
         pictures = np.stack([photo, *(view.photo for view in views)]).transpose(0, 3, 1, 2)
         masks = np.stack([label, *(view.mask for view in views)])[:, None]
-        return {"pictures": torch.from_numpy(np.ascontiguousarray(pictures)), "masks": torch.from_numpy(masks)}
+        return {
+            "pictures": torch.from_numpy(np.ascontiguousarray(pictures)),
+            "masks": torch.from_numpy(masks),
+            "row": torch.tensor(index),
+        }
 
 
 class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
-    """Item i: photo i as it is; `pictures`: uint8 (1, 3, S, S)."""
+    """Item i: photo i as it is; `pictures`: uint8 (1, 3, S, S). `row`: int64 (), i."""
 
     def __init__(self, catalog: Catalog, load: Callable[[Path], Sample]) -> None:
         self.catalog, self.load = catalog, load
@@ -83,7 +87,7 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         photo = self.load(self.catalog.paths[index]).photo
-        return {"pictures": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))[None]}
+        return {"pictures": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))[None], "row": torch.tensor(index)}
 
 
 class _Scan(Dataset[LoadResult]):
@@ -227,8 +231,13 @@ class SaliencyDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
         assert self.train_set is not None
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        replicas, rank = self._share()
         sampler = EpochSampler(len(self.train_set), self.seed, self.epoch_size, replicas, rank)
+        if not len(sampler):
+            raise ValueError(
+                f"{sampler.epoch_size} photos an epoch for {replicas} processes; type trainer.devices={sampler.epoch_size} "
+                "or fewer, or a larger data.epoch_size"
+            )
         if self.trainer:
             # Lightning makes the first iterator, from which workers draw ahead, before it announces this same number.
             progress: Any = self.trainer.fit_loop.epoch_progress
@@ -239,25 +248,34 @@ class SaliencyDataModule(pl.LightningDataModule):
         return self._loader(self.train_set, batches)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, torch.Tensor]]]:
-        """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them."""
+        """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them.
+
+        Of several processes each takes its share, equally many: some rows come twice.
+        """
         assert self.val_set is not None
         assert self.train_set is not None
-        keys = [(VALIDATION_EPOCH, index) for index in range(len(self.val_set))]
+        share = self._share()
+        keys = [(VALIDATION_EPOCH, index) for index in share_out(len(self.val_set), *share)]
         others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
         return [
             # As many pictures at once as in training.
             self._loader(self.val_set, cut(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
-            self._loader(others, cut(range(len(others)), 2 * self.batch_size)),
+            self._loader(others, cut(share_out(len(others), *share), 2 * self.batch_size)),
         ]
 
+    def _share(self) -> tuple[int, int]:
+        """How many processes train together, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
     def _loader(self, dataset: Dataset[dict[str, torch.Tensor]], batches: object) -> DataLoader[dict[str, torch.Tensor]]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            worker_init_fn=yielding_worker,
+            worker_init_fn=quiet_worker if on_gpu else yielding_worker,  # a GPU waits for pictures, it shares no core with them
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=on_gpu,
         )
 
 

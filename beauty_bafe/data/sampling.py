@@ -37,3 +37,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
                 order, last_pass = np.random.default_rng((self.seed, turn)).permutation(self.length), turn
             assert order is not None
             yield self.epoch, int(order[offset])
+
+
+def share_out(length: int, replicas: int, rank: int) -> list[int]:
+    """The numbers below `length` for process `rank` of `replicas`: as many for each, so that some come twice.
+
+    >>> share_out(5, 2, 0), share_out(5, 2, 1)
+    ([0, 2, 4], [1, 3, 0])
+    """
+    each = -(-length // replicas)
+    return [(rank + place * replicas) % length for place in range(each)]

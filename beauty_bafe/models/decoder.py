@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .together import SharedBatchNorm2d
+
 
 class TopDownDecoder(nn.Module):
     """Taps to logits at the shallowest tap's size, as a feature pyramid does (Lin et al., CVPR 2017).
@@ -22,7 +24,7 @@ class TopDownDecoder(nn.Module):
             nn.Sequential(
                 nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
                 nn.Conv2d(width, width, 1, bias=False),
-                nn.BatchNorm2d(width),
+                SharedBatchNorm2d(width),
                 nn.ReLU(inplace=True),
             )
             for _ in channels

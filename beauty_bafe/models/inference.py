@@ -166,8 +166,7 @@ class Engine:
 
     def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, compiled: bool | None) -> None:
         self.device, self.compiled = device, compiled
-        suits = GPU_BATCH if device != "cpu" else 1 << max(0, min(6, (CPU_PIXELS // describer.canvas**2).bit_length() - 1))
-        self.batch = batch or suits
+        self.batch = batch or suitable_batch(device, describer.canvas)
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
         if not describer.masks and describer.view is None:
             taps = len(describer.extractor.backbone.channels)
@@ -246,6 +245,11 @@ class Engine:
             at += batch
         self.seconds += time.perf_counter() - start
         return [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+
+def suitable_batch(device: str, side: int) -> int:
+    """Pictures of `side` pixels that a device does best to look at together."""
+    return GPU_BATCH if device != "cpu" else 1 << max(0, min(6, (CPU_PIXELS // side**2).bit_length() - 1))
 
 
 def _compiler_is_there(device: str) -> bool:

@@ -17,6 +17,7 @@ from .extractor import Extraction, resize_mask
 from .module import SaliencyModule
 from .objectives import contrast_loss, distillation_loss, overlap_loss
 from .pooling import gem
+from .together import gather_rows
 
 log = logging.getLogger("beauty_bafe")
 
@@ -116,16 +117,16 @@ class JointModule(SaliencyModule):
         if self.extractor.frozen:
             return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
-        # The batch alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
-        contrast = contrast_loss(street, clean, self.temperature)
+        # Of one step alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
+        contrast = contrast_loss(gather_rows(street), gather_rows(clean), self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
-            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=len(clean))
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(clean))
         loss = mask + self.contrast * contrast
         if self.distill:
             with torch.no_grad():
                 known = self._teacher()(self.extractor.normalise(extraction.pictures[1::2])).last
             kept = distillation_loss(extraction.last[1::2], known)
-            self.log("train/distill", kept, on_step=False, on_epoch=True, batch_size=len(clean))
+            self.log("train/distill", kept, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(clean))
             loss = loss + self.distill * kept
         return loss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .fast_training import optimize_for_training
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
+from .together import gather_rows
 
 
 class SaliencyModule(pl.LightningModule):
@@ -31,8 +32,8 @@ class SaliencyModule(pl.LightningModule):
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
-        self._held_back: list[Tensor] = []
-        self._others: list[Tensor] = []
+        self._held_back: list[dict[str, Tensor]] = []
+        self._others: list[dict[str, Tensor]] = []
 
     def describe(self, extraction: Extraction) -> Tensor:
         """Descriptors of the kind this objective is for, float (B, D) of length 1."""
@@ -67,7 +68,7 @@ class SaliencyModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         label = batch["masks"].flatten(0, 1).float() / 255
         loss = self.training_loss(self.extractor(batch["pictures"].flatten(0, 1)), label)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(label))
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -78,24 +79,26 @@ class SaliencyModule(pl.LightningModule):
         pictures = batch["pictures"]
         extraction = self.extractor(pictures.flatten(0, 1))
         vectors = self.describe(extraction).unflatten(0, pictures.shape[:2])
+        kept = {"row": batch["row"], "vectors": vectors}
         if dataloader_idx:
-            self._others.append(vectors)
+            self._others.append(kept)
             return
-        self._held_back.append(vectors)
         label = batch["masks"].flatten(0, 1).float() / 255
         found = mask_metrics(extraction.saliency(label.shape[-1]), label)
         # Of the street views: on a photo the mask is easy.
-        metrics = {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean() for key, value in found.items()}
-        metrics["loss"] = self.validation_loss(extraction, label)
-        for key, value in metrics.items():
-            self.log(f"val/{key}", value, batch_size=len(pictures), sync_dist=True, add_dataloader_idx=False)
+        kept |= {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean(dim=1) for key, value in found.items()}
+        kept["loss"] = self.validation_loss(extraction, label).expand(len(pictures))  # of rows alike: their mean is the whole's
+        self._held_back.append(kept)
 
     def on_validation_epoch_end(self) -> None:
-        held_back = torch.cat(self._held_back)
-        clean, street = held_back[:, 0], held_back[:, 1:]
-        gallery = torch.cat([clean, *(vectors[:, 0] for vectors in self._others)])
+        held_back = _of_all_processes(self._held_back)
+        vectors = held_back.pop("vectors")
+        clean, street = vectors[:, 0], vectors[:, 1:]
+        gallery = torch.cat([clean, *([_of_all_processes(self._others)["vectors"][:, 0]] if self._others else [])])
         own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
-        self.log("val/mAP@7", average_precision(street.flatten(0, 1), gallery, own).mean(), prog_bar=True, sync_dist=True)
+        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_back
+        for key, value in values.items():  # the same in every process
+            self.log(f"val/{key}", value.mean(), prog_bar=key == "mAP@7", sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
@@ -103,6 +106,15 @@ class SaliencyModule(pl.LightningModule):
         # below 0 (most cells are background) that the sigmoid's gradient is gone for good.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches of rows, joined over batches and processes and sorted by `row`, which is left out; each row once."""
+    joined = {key: gather_rows(torch.cat([part[key] for part in parts])) for key in parts[0]}
+    rows = joined.pop("row").tolist()
+    first = {row: place for place, row in reversed(list(enumerate(rows)))}
+    chosen = [first[row] for row in sorted(first)]
+    return {key: value[chosen] for key, value in joined.items()}
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ def pick_device(device: str) -> str:
     return device
 
 
+def pick_devices(devices: str | Sequence[str] | None, device: str) -> list[str]:
+    """The settings `devices` (all, a list, or None) and `device` -> torch devices. Raises ValueError as `pick_device`."""
+    if devices is None:
+        return [pick_device(device)]
+    if isinstance(devices, str):
+        if devices != "all":
+            raise ValueError(
+                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for device alone"
+            )
+        first = pick_device(device)
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if first.startswith("cuda") else [first]
+    if not devices:
+        raise ValueError("extraction.devices=[] names no device; type all, or null for device alone")
+    return [pick_device(one) for one in devices]
+
+
 def fastest_precision(device: str) -> str:
     """Lightning's name of the fastest safe precision of a torch device."""
     if device.startswith("cuda"):
@@ -59,6 +76,23 @@ def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str
         "devices": [int(number)] if number else devices,
         "precision": fastest_precision(device) if precision == "auto" else precision,
     }
+
+
+def count_devices(accelerator: str, devices: Any) -> Any:
+    """How many processes `trainer.devices` asks for on a machine: a number, a list of GPUs, or -1 for all GPUs that are there.
+
+    What Lightning refuses comes back as it is.
+    """
+    if isinstance(devices, str):  # Lightning takes "2" for two, "0,1" and "1," for lists
+        listed = [part for part in devices.split(",") if part.strip()]
+        devices = (
+            listed if "," in devices else int(devices) if devices.isdigit() else -1 if devices in ("-1", "auto") else devices
+        )
+    if isinstance(devices, list):
+        return len(devices)
+    if devices == -1 and pick_device(accelerator).startswith("cuda"):
+        return torch.cuda.device_count()
+    return devices
 
 
 def keep_memory() -> None:

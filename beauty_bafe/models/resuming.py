@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from .module import load_extractor, read_checkpoint
+from .precision import count_devices
 
 # How pictures are read, and where they lie; which they are the data module compares itself.
 FREE = {f"data.{key}" for key in ("_target_", "root", "backgrounds", "titles", "num_workers", "cache", "cache_gb")}
@@ -26,9 +27,8 @@ def run_settings(cfg: Mapping[str, Any], precision: str) -> dict[str, Any]:
     settings = _flat({key: cfg[key] for key in ("seed", "data", "augmentation")})
     settings = {key: value for key, value in settings.items() if key not in FREE}
     settings |= {f"trainer.{key}": cfg["trainer"].get(key) for key in TRAINER}
-    devices = cfg["trainer"]["devices"]
     return settings | {
-        "trainer.devices": len(devices) if isinstance(devices, list) else devices,
+        "trainer.devices": count_devices(cfg["trainer"]["accelerator"], cfg["trainer"]["devices"]),
         "trainer.precision": precision,
     }
 

@@ -151,20 +151,20 @@ class ExtractionJob:
         check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
 
     def _load(self, chunks: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
-        pictures = _Canvases(self.catalog, self.canvases)
+        pictures = Canvases(self.catalog, self.canvases)
         if self.workers:
             yield from DataLoader(
                 pictures,
                 batch_sampler=chunks,
                 num_workers=self.workers,
-                collate_fn=_stack,
+                collate_fn=stack_items,
                 worker_init_fn=quiet_worker,
                 pin_memory=self.settings.device.startswith("cuda"),
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:
             for chunk in chunks:
-                yield _stack(list(threads.map(pictures.__getitem__, chunk)))
+                yield stack_items(list(threads.map(pictures.__getitem__, chunk)))
 
     def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
         """Append to the network's stores what each lacks of these rows; returns the bytes written."""
@@ -177,11 +177,20 @@ class ExtractionJob:
             bad = {picture: reason for picture, reason in pictures if reason and picture not in store}
             if not new and not bad:
                 continue
-            arrays = {"vectors": outputs[place][new].astype(self.settings.dtype)} if new else {}
-            if new and self.masks and self.poolings[number].saliency:
-                arrays["masks"] = outputs[-1][new]
+            drawn = self.masks and self.poolings[number].saliency
+            arrays = stored_arrays(outputs, place, new, drawn, self.settings.dtype)
             size += store.append([good[row] for row in new], arrays, bad)
         return size
+
+
+def stored_arrays(
+    outputs: Sequence[np.ndarray], place: int, rows: Sequence[int], masks: bool, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """What a store keeps of a Describer's outputs: these rows of output `place`, and of the masks; nothing where none is."""
+    if not rows:
+        return {}
+    arrays = {"vectors": outputs[place][list(rows)].astype(dtype)}
+    return arrays | ({"masks": outputs[-1][list(rows)]} if masks else {})
 
 
 def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
@@ -197,7 +206,7 @@ def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
         return [row for row, good in zip(rows, threads.map(readable, rows), strict=True) if good]
 
 
-class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
+class Canvases(Dataset[tuple[list[Tensor], str, float]]):
     """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
 
     def __init__(self, catalog: Catalog, canvases: Sequence[Canvas]) -> None:
@@ -215,7 +224,8 @@ class _Canvases(Dataset[tuple[list[Tensor], str, float]]):
         return fit(picture, self.canvases), "", time.perf_counter() - start
 
 
-def _stack(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
+def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
+    """Items of `Canvases` -> a batch a canvas of those that can be read, a reason each, and the seconds of all."""
     return (
         stack([views for views, reason, _ in items if not reason]),
         [reason for _, reason, _ in items],

@@ -20,6 +20,7 @@ from .memory_index import MemoryIndex
 log = logging.getLogger("beauty_bafe")
 
 GPU_MOST = 2048  # faiss's largest k, and nprobe, on a GPU
+GPU_TABLES = 48 << 10  # bytes of shared memory that faiss may take a block
 SAMPLES = 200  # gallery rows that stand for queries when an approximate index is tuned
 
 
@@ -31,7 +32,8 @@ class FaissIndex(MemoryIndex):
 
     In `factory`, `{lists}` becomes a number of lists that suits the gallery, `{bytes}` a PQ code size that divides its
     width. `target_recall` (0 to 1) sets nprobe / efSearch: the smallest that finds this share of the `tune_k` true
-    neighbours of gallery samples; None leaves faiss's own. `float16` halves GPU memory; `temp_memory` is its scratch
+    neighbours of gallery samples; None leaves faiss's own. `float16` halves GPU memory, and product
+    quantisers of more than 48 parts take it by themselves; `temp_memory` is its scratch
     space in MiB a GPU. Equal scores are in the gallery's order among those faiss returns.
 
     Raises ValueError for a GPU that faiss does not see, or a factory string that faiss refuses.
@@ -140,7 +142,7 @@ class FaissIndex(MemoryIndex):
         if not self.gpus or "HNSW" in self.factory:
             return
         options = faiss.GpuMultipleClonerOptions()
-        options.useFloat16, options.shard = self.float16, len(self.gpus) > 1
+        options.useFloat16, options.shard = self.float16 or needs_half_tables(self._index), len(self.gpus) > 1
         resources = [faiss.StandardGpuResources() for _ in self.gpus]
         for resource in resources:
             resource.setTempMemory(self.temp_memory << 20)
@@ -225,6 +227,15 @@ class FaissIndex(MemoryIndex):
         self._next = int(self._labels.max(initial=-1)) + 1
         self._to_gpu()
         return min(len(self.vectors), self._index.ntotal)
+
+
+def needs_half_tables(index: Any) -> bool:
+    """Whether a GPU has no room for a product quantiser's tables in float32: 4 bytes for each part's every centre."""
+    import faiss
+
+    lists = faiss.try_extract_index_ivf(index)
+    quantiser = None if lists is None else getattr(faiss.downcast_index(lists), "pq", None)
+    return quantiser is not None and 4 * quantiser.M * quantiser.ksub > GPU_TABLES
 
 
 def kmeans(vectors: np.ndarray, count: int) -> np.ndarray:

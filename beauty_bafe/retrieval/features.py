@@ -22,11 +22,12 @@ from ..models.exported import checkpoint_bytes
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.module import load_extractor, read_checkpoint
-from ..models.precision import fastest_precision, pick_device
+from ..models.precision import fastest_precision, pick_devices
 from ..models.views import View
 from ..recipe import check_enlarge
 from .describing import ExtractionJob, readable_now
 from .manifest import digest, locked
+from .sharing import SharedJob, on_devices
 from .store import Picture, Store
 
 log = logging.getLogger("beauty_bafe")
@@ -158,7 +159,8 @@ class FeatureExtraction:
     loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: see
     `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
     file, what a kill loses at most. `dtype`: float32 or float16, on disk. `max_skipped`: share of unreadable pictures
-    above which to stop. Raises ValueError for a device that is not there or an unknown dtype.
+    above which to stop. `devices`: all for every GPU of this machine, or a list of devices, which then share the pictures;
+    None for `device` alone. Raises ValueError for a device that is not there or an unknown dtype.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class FeatureExtraction:
         shard: int = 2048,
         dtype: str = "float32",
         max_skipped: float = 0.1,
+        devices: str | Sequence[str] | None = None,
     ) -> None:
         if dtype not in ("float32", "float16"):
             raise ValueError(f"extraction.dtype={dtype}: type float32 or float16")
@@ -181,7 +184,8 @@ class FeatureExtraction:
             raise ValueError(f"extraction.scales={list(scales)}: type numbers above 0, [1.0] for the network's own size")
         self.scales, self.flip = tuple(float(scale) for scale in scales), flip
         self.root, self.batch_size, self.num_workers = Path(features), batch_size, num_workers
-        self.device = pick_device(device)
+        self.devices = pick_devices(devices, device)
+        self.device = self.devices[0]
         self.precision = fastest_precision(self.device) if precision == "auto" else precision
         self.compiled, self.shard, self.dtype, self.max_skipped = compiled, shard, np.dtype(dtype), max_skipped
 
@@ -218,9 +222,10 @@ class FeatureExtraction:
             self._retry(members, stores, catalog, stamped)
             lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
-                requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view).run()
+                    self._describe(
+                        [(m.extractor, m.pooling) for m in members], stores, catalog, stamped, lacking, what, masks, view
+                    )
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -233,6 +238,24 @@ class FeatureExtraction:
             arrays = [store.read(readable) for store in stores]
         ids = tuple(name for name, _ in readable)
         return [Features(found["vectors"], ids, found.get("masks")) for found in arrays]
+
+    def _describe(
+        self,
+        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
+        stores: Sequence[Store],
+        catalog: Catalog,
+        pictures: Sequence[Picture],
+        lacking: Sequence[int],
+        what: str,
+        masks: bool,
+        view: View | None,
+    ) -> None:
+        """Describe the pictures numbered `lacking` for every store that lacks them."""
+        work = requested, stores, catalog, pictures, lacking, what, masks, view
+        if len(self.devices) > 1:
+            SharedJob(self, *work).run(on_devices(self.devices))
+        else:
+            ExtractionJob(self, *work).run()
 
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
         """Let stores forget what they could not read and can be read now: a network drive's errors leave the stamp as it is."""

@@ -76,20 +76,30 @@ class Store:
                 _write(file, arrays, pictures, kept)
             self._note(int(file.stem), pictures, kept)
 
+    @property
+    def next_shard(self) -> int:
+        """The number of the shard that `append` would write."""
+        return max(self._shards, default=-1) + 1
+
     def append(self, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]) -> int:
         """One more shard: `arrays` have a row a picture. Returns its size in bytes."""
-        shard = max(self._shards, default=-1) + 1
-        file = self._file(shard)
+        shard = self.next_shard
+        file = self.file(shard)
         _write(file, arrays, pictures, unreadable)
         self._note(shard, list(pictures), unreadable)
         return file.stat().st_size
 
-    def _file(self, shard: int) -> Path:
+    def note(self, shard: int) -> None:
+        """Take in a shard that another process has written by `write_shard`."""
+        self._note(shard, *_about(self.file(shard)))
+
+    def file(self, shard: int) -> Path:
+        """Where a shard lies, or will."""
         return self.folder / f"{shard:06d}.safetensors"
 
     def _checked(self, shard: int) -> Path:
         """A shard's file. Raises ValueError where its rows are no longer those that were noted."""
-        file = self._file(shard)
+        file = self.file(shard)
         if _about(file)[0] != self._shards[shard]:
             raise ValueError(f"another run has changed '{file}' since this one opened it; type the same command again")
         return file
@@ -128,6 +138,29 @@ class Store:
                     result[name] = np.zeros((len(places), *array.shape[1:]), array.dtype)
                 result[name][here] = array[rows]
         return result
+
+
+def holds(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
+    """Whether a shard is there, with these pictures. Raises ValueError where it is there with others, or damaged."""
+    if not file.exists():
+        return False
+    found, reasons = _about(file)
+    if {*found, *reasons} != {*pictures, *unreadable}:
+        raise ValueError(f"another run has written '{file}' since this one began; type the same command again")
+    return True
+
+
+def write_shard(
+    file: Path, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]
+) -> int:
+    """Write a shard that a run has numbered in advance, for another process than the one that holds the store.
+
+    A shard that is there with the same pictures stays: a worker that was taken for dead may have written it. Raises ValueError
+    where it has others. Returns its size in bytes.
+    """
+    if not holds(file, pictures, unreadable):
+        _write(file, arrays, pictures, unreadable)
+    return file.stat().st_size
 
 
 def _fingerprint(pictures: Sequence[Picture]) -> str:

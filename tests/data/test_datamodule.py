@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import albumentations as A
 import numpy as np
@@ -53,6 +54,35 @@ def test_same_samples_with_any_number_of_workers_and_new_ones_every_epoch(module
     assert not torch.equal(first[1], second[1]), "the augmented one is new"
     again = torch.cat([batch["pictures"][:, 1].flatten(1).float().mean(1) for number in (0, 1) for batch in batches[2][number]])
     assert len(again.unique()) == len(again), "no sample repeats within or across epochs"
+
+
+class Together:
+    """What the data module asks of one of several trainers."""
+
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    fit_loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
+
+    def __init__(self, processes: int, rank: int) -> None:
+        self.world_size, self.global_rank = processes, rank
+
+
+def test_processes_share_out_the_photos_of_validation(module) -> None:
+    data = module("data.val_max=3")
+    alone = [torch.cat([batch["row"] for batch in loader]).tolist() for loader in data.val_dataloader()]
+    shares = []
+    for rank in range(2):
+        data.trainer = Together(2, rank)
+        shares.append([torch.cat([batch["row"] for batch in loader]).tolist() for loader in data.val_dataloader()])
+    for one, other, expected in zip(*shares, alone, strict=True):
+        assert len(one) == len(other) == 2, "or one would wait for the other"
+        assert {*one, *other} == set(expected) == {0, 1, 2}
+
+
+def test_more_processes_than_photos_are_refused(module) -> None:
+    data = module("data.epoch_size=4")
+    data.trainer = Together(8, 0)
+    with pytest.raises(ValueError, match=r"4 photos an epoch for 8 processes; type trainer.devices=4 or fewer, or a larger"):
+        data.train_dataloader()
 
 
 def test_batches_hold_originals_and_augmented_pictures(module) -> None:

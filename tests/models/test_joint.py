@@ -44,7 +44,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         pictures, masks = torch.stack([torch.full_like(noise, 255), noise]), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
         pictures[:, :, 16:48, 16:48] = torch.tensor([40 * index, 200, 90], dtype=torch.uint8)[:, None, None]
         masks[:, :, 16:48, 16:48] = 255
-        return {"pictures": pictures, "masks": masks}
+        return {"pictures": pictures, "masks": masks, "row": torch.tensor(index)}
 
 
 def fit(module: JointModule, folder: Path, epochs: int, *callbacks: pl.Callback, ckpt_path: Path | None = None) -> pl.Trainer:

@@ -69,12 +69,13 @@ class Held(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         photo[:, 8 + 8 * index : 40, 8:40] = torch.tensor([60 * index, 200 - 50 * index, 90], dtype=torch.uint8)[:, None, None]
         mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
         mask[:, 8 + 8 * index : 40, 8:40] = 255
-        return {"pictures": torch.stack([photo, photo]), "masks": torch.stack([255 - mask if self.wrong else mask, mask])}
+        masks = torch.stack([255 - mask if self.wrong else mask, mask])
+        return {"pictures": torch.stack([photo, photo]), "masks": masks, "row": torch.tensor(index)}
 
 
 class Others(Held):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pictures": super().__getitem__(index)["pictures"][:1]}
+        return {"pictures": super().__getitem__(index)["pictures"][:1], "row": torch.tensor(index)}
 
 
 def validate(module: SaliencyModule, *sets: torch.utils.data.Dataset[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from beauty_bafe.models.precision import fastest_precision, keep_memory, pick_device, trainer_settings
+from beauty_bafe.models.precision import (
+    count_devices,
+    fastest_precision,
+    keep_memory,
+    pick_device,
+    pick_devices,
+    trainer_settings,
+)
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.fastest import FastestIndex
 
@@ -93,3 +100,20 @@ def test_the_device_reaches_every_part(index: str, configure: Callable[..., Dict
 def test_memory_is_kept_without_harm() -> None:
     keep_memory()
     assert torch.ones(1 << 24).sum() == 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(2, 2), ("2", 2), ([3], 1), ("0,1", 2), ("1,", 1), (-1, 4), ("-1", 4), ("auto", 4), ("some", "some")]
+)
+def test_devices_are_counted(machine, devices: object, count: object) -> None:
+    """A run that took all GPUs of a machine of four is not resumed on one of two."""
+    machine(4, False)
+    assert count_devices("auto", devices) == count
+
+
+def test_several_devices(machine) -> None:
+    machine(2, False)
+    assert pick_devices("all", "auto") == ["cuda:0", "cuda:1"]
+    assert pick_devices("all", "cpu") == ["cpu"]
+    assert pick_devices(["cuda:1", "cpu"], "auto") == ["cuda:1", "cpu"]
+    assert pick_devices(None, "auto") == ["cuda"]

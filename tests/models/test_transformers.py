@@ -178,7 +178,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         seen = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
         masks = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
         masks[..., 16:48, 16:48] = 255
-        return {"pictures": seen, "masks": masks}
+        return {"pictures": seen, "masks": masks, "row": torch.tensor(index)}
 
 
 @pytest.mark.parametrize("objective", ["joint", "frozen"])
