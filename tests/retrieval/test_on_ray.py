@@ -73,8 +73,8 @@ def test_workers_and_driver_killed_and_the_same_command_again(tmp_path: Path, ga
     driver = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     shards = PICTURES // SHARD
     try:
-        # All shards but the pipe's, of both poolings.
-        wait_until(lambda: len(list((tmp_path / "ray").rglob("*.safetensors"))) == 2 * (shards - 1), driver)
+        # Half of the shards, of both poolings; never the pipe's, nor what waits behind it.
+        wait_until(lambda: len(list((tmp_path / "ray").rglob("*.safetensors"))) >= shards, driver)
         first = actors(driver.pid)
         assert first
         for pid in first:
