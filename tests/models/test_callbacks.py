@@ -20,7 +20,7 @@ class Pictures(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
-        return {"pictures": pictures, "masks": pictures[:, :1]}
+        return {"pictures": pictures, "masks": pictures[:, :1], "row": torch.tensor(index)}
 
 
 def fit(

@@ -26,7 +26,7 @@ from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.milvus_index import MilvusIndex
 
 pymilvus = pytest.importorskip("pymilvus", reason="the extra `milvus`")
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("milvus")]  # one process, one server
+pytestmark = pytest.mark.server  # one server: `--dist loadfile` keeps a file's tests in one process
 DIMENSIONS = 16
 NUMBERS = count()
 
