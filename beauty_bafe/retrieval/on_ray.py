@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -81,10 +82,10 @@ class RayExtraction(FeatureExtraction):
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at the start; it would report over the network
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what actors without a GPU see is not Ray's to hide
-        local = {"include_dashboard": False} if self.address is None else {}
+        local: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
         address = "local" if self.address is None else self.address
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning", **local)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
         except Exception as error:  # a start that takes too long has no class of its own
             if self.address is None:
                 raise ConnectionError(
