@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -195,6 +196,8 @@ class Gallery:
         self._learned = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def _write_learned(self, place: Path) -> None:
+        if not os.access(place, os.W_OK):
+            return  # a read-only copy can answer all the same
         replace_file(place / LEARNED, lambda part: part.write_text(json.dumps(self._learned), encoding="utf-8"))
 
     def answer(self, pictures: Pictures, described: Sequence[Features], k: int) -> Ranking:

@@ -67,6 +67,14 @@ def test_it_is_learned_once_for_an_index_dir(open_gallery, tmp_path: Path, monke
         later.rehearse([Counting()], rehearsal, "settings", folder)
         assert (later.steps, later.calibration) == (first.steps, first.calibration)
     monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    copied = open_gallery(None)
+    copied.rehearse([Counting()], Rehearsal(4, paste), "of a read-only copy", folder)
+    assert copied.steps == [[Counting(weight=4.0)]]
+    monkeypatch.undo()
+    again = open_gallery(None)
+    again.rehearse([Counting()], Rehearsal(3, paste), "settings", folder)
+    assert again.steps == [[Counting(weight=12.0)]], "nothing was written"
     other = open_gallery(None)
     other.rehearse([Counting()], Rehearsal(5, paste), "other settings", folder)
     assert other.steps == [[Counting(weight=5.0)]]
