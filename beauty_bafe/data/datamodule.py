@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from .augmentation import Augmentation, Sample, Surroundings
+from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
 from .foreground import find_holes
@@ -55,7 +55,7 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key
         photo, mask = self.sample(index)
-        surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(int(rng.integers(len(self)))))
+        surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(draw_other(rng, index, len(self))))
         label = seen_through = mask
         if self.augmentation.holes:
             # Half: the photo does not tell whether what is enclosed is a hole, its street views show it as either.

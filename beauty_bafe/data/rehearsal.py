@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .augmentation import Augmentation, Sample, Surroundings
+from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import Backgrounds
 from .catalog import Catalog, open_catalog
 from .photos import load_photo
@@ -52,9 +53,13 @@ def draw_street_views(
             continue
     folder.mkdir(parents=True, exist_ok=True)
     chosen = list(photos)
-    surroundings = Surroundings(backgrounds, lambda rng: photos[chosen[int(rng.integers(len(chosen)))]])
+
+    def other(rng: np.random.Generator, number: int) -> Sample:
+        return photos[chosen[draw_other(rng, number, len(chosen))]]
+
     paths = []
     for number, index in enumerate(chosen):
+        surroundings = Surroundings(backgrounds, partial(other, number=number))
         view = augmentation(*photos[index], surroundings, np.random.default_rng((0, number)))
         paths.append(folder / f"{number:04d}.png")
         data = cv2.imencode(".png", cv2.cvtColor(view.photo, cv2.COLOR_RGB2BGR))[1].tobytes()

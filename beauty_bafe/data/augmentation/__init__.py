@@ -4,8 +4,8 @@ Source: BAFE (Wang et al., ACM MM 2019), section on foreground augmentation. Eve
 (photo, mask, surroundings, rng): the same generator state gives the same picture on every worker.
 """
 
-from .base import Augmentation, Sample, Surroundings
+from .base import Augmentation, Sample, Surroundings, draw_other
 from .paper import PaperAugmentation
 from .street import StreetAugmentation
 
-__all__ = ["Augmentation", "PaperAugmentation", "Sample", "StreetAugmentation", "Surroundings"]
+__all__ = ["Augmentation", "PaperAugmentation", "Sample", "StreetAugmentation", "Surroundings", "draw_other"]

@@ -28,6 +28,11 @@ class Surroundings(NamedTuple):
     product: Callable[[np.random.Generator], Sample]
 
 
+def draw_other(rng: np.random.Generator, index: int, count: int) -> int:
+    """One of `count` indices other than `index`; `index` where it is the only one."""
+    return (index + 1 + int(rng.integers(max(1, count - 1)))) % count
+
+
 class Augmentation(Protocol):
     """`holes`: the share of its pictures, 0 to 1, for which the mask it is given is to leave out what `find_holes` finds."""
 

@@ -13,6 +13,7 @@ from .base import Sample
 
 RECTANGULAR = 0.85  # share of its bounding box that a pack fills; an ellipse fills 0.79
 UPRIGHT = 1.3  # height by width; what is wider is seldom round about an upright axis
+EDGE = 0.01  # of the canvas: how far the backdrop's white reaches into a product's outline
 NEAR, FAR = 1.3, 4.0  # distance of the camera, in lengths of the product: an arm's length and less
 
 
@@ -80,7 +81,9 @@ def as_cylinder(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
     middle, half = (starts + ends - 1) / 2, np.maximum((ends - starts - 1) / 2, 0.5)
     u = np.clip((np.arange(size) - middle[:, None]) / half[:, None], -1, 1)
     angle = np.arcsin(u)
-    source = (middle[:, None] + half[:, None] * np.sin(angle - turn)).astype(np.float32)
+    # Where the angle passes 90 degrees a row's outermost pixel, half backdrop, would be drawn out into a white streak.
+    reach = np.maximum(half - max(1.5, EDGE * size), 0)
+    source = (middle[:, None] + reach[:, None] * np.sin(angle - turn)).astype(np.float32)
     lines = np.repeat(rows[:, None], size, axis=1).astype(np.float32)
     seen = cv2.remap(photo, source, lines, cv2.INTER_LINEAR)
     depth = rng.uniform(0, 0.5)
