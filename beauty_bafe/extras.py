@@ -15,6 +15,8 @@ EXTRAS = {  # module -> extra of this package
     "pymilvus": "milvus",
     "fastapi": "serve",
     "ray": "ray",
+    "rapidocr": "text",
+    "rapidfuzz": "text",
     "uvicorn": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",

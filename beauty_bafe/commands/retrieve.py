@@ -23,6 +23,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     cli.require_retrieval_inputs(cfg)
     recipe.resolve_auto(cfg, CONF)
     from beauty_bafe.data.catalog import Skipped, open_catalog
+    from beauty_bafe.evaluation.certainty import Certainty
     from beauty_bafe.evaluation.masks import evaluate_masks
     from beauty_bafe.evaluation.metrics import evaluate, read_truth
     from beauty_bafe.evaluation.report import write_report
@@ -48,7 +49,8 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
         skipped.write(output / "skipped.csv")
 
     start = time.perf_counter()
-    ranking = gallery.answer(query_catalog, described, cfg.k)
+    shortlist = gallery.shortlist(query_catalog, described, cfg.k)
+    ranking = shortlist.first(cfg.k)
     milliseconds = 1e3 * (time.perf_counter() - start) / len(ranking.query_ids)
     queries, catalogs = mean_masks(described), {"gallery": gallery.catalog, "queries": query_catalog}
     threshold = None if gallery.calibration is None else gallery.calibration.threshold(cfg.known_at)
@@ -60,11 +62,15 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     metrics = gallery.costs() | {"ms_per_query": milliseconds} | ({} if evaluation is None else evaluation.summary())
     if evaluation is not None:
         evaluation.write_per_query(output / "per_query.csv")
+    certainty = None
+    if truth is not None and gallery.calibration is not None and threshold is not None:
+        certainty = Certainty.judge(shortlist, truth, gallery.calibration, threshold)
+        metrics |= certainty.summary()
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     log.info("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))
     if cfg.report:
-        write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth, threshold)
+        write_report(output / "report.html", cfg, ranking, queries, catalogs, evaluation, metrics, truth, threshold, certainty)
         log.info(f"report: {output / 'report.html'}")
     return metrics
 

@@ -19,6 +19,7 @@ from ..data.pictures import letterbox, read_picture
 from ..retrieval.features import Features
 from ..retrieval.ranking import Ranking
 from ..retrieval.submission import is_known
+from .certainty import Certainty
 from .metrics import DIVISIONS, Evaluation
 
 THUMB, QUERY = 132, 168  # pixels
@@ -39,10 +40,12 @@ def write_report(
     metrics: Mapping[str, Any],
     truth: Mapping[str, Collection[str]] | None,
     threshold: float | None = None,
+    certainty: Certainty | None = None,
 ) -> None:
     """Write the page; with truth the worst queries come first. `catalogs`: "gallery" and "queries".
 
-    `threshold`: the probability from which a query's product counts as one of the gallery's.
+    `threshold`: the probability from which a query's product counts as one of the gallery's. `certainty` adds the
+    reliability diagram.
     """
     from rich.progress import track
 
@@ -68,6 +71,7 @@ def write_report(
         gallery=len(ranking.gallery_ids),
         k=ranking.positions.shape[1],
         cards=_cards(metrics, cfg.k),
+        bins=() if certainty is None else certainty.bins(),
         judged=bool(precision),
         sure=ranking.probabilities is not None,
         found=sum(1 for query in ranking.query_ids if precision.get(query, 0) > 0),
@@ -123,6 +127,10 @@ def _cards(metrics: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
         for n in dict.fromkeys((1, k))
     ]
     cards += [
+        {"name": "AUROC", "key": "auroc", "note": "a known product's answer is surer than an unknown one's"},
+        {"name": "calibration error", "key": "calibration_error", "note": "mean gap of probability and truth"},
+        {"name": "recognised", "key": "recognised", "note": "known products taken for known"},
+        {"name": "falsely accepted", "key": "false_acceptance", "note": "unknown products taken for known"},
         {"name": "mask IoU", "key": "mask_iou", "note": "predicted against true masks"},
         {"name": "mask MAE", "key": "mask_mae", "note": "mean absolute difference to the true masks"},
         {"name": "mask F-beta", "key": "mask_f_beta", "note": "beta² = 0.3"},

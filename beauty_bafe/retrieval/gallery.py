@@ -163,17 +163,18 @@ class Gallery:
         """
         self.steps = [list(steps) for _ in self.indexes]
         if self._learned.get("about") == about:
-            for own, weights in zip(self.steps, self._learned["weights"], strict=True):
+            for own, learned in zip(self.steps, self._learned["weights"], strict=True):
                 learners = [place for place, step in enumerate(own) if isinstance(step, Learner)]
-                for place, weight in zip(learners, weights, strict=True):
-                    own[place] = replace(own[place], weight=weight)  # type: ignore[type-var]
+                for place, weights in zip(learners, learned, strict=True):
+                    own[place] = replace(own[place], weights=weights)  # type: ignore[type-var]
             known = self._learned["calibration"]
             self.calibration = None if known is None else Calibration.from_dict(known)
             return
         self.calibration = self._practise(rehearsal)
-        weights = [[step.weight for step in own if isinstance(step, Learner)] for own in self.steps]
+        found = [[step.weights for step in own if isinstance(step, Learner)] for own in self.steps]
+        learned = [[None if weights is None else dict(weights) for weights in own] for own in found]
         known = None if self.calibration is None else self.calibration.to_dict()
-        self._learned = {"about": about, "weights": weights, "calibration": known}
+        self._learned = {"about": about, "weights": learned, "calibration": known}
         if folder is not None:
             Versions(Path(folder)).read(self._write_learned)
 
@@ -205,11 +206,15 @@ class Gallery:
 
         `pictures`: the queries, for steps that look at them. Raises ValueError for a bad k.
         """
+        return self.shortlist(pictures, described, k).first(k)
+
+    def shortlist(self, pictures: Pictures, described: Sequence[Features], k: int) -> Ranking:
+        """As `answer`, with all answers that share out a probability (see Calibration), where there are more than k."""
         check_k(k, len(self.indexes[0]))
         ranking = self._answer(pictures, described, max(k, SHORTLIST if self.calibration is not None else 0))
-        if self.calibration is not None:
-            ranking = replace(ranking, probabilities=self.calibration.probabilities(ranking.scores))
-        return ranking.first(k)
+        if self.calibration is None:
+            return ranking
+        return replace(ranking, probabilities=self.calibration.probabilities(ranking.scores))
 
     def _answer(self, pictures: Pictures, described: Sequence[Features], k: int, learn: bool = False) -> Ranking:
         """The k best, or as many as the gallery and the steps leave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from .features import unit
 
 DETAIL = 2  # times the canvas is the picture that a closer look is cut from, so that small products stay sharp
 LEAST = 0.005  # share of the picture; a smaller mask must be wrong
+THUMBNAIL = 64  # pixels; what differs between the flavours of one brand is larger
 
 
 class Keypoints(NamedTuple):
@@ -23,6 +25,16 @@ class Keypoints(NamedTuple):
 
     points: np.ndarray
     descriptors: np.ndarray
+
+
+class Look(NamedTuple):
+    """A picture as a detector sees it.
+
+    `thumbnail`: uint8 (THUMBNAIL, THUMBNAIL, 4), L*, a* and b* of the canvas that the keypoints lie on, and 255 on the product.
+    """
+
+    keypoints: Keypoints
+    thumbnail: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,19 +55,42 @@ class Detector(ABC):
         """uint8 (S, S, 3), S any; `inside`: bool (S, S), where keypoints may lie, heeded with `foreground`."""
 
     def key(self) -> dict[str, Any]:
-        """Plain values that its keypoints depend on."""
-        return asdict(self)
+        """Plain values that its looks depend on."""
+        return asdict(self) | {"thumbnail": THUMBNAIL}
 
-    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> Keypoints:
-        """Keypoints of uint8 (H, W, 3). `mask`: uint8 (M, M), 255 on the product, of the letterboxed picture."""
-        if mask is None:
-            return self(letterbox(rgb, self.size))
-        if self.closer is not None:
-            saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
-            if View(closer=self.closer, least=LEAST).trusts(saliency):
-                window = move_inside(product_window(saliency, self.closer))[0].tolist()
-                return self(*_look_through(window, letterbox(rgb, DETAIL * self.size), mask, self.size))
-        return self(letterbox(rgb, self.size), cv2.resize(mask, (self.size, self.size), interpolation=cv2.INTER_LINEAR) > 127)
+    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> Look:
+        canvas, inside = look_closer(rgb, mask, self.size, self.closer)
+        return Look(self(canvas, inside), _thumbnail(canvas, inside))
+
+    def pack(self, look: Look) -> dict[str, np.ndarray]:
+        return {**look.keypoints._asdict(), "thumbnail": look.thumbnail}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Look:
+        return Look(Keypoints(arrays["points"], arrays["descriptors"]), arrays["thumbnail"])
+
+
+def look_closer(
+    rgb: np.ndarray, mask: np.ndarray | None, size: int, closer: float | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The window of `closer` times the product's longer side, or the whole picture without a mask that can be trusted.
+
+    uint8 (H, W, 3) and `mask`, uint8 (M, M), 255 on the product, of the letterboxed picture -> uint8 (size, size, 3) and
+    where the product is, bool (size, size).
+    """
+    if mask is None:
+        return letterbox(rgb, size), None
+    if closer is not None:
+        saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
+        if View(closer=closer, least=LEAST).trusts(saliency):
+            window = move_inside(product_window(saliency, closer))[0].tolist()
+            return _look_through(window, letterbox(rgb, DETAIL * size), mask, size)
+    return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
+
+
+def _thumbnail(canvas: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+    product = np.full(canvas.shape[:2], 255, np.uint8) if inside is None else inside.astype(np.uint8) * 255
+    rgb, small = (cv2.resize(part, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA) for part in (canvas, product))
+    return np.dstack([cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB), small])
 
 
 def _look_through(window: list[float], rgb: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

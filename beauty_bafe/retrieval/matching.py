@@ -1,10 +1,10 @@
-"""Matches between the keypoints of two pictures, and how many of them agree on one geometry."""
+"""Matches between the keypoints of two pictures, and the geometry on which most of them agree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -61,25 +61,34 @@ def match_mutually(query: np.ndarray, candidate: np.ndarray, ratio: float) -> tu
     return rows[backward], nearest[backward]
 
 
-def count_inliers(source: np.ndarray, target: np.ndarray) -> int:
-    """Matches, float32 (M, 2) each, that agree on a homography or an affine map, beyond the 4 or 3 that always do.
+class Geometry(NamedTuple):
+    """`inliers`: matches that agree on it, beyond those that always do. `matrix`: float64 (3, 3), query to candidate."""
 
-    MAGSAC++ (Barath et al., CVPR 2020). Mirroring maps and those that shrink or enlarge over 20 times count as none.
+    inliers: int
+    matrix: np.ndarray
+
+
+def fit_geometry(source: np.ndarray, target: np.ndarray) -> Geometry | None:
+    """The homography or affine map on which most matches, float32 (M, 2) each, agree beyond the 4 or 3 that it needs.
+
+    MAGSAC++ (Barath et al., CVPR 2020). None where no match is left over; mirroring maps and those that shrink or enlarge
+    over 20 times do not count.
     """
-    best = 0
+    fits = []
     if len(source) > 4:
         cv2.setRNGSeed(0)
         matrix, inliers = cv2.findHomography(source, target, cv2.USAC_MAGSAC, REACH, maxIters=500, confidence=0.99)
         if matrix is not None and _plausible(matrix[:2, :2]):
-            best = int(inliers.sum()) - 4
+            fits.append(Geometry(int(inliers.sum()) - 4, matrix))
     if len(source) > 3:
         cv2.setRNGSeed(0)
         matrix, inliers = cv2.estimateAffine2D(
             source, target, method=cv2.USAC_MAGSAC, ransacReprojThreshold=REACH, maxIters=500, confidence=0.99
         )
         if matrix is not None and _plausible(matrix[:, :2]):
-            best = max(best, int(inliers.sum()) - 3)
-    return max(best, 0)
+            fits.append(Geometry(int(inliers.sum()) - 3, np.vstack([matrix, [0, 0, 1]])))
+    best = max(fits, key=lambda fit: fit.inliers, default=None)
+    return best if best is not None and best.inliers > 0 else None
 
 
 def _plausible(linear: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ by block. Likeness is the cosine, whatever metric the index searches by and what
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -62,10 +62,10 @@ class Reranker(Protocol):
 
 @runtime_checkable
 class Learner(Reranker, Protocol):
-    """A re-ranker, a dataclass, whose `weight` may be learned from street views of the gallery, once, before it answers."""
+    """A re-ranker, a dataclass, whose `weights` may be learned from street views of the gallery, once, before it answers."""
 
     @property
-    def weight(self) -> float | None: ...
+    def weights(self) -> Mapping[str, float] | None: ...
 
     def learned(self, practice: Candidates) -> Reranker:
         """What has learned. `practice`: queries named after the gallery pictures that they show."""

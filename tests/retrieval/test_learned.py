@@ -15,7 +15,7 @@ import torch
 from beauty_bafe.retrieval import learned
 from beauty_bafe.retrieval.keypoints import Detector, Keypoints, to_bytes
 from beauty_bafe.retrieval.learned import Aliked, LightGlue, XFeat
-from beauty_bafe.retrieval.matching import Matcher, NearestNeighbours, count_inliers
+from beauty_bafe.retrieval.matching import Matcher, NearestNeighbours, fit_geometry
 
 SIZE = 256
 
@@ -151,10 +151,12 @@ def test_matches_of_a_known_homography(name: str, precision: str | None) -> None
     (rows, columns), (wrong, others) = matcher(query, [same, other], SIZE)
     truth = cv2.perspectiveTransform(same.points[columns][None], HOMOGRAPHY)[0]
     error = np.linalg.norm(truth - query.points[rows], axis=1)
-    inliers = count_inliers(query.points[rows], same.points[columns])
+    geometry = fit_geometry(query.points[rows], same.points[columns])
     assert np.median(error) < 3
-    assert inliers > 20
-    assert count_inliers(query.points[wrong], other.points[others]) < inliers / 3
+    assert geometry is not None
+    assert geometry.inliers > 20
+    stranger = fit_geometry(query.points[wrong], other.points[others])
+    assert stranger is None or stranger.inliers < geometry.inliers / 3
 
 
 def test_weights_that_cannot_be_had_or_do_not_fit(

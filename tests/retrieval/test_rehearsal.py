@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,14 +27,14 @@ class Counting:
     """A re-ranker that changes nothing and learns how many views it was shown."""
 
     depth: int = 3
-    weight: float | None = None
+    weights: Mapping[str, float] | None = None
 
     def learned(self, practice: Candidates) -> Reranker:
         assert all(name in practice.ranking.gallery_ids for name in practice.ranking.query_ids)
-        return replace(self, weight=float(len(practice.ranking.query_ids)))
+        return replace(self, weights={"views": len(practice.ranking.query_ids)})
 
     def __call__(self, found: Candidates) -> Candidates:
-        assert self.weight is not None, "it learns before it answers"
+        assert self.weights is not None, "it learns before it answers"
         return found
 
 
@@ -59,7 +60,7 @@ def test_it_is_learned_once_for_an_index_dir(open_gallery, tmp_path: Path, monke
     folder, rehearsal = str(tmp_path / "index"), Rehearsal(12, paste)
     first = open_gallery()
     first.rehearse([Counting()], rehearsal, "settings", folder)
-    assert first.steps == [[Counting(weight=12.0)]]
+    assert first.steps == [[Counting(weights={"views": 12})]]
     assert first.calibration is not None
     monkeypatch.setattr(Rehearsal, "draw", lambda *_: pytest.fail("drawn again"))
     for source in (None, Path(first.catalog.paths[0]).parent):
@@ -70,14 +71,14 @@ def test_it_is_learned_once_for_an_index_dir(open_gallery, tmp_path: Path, monke
     monkeypatch.setattr("os.access", lambda *_: False)
     copied = open_gallery(None)
     copied.rehearse([Counting()], Rehearsal(4, paste), "of a read-only copy", folder)
-    assert copied.steps == [[Counting(weight=4.0)]]
+    assert copied.steps == [[Counting(weights={"views": 4})]]
     monkeypatch.undo()
     again = open_gallery(None)
     again.rehearse([Counting()], Rehearsal(3, paste), "settings", folder)
-    assert again.steps == [[Counting(weight=12.0)]], "nothing was written"
+    assert again.steps == [[Counting(weights={"views": 12})]], "nothing was written"
     other = open_gallery(None)
     other.rehearse([Counting()], Rehearsal(5, paste), "other settings", folder)
-    assert other.steps == [[Counting(weight=5.0)]]
+    assert other.steps == [[Counting(weights={"views": 5})]]
 
 
 def test_probabilities_rise_with_what_was_learned(open_gallery, toy: Path) -> None:

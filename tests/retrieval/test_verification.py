@@ -1,4 +1,4 @@
-"""SIFT as a re-ranker: matches, geometry, the weight learned from rehearsals, and galleries kept on disk."""
+"""SIFT as a re-ranker: matches, geometry, weights learned from street views, and galleries kept on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from beauty_bafe.data.backgrounds import Backgrounds
 from beauty_bafe.data.catalog import Catalog
 from beauty_bafe.data.rehearsal import draw_street_views
-from beauty_bafe.retrieval import local
+from beauty_bafe.retrieval import looking
 from beauty_bafe.retrieval.exact import ExactIndex
 from beauty_bafe.retrieval.features import Features, unit
 from beauty_bafe.retrieval.keypoints import Keypoints, Sift, root_sift
-from beauty_bafe.retrieval.local import MatchCount, Verification, choose_weight
-from beauty_bafe.retrieval.matching import NearestNeighbours, count_inliers, count_matches, match_mutually
+from beauty_bafe.retrieval.matching import NearestNeighbours, count_matches, fit_geometry, match_mutually
 from beauty_bafe.retrieval.rerank import Candidates, SearchContext
+from beauty_bafe.retrieval.verification import MatchCount, Verification
 
 SIZE = 200
 DETECTOR = Sift(SIZE, 300)
@@ -57,11 +57,16 @@ def test_matches_of_a_known_homography() -> None:
     rows, columns = match_mutually(root_sift(query.descriptors), root_sift(same.descriptors), 0.9)
     truth = cv2.perspectiveTransform(same.points[columns][None], HOMOGRAPHY)[0]
     error = np.linalg.norm(truth - query.points[rows], axis=1)
-    inliers = count_inliers(query.points[rows], same.points[columns])
+    geometry = fit_geometry(query.points[rows], same.points[columns])
+    assert geometry is not None
     assert np.median(error) < 2
-    assert abs(inliers + 4 - int((error < 4).sum())) <= max(3, 0.15 * len(rows))
+    assert abs(geometry.inliers + 4 - int((error < 4).sum())) <= max(3, 0.15 * len(rows))
+    corners = np.array([[[50.0, 50.0], [150, 50], [150, 150], [50, 150]]])
+    back = cv2.perspectiveTransform(cv2.perspectiveTransform(corners, HOMOGRAPHY), geometry.matrix)
+    assert np.abs(back - corners).max() < 3, "the map leads from the query to the candidate"
     rows, columns = match_mutually(root_sift(query.descriptors), root_sift(other.descriptors), 0.9)
-    assert count_inliers(query.points[rows], other.points[columns]) < inliers / 4
+    wrong = fit_geometry(query.points[rows], other.points[columns])
+    assert wrong is None or wrong.inliers < geometry.inliers / 4
 
 
 def test_mutual_matches_against_a_slow_twin() -> None:
@@ -81,10 +86,13 @@ def test_mutual_matches_against_a_slow_twin() -> None:
 
 def test_few_or_no_matches_prove_nothing() -> None:
     points = np.random.default_rng(0).random((4, 2)).astype(np.float32) * 100
-    assert count_inliers(points[:3], points[:3]) == 0
-    assert count_inliers(points, points * 2) == 1, "the affine map has one match to spare, the homography none"
+    assert fit_geometry(points[:3], points[:3]) is None
+    enlarged = fit_geometry(points, points * 2)
+    assert enlarged is not None
+    assert enlarged.inliers == 1, "the affine map has one match to spare, the homography none"
+    np.testing.assert_allclose(enlarged.matrix, np.diag([2, 2, 1]), atol=1e-3)
     mirrored = points * [-1, 1] + [100, 0]
-    assert count_inliers(points, mirrored.astype(np.float32)) == 0, "no photo is a mirror image"
+    assert fit_geometry(points, mirrored.astype(np.float32)) is None, "no photo is a mirror image"
     nothing = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
     some = DETECTOR(textured(0))
     assert count_matches(nothing, some, 0.8) == count_matches(some, nothing, 0.8) == (0, 0.0)
@@ -106,11 +114,14 @@ def test_a_closer_look_shows_the_product_alone() -> None:
     small[:50, 100:150] = cv2.resize(textured(0)[40:160, 40:160], (50, 50), interpolation=cv2.INTER_AREA)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:50, 100:150] = 255
-    near, whole = (Sift(SIZE, 300, foreground=True, closer=closer).look(small, mask) for closer in (1.0, None))
+    looks = [Sift(SIZE, 300, foreground=True, closer=closer).look(small, mask) for closer in (1.0, None)]
+    near, whole = (look.keypoints for look in looks)
     assert np.ptp(near.points, axis=0).min() > 3 * np.ptp(whole.points, axis=0).max()
+    shown = [(look.thumbnail[..., 3] > 127).mean() for look in looks]
+    assert shown == pytest.approx([1, 1 / 16], abs=0.05), "the thumbnail is of the same canvas"
     for wrong in (np.zeros_like(mask), np.full_like(mask, 255)):
-        seen = Sift(SIZE, 300, closer=1.0).look(small, wrong)
-        np.testing.assert_array_equal(seen.points, Sift(SIZE, 300).look(small, None).points, "such masks show nothing")
+        seen, plain = (Sift(SIZE, 300, closer=closer).look(small, part) for closer, part in ((1.0, wrong), (None, None)))
+        np.testing.assert_array_equal(seen.keypoints.points, plain.keypoints.points, "such masks show nothing")
 
 
 @pytest.fixture
@@ -146,7 +157,7 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
     ranked = MatchCount(6, 0.8, DETECTOR)(found).ranking
     assert [ranked.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert ranked.answers(1) == found.ranking.answers(1), "no keypoints, no change"
-    verified = Verification(6, DETECTOR, MATCHER, 1.0)(found).ranking
+    verified = Verification(6, {"inliers": 1.0}, DETECTOR, MATCHER)(found).ranking
     assert [verified.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert verified.answers(1) == found.ranking.answers(1)
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
@@ -169,32 +180,52 @@ def test_only_the_first_answers_are_looked_at(shop: Callable[..., Candidates]) -
 def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Candidates], monkeypatch: pytest.MonkeyPatch) -> None:
     found = shop({"q": warped(textured(3))})
     first = MatchCount(6, 0.8, DETECTOR)(found).ranking
-    monkeypatch.setattr(local, "read_picture", lambda path, _size: pytest.fail(f"{path} is described again"))
+    monkeypatch.setattr(looking, "read_picture", lambda path, _size: pytest.fail(f"{path} is described again"))
     again = MatchCount(6, 0.8, DETECTOR)(found).ranking
     monkeypatch.undo()
     assert again.as_answers() == first.as_answers()
     assert found.context is not None
     found.context.gallery.paths[0].write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"local features need the gallery's pictures, and .*p0.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"this re-ranking needs the gallery's pictures, and .*p0.png' cannot be read"):
         MatchCount(6, 0.8, DETECTOR)(found)
 
 
-def test_the_weight_comes_from_street_views_of_the_gallery(
+def test_weights_come_from_street_views_of_the_gallery(
     shop: Callable[..., Candidates], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Descriptors are random here, so geometry must be heard; a query's own truth is never asked for."""
+    """Descriptors are random here, so the pictures must be heard; a query's own truth is never asked for."""
     practice = shop({f"p{number}": warped(textured(number)) for number in range(5)})
-    ignorant = Verification(6, DETECTOR, MATCHER, None)
-    with pytest.raises(ValueError, match=r"there are none; type a number \(rerank.sift_verified.weight=0.05\)"):
+    ignorant = Verification(6, None, DETECTOR, MATCHER)
+    with pytest.raises(ValueError, match=r"there are none; type them \('rerank.NAME.weights=\{inliers: 0.05\}'\)"):
         ignorant(practice)
     learned = ignorant.learned(practice)
     printed = capsys.readouterr().out
     assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
-    assert learned.weight is not None
-    assert learned.weight > 0
+    assert learned.weights is not None
+    assert learned.weights["inliers"] > 0
     assert learned(shop({"q4": warped(textured(4))})).ranking.answers(0)[0] == "p4"
-    told = Verification(6, DETECTOR, MATCHER, 0.3)
+    told = Verification(6, {"inliers": 0.3}, DETECTOR, MATCHER)
     assert told.learned(practice) is told
+    with pytest.raises(ValueError, match=r"weights: \{inlier: ...\} is no evidence here; type some of inliers, lightness"):
+        Verification(6, {"inlier": 0.3}, DETECTOR, MATCHER)
+
+
+def test_colours_tell_products_of_one_print_apart(shop: Callable[..., Candidates]) -> None:
+    """The same blocks in other colours: keypoints see hardly a difference, what lies over each other does."""
+    found = shop({"q": warped(textured(4))})
+    paths = dict(zip(found.context.gallery.ids, found.context.gallery.paths, strict=True))  # type: ignore[union-attr]
+    recoloured = cv2.cvtColor(textured(4), cv2.COLOR_BGR2LAB)
+    recoloured[80:140, 40:170, 1:] = 255 - recoloured[80:140, 40:170, 1:]
+    cv2.imwrite(str(paths["p1"]), textured(4))
+    cv2.imwrite(str(paths["p2"]), cv2.cvtColor(recoloured, cv2.COLOR_LAB2BGR))
+    like = dict(zip(found.ranking.answers(0), found.ranking.scores[0], strict=True))
+    raised = {}
+    for name in ("inliers", "chroma", "colour"):
+        ranked = Verification(6, {name: 1.0}, DETECTOR, MATCHER)(found).ranking
+        raised[name] = {key: score - like[key] for key, score in zip(ranked.answers(0), ranked.scores[0], strict=True)}
+    assert raised["inliers"]["p2"] > 0.7 * raised["inliers"]["p1"]
+    assert raised["chroma"]["p1"] > raised["chroma"]["p2"] + 0.3
+    assert raised["colour"]["p1"] > raised["colour"]["p2"] + 0.3
 
 
 def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
@@ -202,19 +233,9 @@ def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
     found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
     by_distance = ExactIndex("l2", "cpu").fit(found.index.get(found.index.ids), found.index.ids)
     other = replace(found, index=by_distance, ranking=by_distance.search(found.queries.vectors, found.queries.ids, 6))
-    first, second = (Verification(6, DETECTOR, MATCHER, 0.1)(f).ranking for f in (found, other))
+    first, second = (Verification(6, {"inliers": 0.1}, DETECTOR, MATCHER)(f).ranking for f in (found, other))
     assert first.as_answers() == second.as_answers()
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
-
-
-def test_a_weight_that_does_not_help_is_not_taken(shop: Callable[..., Candidates]) -> None:
-    found = shop({f"p{number}": textured(number) for number in range(6)})
-    assert choose_weight(found, np.zeros((6, 6))) == 0.0
-    own = np.array(
-        [[name == query for name in found.ranking.answers(row)] for row, query in enumerate(found.ranking.query_ids)]
-    )
-    assert choose_weight(found, own * 5.0) > 0
-    assert choose_weight(found, (~own) * 5.0) == 0.0
 
 
 def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Candidates]) -> None:
@@ -253,7 +274,7 @@ def test_a_turned_query_is_matched_in_every_turn(shop: Callable[..., Candidates]
 
     found = shop({f"q{turn}": np.ascontiguousarray(np.rot90(textured(4), turn)) for turn in range(4)})
     detector = Patches(SIZE, 100, foreground=True)
-    first, every = (Verification(6, detector, MATCHER, 9.0, turns)(found).ranking for turns in (False, True))
+    first, every = (Verification(6, {"inliers": 9.0}, detector, MATCHER, turns)(found).ranking for turns in (False, True))
     assert [every.answers(row)[0] for row in range(4)] == ["p4"] * 4
     assert first.answers(0)[0] == "p4"
     assert every.scores[1:, 0].min() > 1.2 * first.scores[1:, 0].max()
@@ -271,7 +292,7 @@ def test_learned_keypoints_go_the_same_way(shop: Callable[..., Candidates], tmp_
     found = shop({"q4": warped(textured(4)), "blank": blank}, masks=False)
     for path in found.context.gallery.paths[:2]:  # type: ignore[union-attr]
         cv2.imwrite(str(path), blank)
-    ranked, again = (Verification(6, detector, MATCHER, 1.0)(found).ranking for _ in range(2))
+    ranked, again = (Verification(6, {"inliers": 1.0}, detector, MATCHER)(found).ranking for _ in range(2))
     assert ranked.as_answers() == again.as_answers()
     if trained:
         assert ranked.answers(0)[0] == "p4"

@@ -1,0 +1,99 @@
+"""Whether probabilities can be believed: known products against those that the gallery lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from ..retrieval.calibration import SHORTLIST, Calibration
+from ..retrieval.ranking import Ranking
+from .metrics import BOOTSTRAP
+
+BINS = 10
+RECALL = 0.9
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """The best answer of each query, and of each query once its true products are taken out of the answers.
+
+    `known`: float (Q,), its probability. `right`: bool (Q,). `unknown`: float (Q,), the probability of the best that is left.
+    `threshold`: the probability from which a product counts as known.
+    """
+
+    known: np.ndarray
+    right: np.ndarray
+    unknown: np.ndarray
+    threshold: float
+
+    @classmethod
+    def judge(
+        cls, shortlist: Ranking, truth: Mapping[str, Collection[str]], calibration: Calibration, threshold: float
+    ) -> Self:
+        """`shortlist`: SHORTLIST answers a query, or all. Queries that `truth` does not name do not count."""
+        rows = [row for row, query in enumerate(shortlist.query_ids) if query in truth]
+        names = np.array(shortlist.gallery_ids)[shortlist.positions[rows, :SHORTLIST]]
+        scores = shortlist.scores[rows, :SHORTLIST]
+        hit = np.array(
+            [np.isin(answers, list(truth[shortlist.query_ids[row]])) for row, answers in zip(rows, names, strict=True)]
+        )
+        # Where no true product is among them the last answer goes, so that both lists are as long.
+        hit_or_last = hit.copy()
+        hit_or_last[~hit.any(axis=1), -1] = True
+        left = [calibration.probabilities(row[~gone][None])[0, 0] for row, gone in zip(scores, hit_or_last, strict=True)]
+        return cls(calibration.probabilities(scores)[:, 0], hit[:, 0], np.array(left), threshold)
+
+    def summary(self) -> dict[str, float | list[float] | None]:
+        """Means over queries of which half show products that the gallery lacks, with 95 % intervals (bootstrap, seed 0).
+
+        `auroc`: the chance that a known product's best answer has the higher probability. `calibration_error`: expected
+        calibration error in BINS bins (Naeini et al., AAAI 2015). `precision_at_90`: of the answers above the probability
+        that 90 % of the known products' right answers reach, the share that is right; None where fewer are right at all.
+        `false_acceptance` and `recognised`: unknown and known products whose best answer reaches `threshold`.
+        """
+        measures = {
+            "auroc": self._auroc,
+            "calibration_error": self._calibration_error,
+            "precision_at_90": self._precision,
+            "false_acceptance": lambda rows: float((self.unknown[rows] >= self.threshold).mean()),
+            "recognised": lambda rows: float((self.known[rows] >= self.threshold).mean()),
+        }
+        rows = np.arange(len(self.known))
+        samples = np.random.default_rng(0).integers(len(rows), size=(BOOTSTRAP // 4, len(rows)))
+        result: dict[str, float | list[float] | None] = {}
+        for name, measure in measures.items():
+            result[name] = measure(rows)
+            drawn = [value for value in map(measure, samples) if value is not None]
+            result[f"{name}_interval"] = np.percentile(drawn, [2.5, 97.5]).tolist() if result[name] is not None else None
+        return result
+
+    def bins(self) -> list[tuple[float, float, int]]:
+        """Mean probability, share that is right and number of answers, for each of BINS bins that holds any."""
+        return self._bins(np.arange(len(self.known)))
+
+    def _bins(self, rows: np.ndarray) -> list[tuple[float, float, int]]:
+        sure = np.concatenate([self.known[rows], self.unknown[rows]])
+        right = np.concatenate([self.right[rows], np.zeros(len(rows), bool)])
+        places = np.minimum((sure * BINS).astype(int), BINS - 1)
+        held = [places == place for place in range(BINS) if (places == place).any()]
+        return [(float(sure[part].mean()), float(right[part].mean()), int(part.sum())) for part in held]
+
+    def _auroc(self, rows: np.ndarray) -> float:
+        larger = mannwhitneyu(self.known[rows], self.unknown[rows]).statistic
+        return float(larger / len(rows) ** 2)
+
+    def _calibration_error(self, rows: np.ndarray) -> float:
+        return sum(abs(sure - right) * count for sure, right, count in self._bins(rows)) / (2 * len(rows))
+
+    def _precision(self, rows: np.ndarray) -> float | None:
+        known, right = self.known[rows], self.right[rows]
+        needed = int(np.ceil(RECALL * len(rows)))
+        if np.count_nonzero(right) < needed:
+            return None
+        threshold = np.sort(known[right])[::-1][needed - 1]
+        accepted = np.count_nonzero(known >= threshold) + np.count_nonzero(self.unknown[rows] >= threshold)
+        return float(np.count_nonzero(known[right] >= threshold) / accepted)
