@@ -91,7 +91,7 @@ def test_what_is_typed_wins_group_by_group(write, resolved, configure, capsys: p
     same(resolved([file], "query=whole"), configure, **BEST | {"query": "whole"})
     assert "trained for: pooling=attention_gem rerank=query_expansion\n" in capsys.readouterr().out
     same(resolved([file], "pooling=gem", "pooling.saliency=true"), configure, query="both", rerank="query_expansion")
-    same(resolved([file], "experiment=best"), configure, **BEST | {"query": "closer", "rerank": "sift_verified"})
+    same(resolved([file], "experiment=best"), configure, **BEST | {"query": "closer", "rerank": "keypoints_and_labels"})
     capsys.readouterr()
     resolved([file], "pooling=mac", "query=whole", "rerank=[query_expansion,superglobal]")
     assert capsys.readouterr().out == "", "nothing was left to the checkpoint"

@@ -98,8 +98,8 @@ def fit_weights(likeness: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> 
 
 
 def _likeness(found: Candidates, depth: int) -> np.ndarray:
-    """Scores of each query's first answers, float (Q, depth), up to 1; inner products where the index gives distances."""
-    if found.index.metric == "ip":
+    """Scores of each query's first answers, float (Q, depth); inner products where the index gave distances."""
+    if found.index.metric == "ip" or found.rescored:
         return found.ranking.scores[:, :depth]
     rows = enumerate(found.queries.vectors)
     return np.stack([found.vectors(depth, slice(row, row + 1))[0] @ query for row, query in rows])

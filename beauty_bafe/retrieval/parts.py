@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from .. import cli
 from ..data.rehearsal import Rehearsal
+from ..extras import explain
 from ..models.views import View
 from .ensemble import Concatenation, Fusion
 from .features import FeatureExtraction, Member, load_members
 from .index import Index
 from .rerank import Reranker
+
+log = logging.getLogger("beauty_bafe")
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,25 @@ class Parts:
 
 def build_parts(cfg: DictConfig) -> Parts:
     """Load the networks of `cfg`, none of its groups left at auto, and build what it names. Raises ValueError."""
-    steps = [instantiate(step) for step in cfg.rerank.values()]
+    steps = build_steps(cfg.rerank)
     poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
     members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs, cfg.size)
     view, extraction = instantiate(cfg.query.view), instantiate(cfg.extraction)
-    about = OmegaConf.to_yaml(OmegaConf.create({key: cfg[key] for key in ("rerank", "rehearsal", "query")}), resolve=True)
+    settings = {key: cfg[key] for key in ("rerank", "rehearsal", "query")} | {"steps": list(steps)}
+    about = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True)
     ensemble, index, rehearsal = instantiate(cfg.ensemble), instantiate(cfg.index), instantiate(cfg.rehearsal)
-    return Parts(members, extraction, ensemble, view, index, steps, rehearsal, about)
+    return Parts(members, extraction, ensemble, view, index, list(steps.values()), rehearsal, about)
+
+
+def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
+    """The re-rankers of conf/rerank by name, in order; one that is `optional` is left out where its package is missing."""
+    steps = {}
+    for name, settings in rerank.items():
+        kept = {key: value for key, value in settings.items() if key != "optional"}
+        try:
+            steps[str(name)] = instantiate(kept)
+        except InstantiationException as error:
+            if not (settings.get("optional") and isinstance(error.__cause__, ImportError)):
+                raise
+            log.warning(f"without {name}: {explain(error.__cause__)}")
+    return steps

@@ -27,12 +27,16 @@ SILENT = 5000  # rows or queries below which no progress is shown
 
 @dataclass(frozen=True)
 class Candidates:
-    """The answers so far, the queries, and the index to search again; `context` is for steps that look at pictures."""
+    """The answers so far, the queries, and the index to search again; `context` is for steps that look at pictures.
+
+    `rescored`: the scores are a re-ranker's, no longer the index's.
+    """
 
     ranking: Ranking
     queries: Features
     index: Index
     context: SearchContext | None = None
+    rescored: bool = False
 
     def vectors(self, depth: int, rows: slice = slice(None)) -> np.ndarray:
         """The first `depth` answers of the queries in `rows`, float32 (queries, depth, D)."""
@@ -234,20 +238,23 @@ def reorder(found: Candidates, scores: np.ndarray) -> Candidates:
     order = np.argsort(-scores, axis=1, kind="stable")
     positions = np.take_along_axis(found.ranking.positions[:, : scores.shape[1]], order, axis=1)
     ranking = Ranking(found.ranking.query_ids, found.ranking.gallery_ids, positions, np.take_along_axis(scores, order, axis=1))
-    return replace(found, ranking=ranking)
+    return replace(found, ranking=ranking, rescored=True)
 
 
 def with_depth(found: Candidates, depth: int) -> Candidates:
-    """Search again where the ranking holds fewer than `depth` answers and the gallery has more."""
+    """Search again where the ranking holds fewer than `depth` answers and the gallery has more.
+
+    What a re-ranker has ordered stays as it is: searching again would forget its work.
+    """
     have, want = found.ranking.positions.shape[1], min(depth, len(found.index))
-    if have >= want:
+    if have >= want or found.rescored:
         return found
     return replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, want))
 
 
 def _search_again(found: Candidates, queries: np.ndarray, index: Index) -> Candidates:
     ranking = index.search(queries, found.queries.ids, found.ranking.positions.shape[1])
-    return replace(found, ranking=ranking, queries=replace(found.queries, vectors=queries), index=index)
+    return replace(found, ranking=ranking, queries=replace(found.queries, vectors=queries), index=index, rescored=False)
 
 
 def _mutual(order: np.ndarray, k: int) -> np.ndarray:

@@ -238,6 +238,19 @@ def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
     np.testing.assert_allclose(first.scores, second.scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_second_step_goes_on_from_the_first(shop: Callable[..., Candidates], metric: str) -> None:
+    """Also where it looks deeper: searching again would forget the first one."""
+    found = shop({"q4": warped(textured(4))})
+    index = ExactIndex(metric, "cpu").fit(found.index.get(found.index.ids), found.index.ids)
+    found = replace(found, index=index, ranking=index.search(found.queries.vectors, found.queries.ids, 6))
+    first = Verification(5, {"inliers": 0.5}, DETECTOR, MATCHER)(found)
+    second = Verification(6, {"lightness": 0.1}, DETECTOR, MATCHER)(first)
+    together = Verification(5, {"inliers": 0.5, "lightness": 0.1}, DETECTOR, MATCHER)(found).ranking
+    assert second.ranking.answers(0) == together.answers(0)
+    np.testing.assert_allclose(second.ranking.scores, together.scores, atol=1e-5)
+
+
 def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": textured(0)})
     with pytest.raises(ValueError, match="this search has descriptors alone"):
