@@ -6,6 +6,7 @@ python benchmarks/augmentation.py --photos GALLERY --output docs/augmentation.jp
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from hydra.utils import instantiate
 from beauty_bafe.data.augmentation import Sample, Surroundings, camera
 from beauty_bafe.data.augmentation.hands import hold
 from beauty_bafe.data.augmentation.shelves import draw_shelf
-from beauty_bafe.data.augmentation.solids import as_box, as_cylinder, tilt
+from beauty_bafe.data.augmentation.solids import RECTANGULAR, UPRIGHT, as_box, as_cylinder, tilt
 from beauty_bafe.data.backgrounds import Backgrounds, procedural_background
 from beauty_bafe.data.catalog import open_catalog
 from beauty_bafe.data.photos import load_photo
 
 CONF = (Path(__file__).parents[1] / "conf").resolve()
-LABEL = 108  # pixels of a row's name
+LABEL = 124  # pixels of a row's name
+SIZE = 224  # pixels of a photo, as in training
 
 
 def smaller(product: Sample) -> Sample:
@@ -36,6 +38,19 @@ def smaller(product: Sample) -> Sample:
     )
 
 
+def filled(product: Sample) -> float:
+    """The share of its bounding box that a product fills."""
+    left, top, width, height = cv2.boundingRect(product.mask)
+    return cv2.countNonZero(product.mask[top : top + height, left : left + width]) / max(1, width * height)
+
+
+def is_bottle(product: Sample) -> bool:
+    """Upright and in one piece from side to side, as as_solid asks of a cylinder, and not a thin thing."""
+    _, _, width, height = cv2.boundingRect(product.mask)
+    starts = np.diff((product.mask > 127).astype(np.int8), axis=1, prepend=0) == 1
+    return height > UPRIGHT * width and 0.6 < filled(product) and starts.sum(axis=1).max() == 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="a folder of catalogue photos, or a csv of id,path")
@@ -43,41 +58,49 @@ def main() -> None:
     parser.add_argument(
         "--output", default="docs/augmentation.jpg", help="the picture to write (default: docs/augmentation.jpg)"
     )
-    parser.add_argument("--columns", type=int, default=9, help="products (default: 9)")
+    parser.add_argument("--columns", type=int, default=9, help="pictures a row (default: 9)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    catalog = open_catalog(arguments.photos)
+    catalog, count = open_catalog(arguments.photos), arguments.columns
     rng = np.random.default_rng(arguments.seed)
-    chosen = rng.choice(len(catalog), arguments.columns, replace=False)
-    products = [load_photo(catalog.paths[index], 224) for index in chosen]
+    order = rng.permutation(len(catalog))
+
+    def find(fits: Callable[[Sample], bool]) -> list[Sample]:
+        """The first `count` products that a function is made for; any where there are too few."""
+        photos = (load_photo(catalog.paths[index], SIZE) for index in order)
+        found = list(itertools.islice(filter(fits, photos), count))
+        return [*found, *products][:count]
+
+    products = [load_photo(catalog.paths[index], SIZE) for index in order[:count]]
     photos = None if arguments.backgrounds is None else open_catalog(arguments.backgrounds)
-    surroundings = Surroundings(Backgrounds(photos), lambda rng: products[int(rng.integers(len(products)))])
+    surroundings = Surroundings(Backgrounds(photos), lambda rng: products[int(rng.integers(count))])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         street = instantiate(compose("train", ["augmentation=street"]).augmentation)
 
-    def scene(product: Sample) -> np.ndarray:
-        return hold(draw_shelf(224, surroundings, rng), smaller(product), rng).photo
-
-    ways: dict[str, Callable[[Sample], np.ndarray]] = {
-        "photo": lambda product: product.photo,
-        "box": lambda product: as_box(*product, rng).photo,
-        "cylinder": lambda product: as_cylinder(*product, rng).photo,
-        "tilt": lambda product: tilt(*product, rng).photo,
-        "hand": lambda product: hold(procedural_background(rng, 224), smaller(product), rng).photo,
-        "shelf": lambda _: draw_shelf(224, surroundings, rng),
-        "glare": lambda product: camera.glare(*product, rng),
+    rows: dict[str, list[np.ndarray]] = {
+        "photo": [product.photo for product in products],
+        "box": [as_box(*product, rng).photo for product in find(lambda product: filled(product) > RECTANGULAR)],
+        "cylinder": [as_cylinder(*product, rng).photo for product in find(is_bottle)],
+        "tilt": [tilt(*product, rng).photo for product in products],
+        "hand": [hold(procedural_background(rng, SIZE), smaller(product), rng).photo for product in products],
+        "shelf": [draw_shelf(SIZE, surroundings, rng) for _ in products],
+        "glare": [camera.glare(*product, rng) for product in products],
     }
+    scenes = [hold(draw_shelf(SIZE, surroundings, rng), smaller(product), rng).photo for product in products]
     steps = ("white_balance", "tone_curve", "motion_blur", "sensor_noise", "low_resolution", "sharpen", "jpeg")
-    ways |= {step: lambda product, step=step: getattr(camera, step)(scene(product), rng) for step in steps}
-    ways |= {f"all of it, {number}": lambda product: street(*product, surroundings, rng).photo for number in (1, 2, 3)}
+    rows["before the camera"] = scenes
+    rows |= {step: [getattr(camera, step)(scene, rng) for scene in scenes] for step in steps}
+    for number in (1, 2):
+        views = [street(*product, surroundings, rng) for product in products]
+        rows[f"all of it, {number}"] = [view.photo for view in views]
+        rows[f"its masks, {number}"] = [cv2.cvtColor(view.mask, cv2.COLOR_GRAY2RGB) for view in views]
 
-    rows = []
-    for name, way in ways.items():
+    lines = []
+    for name, pictures in rows.items():
         label = np.full((112, LABEL, 3), 255, np.uint8)
         cv2.putText(label, name.replace("_", " "), (4, 60), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (30, 30, 30), 1, cv2.LINE_AA)
-        pictures = [cv2.resize(way(product), (112, 112), interpolation=cv2.INTER_AREA) for product in products]
-        rows.append(np.hstack([label, *pictures]))
-    sheet = cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR)
+        lines.append(np.hstack([label, *(cv2.resize(part, (112, 112), interpolation=cv2.INTER_AREA) for part in pictures)]))
+    sheet = cv2.cvtColor(np.vstack(lines), cv2.COLOR_RGB2BGR)
     if not cv2.imwrite(arguments.output, sheet, [cv2.IMWRITE_JPEG_QUALITY, 70]):
         raise OSError(f"could not write '{arguments.output}'; give --output a name that ends in .jpg in a folder that is there")
     print(arguments.output)
