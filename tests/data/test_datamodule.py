@@ -150,7 +150,7 @@ def test_what_a_product_encloses_is_seen_through_at_times(module, enclosing: str
     quiet = [f"augmentation.{name}=0" for name in names]
     data = module(enclosing, *quiet, f"augmentation.holes={holes}")
     kind = data.augmentation
-    kind.upright_warp = kind.warp = kind.product_color = A.Compose([])
+    kind.warp = kind.product_color = A.Compose([])
     for epoch in range(5):
         sample = data.train_set[(epoch, 0)]
         picture, mask = sample["pictures"][1], sample["masks"][1, 0]

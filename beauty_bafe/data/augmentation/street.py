@@ -25,7 +25,6 @@ CAMERA = {
     "sharpen": sharpen,
     "jpeg": jpeg,
 }
-UPRIGHT = 40  # degrees: what people hold or shelve is seldom turned further
 
 
 class StreetAugmentation:
@@ -40,7 +39,6 @@ class StreetAugmentation:
         self,
         scale: tuple[float, float],
         shift: float,
-        upright: float,
         perspective: float,
         solid: float,
         hand: float,
@@ -57,14 +55,14 @@ class StreetAugmentation:
     ) -> None:
         self.zoom = (zoom[0], zoom[1])
         self.holes, self.photo_share = holes, photo_share
-        self.upright, self.solid, self.hand, self.shelf = upright, solid, hand, shelf
+        self.solid, self.hand, self.shelf = solid, hand, shelf
         unknown = sorted(camera.keys() ^ {*CAMERA, "glare", "colour", "defocus"})
         if unknown:
             raise ValueError(
                 f"augmentation.camera has an unknown or missing key '{unknown[0]}'; "
                 f"it takes exactly glare, colour, defocus, {', '.join(CAMERA)}"
             )
-        shares = {"upright": upright, "solid": solid, "hand": hand, "holes": holes, "shelf": shelf, "photo_share": photo_share}
+        shares = {"solid": solid, "hand": hand, "holes": holes, "shelf": shelf, "photo_share": photo_share}
         shares |= {"clutter": clutter, "occlusion": occlusion, "shadow": shadow, "light": light, "bars": bars}
         for key, share in (shares | {f"camera.{name}": share for name, share in camera.items()}).items():
             if not 0 <= share <= 1:
@@ -72,17 +70,12 @@ class StreetAugmentation:
         self.camera = dict(camera)
         self.clutter, self.occlusion = clutter, occlusion
         self.shadow, self.light, self.bars = shadow, light, bars
-        self.upright_warp, self.warp = (
-            A.Compose(
-                [
-                    # fit_output keeps the whole product in view; without it the warp slices its sides off.
-                    A.Perspective(
-                        scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6
-                    ),
-                    affine(rotate=(-turn, turn), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
-                ]
-            )
-            for turn in (UPRIGHT, 180)
+        self.warp = A.Compose(
+            [
+                # fit_output keeps the whole product in view; without it the warp slices its sides off.
+                A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
+                affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
+            ]
         )
         self.small_warp = A.Compose(
             [affine(rotate=(-180, 180), scale=(0.15, 0.4), translate_percent=(-0.45, 0.45), shear=(-8, 8))]
@@ -101,7 +94,7 @@ class StreetAugmentation:
         # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
         photo, cut = as_solid(photo, cut, rng) if rng.random() < self.solid else Sample(photo, cut)
-        warped = run(self.upright_warp if rng.random() < self.upright else self.warp, rng, photo, cut)
+        warped = run(self.warp, rng, photo, cut)
         product = Sample(run(self.product_color, rng, warped.photo).photo, warped.mask)
         if rng.random() < self.camera["glare"]:
             product = Sample(glare(*product, rng), product.mask)
