@@ -1,4 +1,4 @@
-"""Retrieval runs side by side, printed and written as csv, markdown and html.
+"""Retrieval runs side by side, printed and written as csv, markdown and html, and accuracy against time as a picture.
 
 python -m beauty_bafe.evaluation.table RUN RUN ... [--against RUN] [--output TABLE]
 """
@@ -127,13 +127,37 @@ def as_html(rows: Sequence[dict[str, str]]) -> str:
     return page.render(rows=[list(row.values()) for row in rows], note=NOTE)
 
 
-def write_table(rows: Sequence[dict[str, str]], stem: Path) -> None:
-    """`stem`.csv, `stem`.md and `stem`.html."""
+def draw_plot(rows: Sequence[dict[str, str]], file: Path) -> None:
+    """mAP with its interval against the milliseconds that a query's search and re-ranking take."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row in rows[1:]:
+        time, accuracy = max(float(row["ms"]), 0.1), float(row["min"])
+        low, high = (abs(accuracy - float(end)) for end in row["interval"].split(" – "))
+        (line, *_) = axes.errorbar(time, accuracy, [[low], [high]], fmt="o", capsize=3)
+        axes.annotate(row["run"], (time, accuracy), (7, 4), textcoords="offset points", fontsize=9, color=line.get_color())
+    axes.set(xscale="log", xlabel="ms a query: search and re-ranking", ylabel=f"{rows[0]['min']}, 95 % interval")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(x=0.3)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def write_table(rows: Sequence[dict[str, str]], stem: Path) -> list[Path]:
+    """`stem`.csv, `stem`.md and `stem`.html, and where the runs tell their time `stem`.png; gives the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(row.values() for row in rows)
     stem.with_suffix(".md").write_text(as_markdown(rows), encoding="utf-8")
     stem.with_suffix(".html").write_text(as_html(rows), encoding="utf-8")
+    files = [stem.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
+    if all(row.get("ms") for row in rows):
+        files.append(stem.with_suffix(".png"))
+        draw_plot(rows, files[-1])
+    return files
 
 
 def show(rows: Sequence[dict[str, str]]) -> None:
@@ -156,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", help="folders that retrieve.py wrote with truth=...")
     parser.add_argument("--against", help="the run that the others are compared with; its queries must be theirs")
-    parser.add_argument("--output", type=Path, help="where to write: OUTPUT.csv, OUTPUT.md, OUTPUT.html")
+    parser.add_argument("--output", type=Path, help="where to write: OUTPUT.csv, OUTPUT.md, OUTPUT.html, OUTPUT.png")
     given = parser.parse_args(arguments)
     try:
         rows = make_table(given.runs, given.against)
@@ -164,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     show(rows)
     if given.output is not None:
-        write_table(rows, given.output)
-        print(", ".join(str(given.output.with_suffix(suffix)) for suffix in (".csv", ".md", ".html")))
+        print(", ".join(map(str, write_table(rows, given.output))))
 
 
 if __name__ == "__main__":

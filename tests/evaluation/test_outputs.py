@@ -59,6 +59,8 @@ def test_table_over_runs(runs: list[str], tmp_path: Path, capsys: pytest.Capture
     assert "| attention | 1.000 | 0.900 – 1.100 |" in markdown
     page = (tmp_path / "tables" / "systems.html").read_text()
     assert "<td>attention</td><td>1.000</td>" in page
+    assert (tmp_path / "tables" / "systems.png").stat().st_size > 5000
+    assert "systems.png" in printed
 
 
 def test_a_table_says_what_it_cannot_compare(runs: list[str], tmp_path: Path) -> None:
