@@ -25,12 +25,14 @@ class EvidenceReranker(ABC):
     """Likeness + the sum of `weights` x evidence among each query's first `depth` answers.
 
     `weights`: of each of `kinds`, what is left out weighs nothing; None: learned from street views of the gallery's own
-    photos. Raises ValueError for a weight of another kind.
+    photos. `absolute`: evidence says how likely an answer is right at all; where it only tells answers apart, they change
+    places and every rank keeps its score. Raises ValueError for a weight of another kind.
     """
 
     depth: int
     weights: Mapping[str, float] | None
     kinds: ClassVar[tuple[str, ...]]
+    absolute: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if unknown := sorted({*(self.weights or {})} - {*self.kinds}):
@@ -66,7 +68,10 @@ class EvidenceReranker(ABC):
             )
         found = with_depth(found, self.depth)
         weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
-        return reorder(found, _likeness(found, self.depth) + self.evidence(found) @ weights)
+        ordered = reorder(found, _likeness(found, self.depth) + self.evidence(found) @ weights)
+        if self.absolute:
+            return ordered
+        return replace(ordered, ranking=replace(ordered.ranking, scores=found.ranking.scores[:, : self.depth]))
 
 
 def fit_weights(likeness: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> np.ndarray:

@@ -74,10 +74,14 @@ def _load() -> Any:
 
 @dataclass(frozen=True)
 class LabelReading(EvidenceReranker):
-    """Words that a query shares with some of its answers and not with others: see `compare_words`."""
+    """Words that a query shares with some of its answers and not with others: see `compare_words`.
+
+    Some answer shares most of them even where the product is not in the gallery: they tell siblings apart, no more.
+    """
 
     reader: Reader
     kinds = ("text",)
+    absolute = False
 
     def evidence(self, found: Candidates) -> np.ndarray:
         return look_at_answers(found, self.depth, self.reader, lambda query, answers: compare_words(query, answers)[:, None])

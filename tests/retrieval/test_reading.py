@@ -93,6 +93,7 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
     for _ in range(2):  # the second time what the gallery says is read from disk
         ranked = LabelReading(4, {"text": 1.0}, reader).__call__(found).ranking
         assert ranked.answers(0)[0] == "vanilla"
+        np.testing.assert_array_equal(ranked.scores, found.ranking.scores, "how sure the first answer is stays as it was")
     look = reader.look(label("YOGHURT", "VANILLA"), None)
     assert look == ("vanilla", "yoghurt")
     for words in (look, ()):
