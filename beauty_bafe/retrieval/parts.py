@@ -57,5 +57,5 @@ def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
         except InstantiationException as error:
             if not (settings.get("optional") and isinstance(error.__cause__, ImportError)):
                 raise
-            log.warning(f"without {name}: {explain(error.__cause__)}")
+            log.warning(f"without {name!s}: {explain(error.__cause__)}")
     return steps
