@@ -31,14 +31,15 @@ class StreetAugmentation:
     """What a phone sees in a street or a shop: solids at any angle, in hands, before shelves, in its light, through its camera.
 
     Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
-    `zoom` the share of a background photograph that is seen. Raises ValueError for shares and probabilities outside 0..1
-    and for a key of `camera` that is unknown or missing.
+    `turn` the most degrees by which a product is turned to either side, `zoom` the share of a background photograph that is
+    seen. Raises ValueError for shares and probabilities outside 0..1 and for a key of `camera` that is unknown or missing.
     """
 
     def __init__(
         self,
         scale: tuple[float, float],
         shift: float,
+        turn: float,
         perspective: float,
         solid: float,
         hand: float,
@@ -74,7 +75,7 @@ class StreetAugmentation:
             [
                 # fit_output keeps the whole product in view; without it the warp slices its sides off.
                 A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
-                affine(rotate=(-180, 180), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
+                affine(rotate=(-turn, turn), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
             ]
         )
         self.small_warp = A.Compose(
