@@ -48,7 +48,7 @@ def is_bottle(product: Sample) -> bool:
     """Upright and in one piece from side to side, as as_solid asks of a cylinder, and not a thin thing."""
     _, _, width, height = cv2.boundingRect(product.mask)
     starts = np.diff((product.mask > 127).astype(np.int8), axis=1, prepend=0) == 1
-    return height > UPRIGHT * width and 0.6 < filled(product) and starts.sum(axis=1).max() == 1
+    return height > UPRIGHT * width and filled(product) > 0.6 and starts.sum(axis=1).max() == 1
 
 
 def main() -> None:
