@@ -48,7 +48,11 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
             "query=auto leaves query to the checkpoints; .*query=closer query.view.closer=1.5",
         ),
         ("retrieve", "pooling.function.p=4", "type pooling=attention_gem pooling.function.p=4 .or pooling=gem, grmac"),
-        ("retrieve", "rerank.sift_verified.depth=9", "type rerank=sift_verified rerank.sift_verified.depth=9$"),
+        (
+            "retrieve",
+            "rerank.sift_verified.depth=9",
+            "type rerank=sift_verified rerank.sift_verified.depth=9 .or rerank=keypoints_and_labels",
+        ),
         ("retrieve", "retrieval.query=both", "retrieval is train.py's; here type query=both"),
         ("train", "pooling=gem", "chosen for retrieve.py; .* retrieval.pooling=gem makes it the checkpoint's"),
         ("train", "data.titles=x", "'data.titles' is not a setting: data has root"),

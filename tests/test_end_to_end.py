@@ -73,7 +73,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
             )
         )
     average, attention = results["spoc"], results["attention"]
-    assert attention["mask_iou"] > average["mask_iou"] + 0.08  # six short epochs; most queries are held or turned
+    assert attention["mask_iou"] > average["mask_iou"] + 0.04  # six short epochs; most queries are held or turned
     assert attention["mAP@7_by_min"] > average["mAP@7_by_min"] + 0.03
     assert average["mAP@7_by_min"] > 0.1, "real features find something"
 
