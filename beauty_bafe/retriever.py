@@ -17,16 +17,16 @@ from . import cli
 from .config import CONF, check_targets, compose
 from .data.catalog import Skipped, open_catalog
 from .data.images import ImageLike, Images
+from .extraction.features import Features, mean_masks
+from .extraction.memory import MemoryExtraction
+from .index.ranking import check_k
+from .manifest import digest, locked, replace_file
 from .models.exported import checkpoint_bytes
 from .models.inference import MASK_SIZE
 from .recipe import resolve_auto
-from .retrieval.features import Features, mean_masks
 from .retrieval.gallery import Gallery
-from .retrieval.manifest import digest, locked, replace_file
-from .retrieval.memory import MemoryExtraction
 from .retrieval.parts import Parts, build_parts
-from .retrieval.ranking import check_k
-from .retrieval.versions import Versions
+from .versions import Versions
 
 ABOUT = "retriever.json"
 # Settings of retrieve.py that are arguments here, or that have no meaning without its files.

@@ -24,13 +24,14 @@ from PIL import Image
 
 from beauty_bafe.data.catalog import Catalog, Skipped, open_catalog
 from beauty_bafe.data.pictures import letterbox, read_picture
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import Member
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.models.precision import fastest_precision, pick_device
-from beauty_bafe.retrieval.features import FeatureExtraction, Member
 
 ATTENTION = Pooling(spoc, saliency=True)
 CONF = (Path(__file__).parents[1] / "conf").resolve()

@@ -25,15 +25,16 @@ import torch
 
 from beauty_bafe.config import compose
 from beauty_bafe.data.catalog import Skipped, open_catalog
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import Member
+from beauty_bafe.index.base import Index
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.faiss_index import FaissIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem
 from beauty_bafe.models.precision import fastest_precision
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.faiss_index import FaissIndex
-from beauty_bafe.retrieval.features import FeatureExtraction, Member
-from beauty_bafe.retrieval.index import Index
 
 ROOT = Path(__file__).parents[1].resolve()
 GEM = Pooling(gem, saliency=False)

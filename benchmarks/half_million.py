@@ -24,18 +24,20 @@ import psutil
 
 from beauty_bafe.data.catalog import Skipped, from_folder
 from beauty_bafe.data.toy import draw_toy
+from beauty_bafe.extraction.describing import peak_memory
+from beauty_bafe.extraction.features import Features
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import Member, load_members
+from beauty_bafe.extraction.store import Picture, Store
+from beauty_bafe.index.base import Index
+from beauty_bafe.index.faiss_index import FaissIndex
+from beauty_bafe.index.fastest import FastestIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.pooling import spoc
-from beauty_bafe.retrieval import rerank
-from beauty_bafe.retrieval.describing import peak_memory
+from beauty_bafe.rerank import descriptors
+from beauty_bafe.rerank.candidates import Candidates
 from beauty_bafe.retrieval.ensemble import Concatenation
-from beauty_bafe.retrieval.faiss_index import FaissIndex
-from beauty_bafe.retrieval.fastest import FastestIndex
-from beauty_bafe.retrieval.features import FeatureExtraction, Features, Member, load_members
-from beauty_bafe.retrieval.index import Index
-from beauty_bafe.retrieval.rerank import Candidates
-from beauty_bafe.retrieval.store import Picture, Store
 
 ATTENTION = Pooling(spoc, saliency=True)
 SHARD = 2048
@@ -122,10 +124,10 @@ def search_and_rerank(index: Index, queries: Features) -> None:
     with stage(f"searched {QUERIES} queries, top 400"):
         found = Candidates(index.search(queries.vectors, queries.ids, 400), queries, index)
     steps = {
-        "query expansion": rerank.QueryExpansion(n=3, alpha=3.0),
-        "k-reciprocal, depth 100": rerank.KReciprocal(depth=100, k1=20, k2=6, weight=0.3),
-        "diffusion, depth 200": rerank.Diffusion(depth=200, k=20, seeds=5, alpha=0.9, gamma=3.0),
-        "superglobal, depth 400": rerank.SuperGlobal(depth=400, k=9, beta=0.15),
+        "query expansion": descriptors.QueryExpansion(n=3, alpha=3.0),
+        "k-reciprocal, depth 100": descriptors.KReciprocal(depth=100, k1=20, k2=6, weight=0.3),
+        "diffusion, depth 200": descriptors.Diffusion(depth=200, k=20, seeds=5, alpha=0.9, gamma=3.0),
+        "superglobal, depth 400": descriptors.SuperGlobal(depth=400, k=9, beta=0.15),
     }
     for name, step in steps.items():
         with stage(f"re-ranked {QUERIES} queries: {name}"):

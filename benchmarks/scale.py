@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from beauty_bafe.retrieval.describing import peak_memory
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.milvus_index import MilvusIndex
+from beauty_bafe.extraction.describing import peak_memory
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.milvus_index import MilvusIndex
 
 BLOCK = 1 << 16
 HIDDEN = 16

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.faiss_index import FaissIndex
+from beauty_bafe.index.fastest import FastestIndex
 from beauty_bafe.models.precision import pick_device
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.faiss_index import FaissIndex
-from beauty_bafe.retrieval.fastest import FastestIndex
 
 K = 7
 BLOCK = 16_384

@@ -31,9 +31,10 @@ def describe(pictures: str, model: str) -> None:
 
     from beauty_bafe.config import compose
     from beauty_bafe.data.catalog import Skipped, open_catalog
+    from beauty_bafe.extraction.local import FeatureExtraction
+    from beauty_bafe.extraction.members import load_members
     from beauty_bafe.models.descriptor import Pooling
     from beauty_bafe.models.pooling import gem
-    from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 
     settings = OmegaConf.to_container(compose("retrieve", [f"model={model}", "queries=Q"]).model)
     members = load_members([], {"gem": Pooling(gem, saliency=False)}, {model: settings})

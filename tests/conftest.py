@@ -17,6 +17,9 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from beauty_bafe.cli import messages_on_terminal
+from beauty_bafe.index.base import Index
+
+from .index_by_id import IndexById
 
 os.environ.update(NO_ALBUMENTATIONS_UPDATE="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1")
 torch.set_num_threads(1)  # two test processes share two cores
@@ -134,3 +137,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.strategy.connect(SaliencyModule(TINY, lr=1e-3, warmup=0))
     trainer.save_checkpoint(file)
     return file
+
+
+@pytest.fixture
+def index_by_id() -> type[Index]:
+    return IndexById

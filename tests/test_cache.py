@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from beauty_bafe.commands.cache import KINDS, cache, find_entries
 from beauty_bafe.data.catalog import Skipped, from_folder
 from beauty_bafe.data.photos import PhotoCache, try_photo
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import load_members
+from beauty_bafe.extraction.store import Store
+from beauty_bafe.manifest import locked
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import spoc
-from beauty_bafe.retrieval.features import FeatureExtraction, load_members
-from beauty_bafe.retrieval.manifest import locked
-from beauty_bafe.retrieval.store import Store
 
 from .conftest import ROOT
 

@@ -68,7 +68,7 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
     elif group == "objective":
         instantiate(cfg.objective, model=TINY, _recursive_=False, _convert_="all")
     elif group in ("callbacks", "rerank"):
-        if "retrieval.learned" in file.read_text():
+        if "rerank.learned" in file.read_text():
             pytest.importorskip("kornia", reason="the extra `matching`")
             for package in set(re.findall(r"package:(\w+)/\S+[.]pth?\b", file.read_text())):
                 if find_spec(package) is None:

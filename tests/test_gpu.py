@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from beauty_bafe.data.catalog import Skipped, from_folder
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import load_members
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.faiss_index import FaissIndex, needs_half_tables
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.faiss_index import FaissIndex, needs_half_tables
-from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 
 from .conftest import ROOT
 

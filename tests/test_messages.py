@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe import cli
-from beauty_bafe.retrieval.faiss_index import FaissIndex
+from beauty_bafe.index.faiss_index import FaissIndex
 
 
 @pytest.fixture(autouse=True)

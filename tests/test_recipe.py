@@ -13,10 +13,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from beauty_bafe.extraction.members import load_members
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import spoc
 from beauty_bafe.recipe import check_recipe, resolve_auto
-from beauty_bafe.retrieval.features import load_members
 
 from .conftest import ROOT
 from .test_train import TINY_MODEL

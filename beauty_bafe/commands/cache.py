@@ -86,7 +86,7 @@ def _recognise(path: Path) -> tuple[str, str] | None:
 
 
 def _remove(entry: Entry) -> None:
-    from beauty_bafe.retrieval.manifest import locked
+    from beauty_bafe.manifest import locked
 
     # The lock stays, as other runs may be waiting for it; they find the folder empty.
     with nullcontext() if entry.path.is_file() else locked([entry.path]):

@@ -37,11 +37,12 @@ def cutout(cfg: DictConfig) -> int:
     from beauty_bafe.data.catalog import Skipped, open_catalog
     from beauty_bafe.data.pictures import UnreadablePicture
     from beauty_bafe.data.workers import default_workers, one_opencv_thread
+    from beauty_bafe.extraction.engine import EnsembleEngine, fit, stack
+    from beauty_bafe.extraction.local import FeatureExtraction
+    from beauty_bafe.extraction.members import load_members
+    from beauty_bafe.manifest import check_manifest, replace_file
     from beauty_bafe.models.descriptor import Pooling
     from beauty_bafe.models.pooling import spoc
-    from beauty_bafe.retrieval.engine import EnsembleEngine, fit, stack
-    from beauty_bafe.retrieval.features import FeatureExtraction, load_members
-    from beauty_bafe.retrieval.manifest import check_manifest, replace_file
 
     output, catalog, skipped = Path(cfg.output_dir), open_catalog(cfg.pictures), Skipped()
     if outside := [name for name in catalog.ids if name in ("", ".", "..") or Path(name).name != name or "\\" in name]:

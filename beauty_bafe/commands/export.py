@@ -39,12 +39,12 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     import torch
     from hydra.utils import instantiate
 
+    from beauty_bafe.extraction.members import load_members
     from beauty_bafe.model_card import write_card
     from beauty_bafe.models.exported import CONFIG, write_network
     from beauty_bafe.models.inference import Describer
     from beauty_bafe.models.module import load_extractor, read_checkpoint
     from beauty_bafe.models.onnx_export import check_onnx, export_onnx
-    from beauty_bafe.retrieval.features import load_members
 
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.evaluation.masks import evaluate_masks
     from beauty_bafe.evaluation.metrics import evaluate, read_truth
     from beauty_bafe.evaluation.report import write_report
-    from beauty_bafe.retrieval.features import mean_masks
+    from beauty_bafe.extraction.features import mean_masks
     from beauty_bafe.retrieval.gallery import Gallery
     from beauty_bafe.retrieval.parts import build_parts
     from beauty_bafe.retrieval.submission import write_answers, write_submission

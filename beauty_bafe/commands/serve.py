@@ -26,11 +26,11 @@ def serve(cfg: DictConfig) -> None:
         raise ValueError("serve needs index_dir=SHOP, a folder that Retriever.save(SHOP) wrote")
     import uvicorn
 
-    from beauty_bafe.retrieval.versions import Versions
     from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
     from beauty_bafe.serving.app import Settings, create_app
     from beauty_bafe.serving.limits import Limits
     from beauty_bafe.serving.shop import Shop, make
+    from beauty_bafe.versions import Versions
 
     token = read_token(cfg.token_file)
     host = choose_host(cfg.host, token)

@@ -9,8 +9,8 @@ from typing import Self
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+from ..index.ranking import Ranking
 from ..retrieval.calibration import SHORTLIST, Calibration
-from ..retrieval.ranking import Ranking
 from .metrics import BOOTSTRAP
 
 BINS = 10

@@ -9,9 +9,9 @@ import torch
 
 from ..data.catalog import open_catalog
 from ..data.pictures import letterbox, read_picture
+from ..extraction.features import Features
 from ..models.extractor import resize_mask
 from ..models.objectives import mask_metrics
-from ..retrieval.features import Features
 
 SIZE = 224  # masks are compared on a letterboxed canvas of this side
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from ..data.catalog import Catalog
 from ..data.pictures import letterbox, read_picture
-from ..retrieval.features import Features
-from ..retrieval.ranking import Ranking
+from ..extraction.features import Features
+from ..index.ranking import Ranking
 from ..retrieval.submission import is_known
 from .certainty import Certainty
 from .metrics import DIVISIONS, Evaluation

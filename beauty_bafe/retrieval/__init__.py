@@ -1,1 +1,1 @@
-"""Descriptors in, rankings out: extraction, ensemble, index, re-ranking, submission."""
+"""Members become one index with its re-rankers, and answers become files."""

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ..data.images import Pictures
 from ..data.pictures import UnreadablePicture, letterbox
+from ..extraction.features import unit
+from ..extraction.members import Member
 from ..extras import explain
-from .faiss_index import kmeans
-from .features import Member, unit
-from .keypoints import Sift, root_sift
-from .manifest import digest, replace_file
+from ..index.faiss_index import kmeans
+from ..manifest import digest, replace_file
+from ..rerank.keypoints import Sift, root_sift
 
 log = logging.getLogger("beauty_bafe")
 

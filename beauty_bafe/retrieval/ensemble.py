@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from .features import Features, mean_masks, unit
-from .manifest import replace_file
-from .ranking import Ranking
+from ..extraction.features import Features, mean_masks, unit
+from ..index.ranking import Ranking
+from ..manifest import replace_file
 
 BLOCK = 1 << 14  # rows worked on at once
 PCA_ROWS = 100_000  # gallery rows that a PCA is learned from at most, evenly spread

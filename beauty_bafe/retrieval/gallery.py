@@ -19,16 +19,17 @@ import numpy as np
 from ..data.catalog import Catalog, Skipped, open_catalog
 from ..data.images import Pictures
 from ..data.rehearsal import Rehearsal
+from ..extraction.features import Features
+from ..extraction.members import Member, describe_members
+from ..index.base import Index
+from ..index.ranking import Ranking, check_k
+from ..manifest import digest, locked, replace_file
 from ..models.views import View
+from ..rerank.candidates import Candidates, Learner, Reranker, SearchContext
+from ..versions import Versions
 from .calibration import SHORTLIST, Calibration
 from .classical import keep_learned, learn
 from .ensemble import Concatenation, Fusion
-from .features import Features, Member, describe_members
-from .index import Index
-from .manifest import digest, locked, replace_file
-from .ranking import Ranking, check_k
-from .rerank import Candidates, Learner, Reranker, SearchContext
-from .versions import Versions
 
 log = logging.getLogger("beauty_bafe")
 

@@ -11,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from .. import cli
 from ..data.rehearsal import Rehearsal
+from ..extraction.local import FeatureExtraction
+from ..extraction.members import Member, load_members
 from ..extras import explain
+from ..index.base import Index
 from ..models.views import View
+from ..rerank.candidates import Reranker
 from .ensemble import Concatenation, Fusion
-from .features import FeatureExtraction, Member, load_members
-from .index import Index
-from .rerank import Reranker
 
 log = logging.getLogger("beauty_bafe")
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.catalog import open_catalog
-from .manifest import replace_file
-from .ranking import Ranking
+from ..index.ranking import Ranking
+from ..manifest import replace_file
 
 
 def write_submission(ranking: Ranking, file: str | Path) -> None:

@@ -19,9 +19,9 @@ from filelock import FileLock
 from PIL import Image
 
 from ..data.pictures import letterbox, read_picture
-from ..retrieval.manifest import replace_file
-from ..retrieval.versions import Versions
+from ..manifest import replace_file
 from ..retriever import Hit, Retriever
+from ..versions import Versions
 from .limits import Refused, Upload
 
 LOCK = "changes.lock"  # in the folder; held by who changes it

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from beauty_bafe.evaluation.certainty import Certainty
+from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.retrieval.calibration import Calibration
-from beauty_bafe.retrieval.ranking import Ranking
 
 CALIBRATION = Calibration(scale=4.0, unknown=2.0, strangers=(0.1, 0.2, 0.5))
 

@@ -14,7 +14,7 @@ from beauty_bafe.evaluation.grid import as_grid
 from beauty_bafe.evaluation.masks import evaluate_masks
 from beauty_bafe.evaluation.summary import write_summary
 from beauty_bafe.evaluation.table import main, make_table
-from beauty_bafe.retrieval.features import Features
+from beauty_bafe.extraction.features import Features
 
 
 def test_summary_has_a_row_a_job(tmp_path: Path) -> None:

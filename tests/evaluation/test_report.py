@@ -9,8 +9,8 @@ import pytest
 from beauty_bafe.data.catalog import Catalog, open_catalog
 from beauty_bafe.evaluation.metrics import evaluate
 from beauty_bafe.evaluation.report import write_report
-from beauty_bafe.retrieval.features import Features
-from beauty_bafe.retrieval.ranking import Ranking
+from beauty_bafe.extraction.features import Features
+from beauty_bafe.index.ranking import Ranking
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.fastest import FastestIndex
 from beauty_bafe.models.precision import (
     count_devices,
     fastest_precision,
@@ -15,8 +17,6 @@ from beauty_bafe.models.precision import (
     pick_devices,
     trainer_settings,
 )
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.fastest import FastestIndex
 
 
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bf16-mixed"), (False, "32-true")])

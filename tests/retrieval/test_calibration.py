@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.retrieval.calibration import SHORTLIST, Calibration
-from beauty_bafe.retrieval.ranking import Ranking
 from beauty_bafe.retrieval.submission import write_answers
 
 K, LIFT = SHORTLIST, 3.0

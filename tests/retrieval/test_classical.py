@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from beauty_bafe.data.catalog import Skipped, from_folder
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import Member, load_members
+from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import spoc
+from beauty_bafe.rerank.keypoints import Sift, root_sift
 from beauty_bafe.retrieval.classical import Vlad, hog, lab_histogram, lbp, learn
 from beauty_bafe.retrieval.ensemble import Concatenation
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.features import FeatureExtraction, Member, load_members
 from beauty_bafe.retrieval.gallery import Gallery
-from beauty_bafe.retrieval.keypoints import Sift, root_sift
 
 WIDTHS = {lab_histogram: 512, lbp: 30, hog: 6 * 6 * 4 * 9}
 

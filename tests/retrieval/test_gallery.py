@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 from beauty_bafe.data.catalog import Skipped
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import load_members
+from beauty_bafe.index.base import Index
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from beauty_bafe.retrieval.gallery import Gallery
-from beauty_bafe.retrieval.index import Index
-from beauty_bafe.retrieval.ranking import Ranking
-from beauty_bafe.retrieval.versions import Versions
+from beauty_bafe.versions import Versions
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
 

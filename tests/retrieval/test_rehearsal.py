@@ -13,13 +13,14 @@ import pytest
 from beauty_bafe.data.augmentation import Sample
 from beauty_bafe.data.catalog import Skipped, open_catalog
 from beauty_bafe.data.rehearsal import Rehearsal
+from beauty_bafe.extraction.local import FeatureExtraction
+from beauty_bafe.extraction.members import load_members
+from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem
+from beauty_bafe.rerank.candidates import Candidates, Reranker
 from beauty_bafe.retrieval.ensemble import Concatenation
-from beauty_bafe.retrieval.exact import ExactIndex
-from beauty_bafe.retrieval.features import FeatureExtraction, load_members
 from beauty_bafe.retrieval.gallery import Gallery
-from beauty_bafe.retrieval.rerank import Candidates, Reranker
 
 
 @dataclass(frozen=True)

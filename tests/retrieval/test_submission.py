@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beauty_bafe.retrieval.ranking import Ranking
+from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.retrieval.submission import check_submission, main, read_submission, write_submission
 
 RANKING = Ranking(("q,1", "q2"), ("a", "b,c", "d"), np.array([[1, 0], [2, 1]]), np.array([[0.9, 0.5], [0.4, 0.4]]))

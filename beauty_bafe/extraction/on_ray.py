@@ -1,0 +1,168 @@
+"""Describing on a Ray cluster, or on several engines of one machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.catalog import Skipped
+from ..data.images import Pictures
+from ..models.precision import fastest_precision
+from ..models.views import View
+from .features import Features
+from .local import FeatureExtraction
+from .members import Member
+from .sharing import Shard, SharedJob, Worker
+
+
+class RayExtraction(FeatureExtraction):
+    """FeatureExtraction whose shards are described and written by Ray actors (`extraction=ray`).
+
+    `address`: None starts Ray on this machine for the time of a pass; auto, or HOST:PORT, joins a running cluster, all of whose
+    machines must have this package and see pictures and `features` under the same paths. `workers`: actors at once, None for as
+    many as fit. `cpus`, `gpus`: of each actor; gpus is None for 1 where `device` is a GPU, else 0, and may be a share such
+    as 0.5. With `device` at auto the actors take GPUs where the cluster has any. Other settings: see FeatureExtraction.
+
+    Vectors are those of one process on the same kind of device to the bit. A worker that dies is started again, and its shard
+    with it; where this process dies, the same command goes on with the shards that are not there. Raises ConnectionError where
+    no cluster answers, ValueError where a share is not above 0.
+    """
+
+    def __init__(
+        self,
+        features: str,
+        address: str | None = None,
+        workers: int | None = None,
+        cpus: float = 1,
+        gpus: float | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        **settings: Any,
+    ) -> None:
+        for name, value in {"workers": workers, "cpus": cpus}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"extraction.{name}={value}: type a number above 0")
+        if settings.pop("devices", None) is not None:
+            raise ValueError("extraction.devices is of one machine; with extraction=ray type extraction.workers=N instead")
+        # Whether there are GPUs is the cluster's to say (`_choose_device`); until then, and in memory, this machine's.
+        here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
+        super().__init__(features, device=here, precision=precision, **settings)
+        self.wanted, self.wanted_precision = device, precision
+        self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
+
+    def __call__(
+        self,
+        members: Sequence[Member],
+        pictures: Pictures,
+        source: str,
+        what: str,
+        skipped: Skipped,
+        masks: bool = False,
+        view: View | None = None,
+    ) -> list[Features]:
+        """See FeatureExtraction."""
+        import ray
+
+        started = not ray.is_initialized()
+        if started:
+            self._connect()
+        try:
+            self._choose_device()
+            return super().__call__(members, pictures, source, what, skipped, masks, view)
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at the start; it would report over the network
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what actors without a GPU see is not Ray's to hide
+        local: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
+        address = "local" if self.address is None else self.address
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        except Exception as error:  # a start that takes too long has no class of its own
+            if self.address is None:
+                raise ConnectionError(
+                    f"Ray did not start on this machine ({error}); type the same command again, or extraction=local"
+                ) from error
+            raise ConnectionError(
+                f"no Ray cluster answers at extraction.address={self.address} ({error}); type ray start --head on one of its "
+                "machines, or extraction.address=null for this machine alone"
+            ) from error
+
+    def _choose_device(self) -> None:
+        import ray
+
+        there = ray.cluster_resources().get("GPU", 0) > 0
+        if self.wanted in ("gpu", "cuda") and not there:
+            raise ValueError(f"device={self.wanted}, but Ray sees no GPU in the cluster; type device=cpu or device=auto")
+        if self.wanted in ("auto", "gpu", "cuda"):
+            self.device = "cuda" if there else "cpu"
+        self.devices = [self.device]
+        if self.wanted_precision == "auto":
+            remote = ray.remote(num_gpus=self._gpus)(fastest_precision)
+            self.precision = fastest_precision(self.device) if self.address is None else ray.get(remote.remote(self.device))
+
+    @property
+    def _gpus(self) -> float:
+        return (1 if self.device.startswith("cuda") else 0) if self.gpus is None else self.gpus
+
+    def _describe(self, *work: Any) -> None:
+        SharedJob(self, *work).run(self._run)
+
+    def _run(self, worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
+        import ray
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # ours counts pictures
+        there = ray.cluster_resources()
+        fitting = int(there.get("CPU", 0) / self.cpus)
+        if self._gpus:
+            fitting = min(fitting, int(there.get("GPU", 0) / self._gpus))
+        size = min(self.workers or max(1, fitting), len(shards))
+        if size > fitting:  # Ray would wait for ever
+            raise ValueError(
+                f"{size} workers with {self.cpus} cores and {self._gpus} GPUs each do not fit into the cluster's "
+                f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; type extraction.workers={max(1, fitting)}, "
+                "or smaller extraction.cpus and extraction.gpus"
+            )
+        # Bytes, as Arrow has no type for what a shard is made of; a block each, so that workers take them one by one.
+        rows = [{"shard": pickle.dumps(shard)} for shard in shards]
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Actor,
+            fn_constructor_args=(ray.put(pickle.dumps(worker)), self.device, max(1, int(self.cpus))),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=size),
+            num_cpus=self.cpus,
+            num_gpus=self._gpus,
+        )
+        for row in done.iter_rows():
+            yield int(row["number"]), int(row["size"])
+
+
+class _Actor:
+    """A ShardDescriber in a process of Ray's."""
+
+    def __init__(self, worker: Any, device: str, threads: int) -> None:
+        import ray
+
+        if device == "cpu":
+            torch.set_num_threads(threads)
+        self.describe = pickle.loads(ray.get(worker)).start(device, threads)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shards = [pickle.loads(data) for data in batch["shard"]]
+        return {
+            "number": np.array([shard.number for shard in shards]),
+            "size": np.array([self.describe(shard) for shard in shards]),
+        }

@@ -1,0 +1,1 @@
+"""Where the gallery's descriptors are kept and searched."""

@@ -1,0 +1,1 @@
+"""A better ranking from a first one."""

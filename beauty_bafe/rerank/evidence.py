@@ -1,0 +1,116 @@
+"""Re-ranking by evidence beside the likeness of descriptors; how much each kind weighs is learned without labels."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from .candidates import Candidates, reorder, with_depth
+
+log = logging.getLogger("beauty_bafe")
+
+RIDGE = 0.01  # on weights of evidence at unit variance
+DOUBT = 0.1  # the least weight of likeness, so that no other outweighs it beyond measure
+
+
+@dataclass(frozen=True)
+class EvidenceReranker(ABC):
+    """Likeness + the sum of `weights` x evidence among each query's first `depth` answers.
+
+    `weights`: of each of `kinds`, what is left out weighs nothing; None: learned from street views of the gallery's own
+    photos. `absolute`: evidence says how likely an answer is right at all; where it only tells answers apart, they change
+    places and every rank keeps its score. Raises ValueError for a weight of another kind.
+    """
+
+    depth: int
+    weights: Mapping[str, float] | None
+    kinds: ClassVar[tuple[str, ...]]
+    absolute: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if unknown := sorted({*(self.weights or {})} - {*self.kinds}):
+            raise ValueError(f"weights: {{{unknown[0]}: ...}} is no evidence here; type some of {', '.join(self.kinds)}")
+
+    @abstractmethod
+    def evidence(self, found: Candidates) -> np.ndarray:
+        """float (Q, depth, len(kinds)); the more of each, the likelier the answer is right."""
+
+    def learned(self, practice: Candidates) -> Self:
+        if self.weights is not None:
+            return self
+        practice = with_depth(practice, self.depth)
+        ranking = practice.ranking
+        names = np.array(ranking.gallery_ids)[ranking.positions[:, : self.depth]]
+        hit = names == np.array(ranking.query_ids)[:, None]
+        likeness, evidence = _likeness(practice, self.depth), self.evidence(practice)
+        fitted = fit_weights(likeness, evidence, hit)
+        weights = dict(zip(self.kinds, fitted.tolist(), strict=True))
+        together, alone = (_mean_rank(scores, hit) for scores in (likeness + evidence @ fitted, likeness))
+        log.info(
+            f"weights beside likeness: {', '.join(f'{name} {weight:.3f}' for name, weight in weights.items())}; {len(hit)} "
+            f"gallery pictures found from their own street views at mean 1/rank {together:.3f}, without {alone:.3f}"
+        )
+        return replace(self, weights=weights)
+
+    def __call__(self, found: Candidates) -> Candidates:
+        if self.weights is None:
+            raise ValueError(
+                "the weights of the evidence are learned from street views of the gallery's photos, and there are none; type "
+                f"them ('rerank.NAME.weights={{{self.kinds[0]}: 0.05}}'), or rehearsal.views=384 where the photos have plain "
+                "backdrops"
+            )
+        found = with_depth(found, self.depth)
+        weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
+        ordered = reorder(found, _likeness(found, self.depth) + self.evidence(found) @ weights)
+        if self.absolute:
+            return ordered
+        return replace(ordered, ranking=replace(ordered.ranking, scores=found.ranking.scores[:, : self.depth]))
+
+
+def fit_weights(likeness: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> np.ndarray:
+    """Weights of evidence beside a likeness that weighs 1, none below 0, float (E,): the conditional logit (McFadden, 1974).
+
+    They maximise the probability exp(s_i) / sum_j exp(s_j) of each query's right answer among its answers. `likeness`: float
+    (Q, k); `evidence`: float (Q, k, E); `hit`: bool (Q, k), at most one a row. Queries without a right answer
+    teach nothing.
+    """
+    taught = hit.any(axis=1)
+    if not taught.any():
+        return np.zeros(evidence.shape[-1])
+    values = np.concatenate([likeness[..., None], evidence], axis=-1)[taught].astype(np.float64)
+    right = hit[taught].argmax(axis=1)
+    spread = values.reshape(-1, values.shape[-1]).std(axis=0) + 1e-6
+    values = values / spread
+    own = np.take_along_axis(values, right[:, None, None], axis=1)[:, 0]
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        scores = values @ weights
+        total = logsumexp(scores, axis=1)
+        expected = (np.exp(scores - total[:, None])[..., None] * values).sum(axis=1)
+        ridge = RIDGE * np.array([0.0, *weights[1:]])
+        return float((total - own @ weights).mean() + ridge @ weights), (expected - own).mean(axis=0) + 2 * ridge
+
+    bounds = [(DOUBT, None)] + [(0.0, None)] * evidence.shape[-1]
+    solved = minimize(loss, np.ones(len(spread)), jac=True, method="L-BFGS-B", bounds=bounds).x / spread
+    return solved[1:] / solved[0]
+
+
+def _likeness(found: Candidates, depth: int) -> np.ndarray:
+    """Scores of each query's first answers, float (Q, depth); inner products where the index gave distances."""
+    if found.index.metric == "ip" or found.rescored:
+        return found.ranking.scores[:, :depth]
+    rows = enumerate(found.queries.vectors)
+    return np.stack([found.vectors(depth, slice(row, row + 1))[0] @ query for row, query in rows])
+
+
+def _mean_rank(scores: np.ndarray, hit: np.ndarray) -> float:
+    """Mean of 1 / rank of the right answers, 0 where there is none."""
+    ranked = np.take_along_axis(hit, np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    return float(np.where(ranked.any(axis=1), 1 / (1 + ranked.argmax(axis=1)), 0).mean())

@@ -1,0 +1,323 @@
+"""Every index against comparing everything with everything in float64; growth, shrinkage, saving."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from beauty_bafe.index import exact, fastest
+from beauty_bafe.index.base import Index
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.faiss_index import FaissIndex
+from beauty_bafe.index.fastest import FastestIndex
+
+METRICS = ["ip", "l2", "l1"]
+FACTORIES = ["Flat", "IVF{lists},Flat", "HNSW32", "IVF{lists},PQ{bytes}np"]
+
+
+def unit(rows: int, dims: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"n{number}" for number in range(count))
+
+
+def slow(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores: float64 differences or products, rounded to float32, equal ones by position."""
+    pairs = queries[:, None].astype(float), gallery[None].astype(float)
+    if metric == "ip":
+        scores = (pairs[0] * pairs[1]).sum(2)
+    else:
+        gap = pairs[0] - pairs[1]
+        scores = -(gap**2 if metric == "l2" else np.abs(gap)).sum(2)
+    scores = scores.astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(scores, order, 1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("first_pass", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100)])
+def test_exact_is_exact(metric: str, first_pass: str, rows: int, queries: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exact.CELLS, "cpu", 4096)  # several blocks
+    monkeypatch.setattr(exact, "QUERIES", 16)  # several batches
+    gallery, asked = unit(rows, 24, 0), unit(queries, 24, 1)
+    ranking = ExactIndex(metric, "cpu", first_pass).fit(gallery, names(rows)).search(asked, names(queries), k)
+    positions, scores = slow(gallery, asked, metric, k)
+    assert np.array_equal(ranking.positions, positions)
+    assert np.array_equal(ranking.scores, scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_rows_that_bfloat16_cannot_tell_apart(metric: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows round to nearly the same numbers, lengths differ a thousandfold: only the bound finds the right ones."""
+    monkeypatch.setitem(exact.CELLS, "cpu", 2048)
+    rng = np.random.default_rng(0)
+    centre = unit(1, 32, 3)
+    gallery = centre + 1e-4 * rng.normal(size=(900, 32))
+    gallery[::7] *= rng.uniform(1e-3, 1, (len(gallery[::7]), 1))
+    gallery, queries = (scale * gallery).astype(np.float32), (scale * (centre + 1e-3 * unit(5, 32, 4))).astype(np.float32)
+    ranking = ExactIndex(metric, "cpu", "bfloat16").fit(gallery, names(900)).search(queries, names(5), 7)
+    positions, scores = slow(gallery, queries, metric, 7)
+    assert np.array_equal(ranking.positions, positions)
+    assert np.array_equal(ranking.scores, scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_floor_is_below_every_rounded_score_of_its_row(metric: str) -> None:
+    """The proof itself: were a row's exact score the k-th best, its rounded score would still be looked at."""
+    for seed, width in ((0, 8), (1, 300), (2, 2048)):
+        gallery, queries = 3 * unit(200, width, seed), unit(20, width, seed + 9)
+        index = ExactIndex(metric, "cpu", "bfloat16").fit(gallery, names(200))
+        bound = exact._Bound(torch.from_numpy(queries), index._coarse, index._norms, index._errors, metric)
+        rounded = bound.scores(slice(0, 200)).float()
+        who = torch.arange(20).repeat_interleave(200)
+        true = index._score(torch.from_numpy(queries), who, torch.arange(200).repeat(20)).view(20, 200)
+        floors = torch.stack([bound.floor(true[:, row]) for row in range(200)], dim=1)
+        assert (rounded >= floors).all()
+        if metric != "l1":
+            assert (rounded - floors).median() < 0.05 * true.abs().max(), "a floor that lets everything pass proves nothing"
+
+
+@pytest.mark.parametrize("index", [ExactIndex(device="cpu", first_pass="bfloat16"), FaissIndex("Flat", device="cpu")])
+def test_equal_scores_keep_the_gallerys_order(index: Index) -> None:
+    gallery = np.concatenate([unit(2, 8, 0)] * 50)
+    ranking = index.fit(gallery, names(100)).search(gallery[:2], ("a", "b"), 50)
+    assert ranking.positions.tolist() == [list(range(0, 100, 2)), list(range(1, 100, 2))]
+
+
+def test_answers_do_not_depend_on_the_other_queries() -> None:
+    gallery, queries = unit(2000, 40, 0), unit(33, 40, 1)
+    index = ExactIndex(device="cpu", first_pass="bfloat16").fit(gallery, names(2000))
+    together = index.search(queries, names(33), 7)
+    for row in range(33):
+        alone = index.search(queries[row : row + 1], ("q",), 7)
+        assert np.array_equal(alone.positions[0], together.positions[row])
+        assert np.array_equal(alone.scores[0], together.scores[row])
+
+
+def build(kind: str, metric: str = "ip") -> Index:
+    own = {"exact": ExactIndex, "fastest": FastestIndex}
+    return own[kind](metric, "cpu") if kind in own else FaissIndex(kind, metric, "cpu")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_fastest_index_says_which_it_is(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "SMALL", 4000)
+    gallery, queries, ids = unit(300, 16, 0), unit(20, 16, 1), names(300)
+    index = build("fastest", metric).fit(gallery[:200], ids[:200])
+    assert str(index) == f"faiss Flat {metric} on cpu, the fastest (0.0 million numbers, below 0.0)"
+    index.add(gallery[200:], ids[200:])
+    assert str(index).startswith(f"exact {metric} on cpu")
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery, queries, metric, 7)[0])
+    index.remove(ids[250:])
+    assert str(index).startswith(f"exact {metric} on cpu"), "250 x 16 numbers are not below 4000"
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery[:250], queries, metric, 7)[0])
+    index.remove(ids[100:250])
+    assert str(index).startswith(f"faiss Flat {metric}")
+    assert np.array_equal(index.search(queries, names(20), 7).positions, slow(gallery[:100], queries, metric, 7)[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_faiss_flat_agrees(metric: str) -> None:
+    gallery, queries = unit(300, 16, 0), unit(20, 16, 1)
+    ranking = build("Flat", metric).fit(gallery, names(300)).search(queries, names(20), 7)
+    positions, scores = slow(gallery, queries, metric, 7)
+    assert np.array_equal(ranking.positions, positions)
+    np.testing.assert_allclose(ranking.scores, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "fastest", *FACTORIES])
+def test_growth_shrinkage_and_a_year_on_disk(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    gallery, queries, ids = unit(600, 16, 0), unit(9, 16, 1), names(600)
+    index = build(kind).fit(gallery[:500], ids[:500])
+    index.add(gallery[500:], ids[500:])
+    index.remove(ids[10:200:3])
+    kept = [row for row in range(600) if ids[row] not in set(ids[10:200:3])]
+    assert index.ids == tuple(ids[row] for row in kept)
+    assert np.array_equal(index.get(index.ids), gallery[kept])
+    ranking = index.search(queries, names(9), 20)
+    if kind in ("exact", "fastest", "Flat"):
+        assert np.array_equal(ranking.positions, slow(gallery[kept], queries, "ip", 20)[0])
+    else:
+        true = slow(gallery[kept], queries, "ip", 20)[0]
+        found = [len(set(a) & set(b)) for a, b in zip(ranking.positions, true, strict=True)]
+        assert np.mean(found) > 4, "an approximate answer, but of the right rows: by chance it would be one in 27"
+    index.save(tmp_path, {"members": ["a"]})
+    loaded = build(kind).load(tmp_path, {"members": ["a"]})
+    assert loaded.ids == index.ids
+    assert np.array_equal(loaded.search(queries, names(9), 20).positions, ranking.positions)
+    loaded.add(unit(1, 16, 7), ("new",))
+    assert loaded.search(unit(1, 16, 7), ("q",), 1).answers(0) == ["new"]
+    assert "WARNING" not in capfd.readouterr().err, "small galleries are fine"
+
+
+@pytest.mark.parametrize("kind", ["exact", "fastest", *FACTORIES])
+def test_a_clone_changes_alone(kind: str) -> None:
+    gallery, queries, ids = unit(600, 16, 0), unit(9, 16, 1), names(600)
+    index = build(kind).fit(gallery[:500], ids[:500])
+    before = index.search(queries, names(9), 20)
+    twin = index.clone()
+    twin.add(gallery[500:], ids[500:])
+    twin.remove(ids[:200])
+    after = index.search(queries, names(9), 20)
+    assert index.ids == ids[:500]
+    assert np.array_equal(before.positions, after.positions)
+    assert np.array_equal(before.scores, after.scores)
+    assert twin.ids == ids[200:]
+    assert twin.search(gallery[550:551], ("q",), 1).answers(0) == [ids[550]]
+
+
+@pytest.mark.parametrize("kind", ["exact", "fastest", "Flat", "IVF{lists},Flat"])
+def test_vectors_by_id(kind: str, tmp_path: Path) -> None:
+    """Also after rows were added and removed, in a clone, and from disk."""
+    gallery = unit(60, 4, 0)
+    index = build(kind).fit(gallery[:40], names(60)[:40])
+    assert np.array_equal(index.get(["n7", "n2", "n7"]), gallery[[7, 2, 7]])
+    assert index.get([]).shape == (0, 4)
+    with pytest.raises(ValueError, match="the index holds no 'n40'; it has 40 ids"):
+        index.get(["n1", "n40"])
+    twin = index.clone()
+    twin.add(gallery[40:], names(60)[40:])
+    twin.remove(["n1", "n7", "n50"])
+    assert np.array_equal(twin.get(["n59", "n0", "n8"]), gallery[[59, 0, 8]])
+    assert np.array_equal(index.get(["n39", "n7"]), gallery[[39, 7]])
+    twin.save(tmp_path, {})
+    for held in (twin, build(kind).load(tmp_path, {})):
+        assert (len(held), held.dimensions) == (57, 4)
+        assert all(held.ids[row] == name for name, row in held.row_of.items())
+        for gone in ("n1", "n7", "n50"):
+            with pytest.raises(ValueError, match=f"the index holds no '{gone}'; it has 57 ids"):
+                held.get([gone])
+        held.add(gallery[7:8], ["n7"])
+        assert np.array_equal(held.get(["n7", "n59"]), gallery[[7, 59]])
+
+
+@pytest.mark.parametrize("kind", ["exact", "Flat"])
+def test_a_damaged_folder_is_refused(kind: str, tmp_path: Path) -> None:
+    build(kind).fit(unit(9, 4, 0), names(9)).save(tmp_path, {})
+    (tmp_path / "ids.json").write_text(json.dumps(names(8)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 9 vectors for 8 ids \(8 different\); type another index_dir"):
+        build(kind).load(tmp_path, {})
+
+
+def test_a_saved_index_names_what_differs(tmp_path: Path) -> None:
+    index = build("exact").fit(unit(9, 4, 0), names(9))
+    index.save(tmp_path, {"members": ["a"]})
+    with pytest.raises(ValueError, match=r"made with members=\['a'\], now it is members=\['b'\]; type another index_dir"):
+        build("exact").load(tmp_path, {"members": ["b"]})
+    with pytest.raises(ValueError, match="made with metric=ip, now it is metric=l2"):
+        build("exact", "l2").load(tmp_path, {"members": ["a"]})
+    with pytest.raises(ValueError, match="made with index=exact, now it is index=faiss Flat"):
+        build("Flat").load(tmp_path, {"members": ["a"]})
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest.json' is not a manifest"):
+        build("exact").load(tmp_path, {})
+
+
+def test_holding_another_catalogue_changes_as_little_as_needed() -> None:
+    gallery, ids = unit(50, 8, 0), names(50)
+    index = build("exact").fit(gallery[:40], ids[:40])
+    changed = gallery.copy()
+    changed[5] = unit(1, 8, 9)
+    assert index.sync(changed[3:], ids[3:]) == (4, 11, 36)
+    assert set(index.ids) == set(ids[3:])
+    assert np.array_equal(index.get(["n5"])[0], changed[5])
+    assert index.sync(index.get(index.ids), index.ids) == (0, 0, 47)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda i: i.add(unit(1, 4, 5), ("n1",)), "already holds 'n1'; remove it first"),
+        (lambda i: i.add(unit(1, 5, 5), ("x",)), "vectors have 5 dimensions, the index 4"),
+        (lambda i: i.remove(("n1", "zzz")), "holds no 'zzz'"),
+        (lambda i: i.search(unit(1, 5, 5), ("q",), 1), "the index holds vectors of 4 dimensions"),
+        (lambda i: i.search(unit(1, 4, 5), ("q",), 10), r"k=10, but the gallery has 9 readable pictures; .*1 to 9"),
+        (lambda i: i.fit(unit(2, 4, 5), ("a", "a")), r"2 ids \(1 different\) do not fit"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["exact", "Flat"])
+def test_mistakes_are_answered(kind: str, make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(build(kind).fit(unit(9, 4, 0), names(9)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ExactIndex("cosine"), "index.metric=cosine: type ip, l2, l1"),
+        (lambda: ExactIndex(first_pass="int8"), "index.first_pass=int8: type auto, bfloat16 or float32"),
+        (lambda: FaissIndex("Flat", device="gpu"), "index.device=gpu, but faiss sees no GPU here"),
+        (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
+        (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),
+        (lambda: FaissIndex("Flat", target_recall=1.5), "index.target_recall=1.5"),
+        (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss refuses index.factory=Nonsense"),
+        (
+            lambda: FaissIndex("Flat", device="cpu", target_recall=0.9).fit(unit(9, 4, 0), names(9)),
+            "neither nprobe nor efSearch",
+        ),
+        (lambda: FaissIndex("IVF{lists},PQ{bytes}np", "l1", "cpu").fit(unit(300, 4, 0), names(300)), "unsupported metric type"),
+    ],
+)
+def test_settings_that_cannot_be(make, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("factory", "knob"), [("IVF{lists},Flat", "nprobe"), ("HNSW16", "efSearch")])
+def test_target_recall_is_met_and_the_curve_is_printed(factory: str, knob: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gallery = unit(4000, 32, 0)
+    index = FaissIndex(factory, device="cpu", target_recall=0.99).fit(gallery, names(4000))
+    lines = [line for line in capsys.readouterr().out.splitlines() if knob in line]
+    recalls = [float(line.split("recall@10 ")[1].split()[0]) for line in lines]
+    assert len(recalls) > 1
+    assert recalls[-1] >= 0.99 > recalls[-2]
+    queries = unit(100, 32, 1)
+    found, true = index.search(queries, names(100), 10).positions, slow(gallery, queries, "ip", 10)[0]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, true, strict=True)]) > 0.95
+
+
+def test_more_answers_than_an_inverted_list_gives_are_still_right() -> None:
+    gallery = unit(500, 8, 0)
+    ranking = FaissIndex("IVF16,Flat", device="cpu").fit(gallery, names(500)).search(gallery[:3], names(3), 400)
+    assert np.array_equal(ranking.positions, slow(gallery, gallery[:3], "ip", 400)[0])
+
+
+def test_the_manifest_says_how_it_was_made(tmp_path: Path) -> None:
+    build("IVF{lists},Flat").fit(unit(90, 4, 0), names(90)).save(tmp_path, {"members": []})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["rows"] == 90
+    assert manifest["dimensions"] == 4
+    assert manifest["index"] == "faiss IVF{lists},Flat"
+
+
+@pytest.mark.parametrize("settings", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')"])
+def test_exact_search_beside_any_setting_of_float32_products(settings: str) -> None:
+    """In a process of its own, as torch does not forget that the newer settings were used; they are found as they were."""
+    lines = f"""
+import numpy as np, torch
+from beauty_bafe.index.exact import ExactIndex
+{settings}
+rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+index = ExactIndex(device="cpu", first_pass="float32").fit(rows, tuple(map(str, range(300))))
+read = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+before = read()
+ranking = index.search(rows[:20], tuple(map(str, range(20))), 9)
+assert np.array_equal(ranking.positions, np.argsort(-(rows[:20].astype(float) @ rows.T.astype(float)), axis=1)[:, :9])
+assert read() == before
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

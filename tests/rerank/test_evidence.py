@@ -1,0 +1,123 @@
+"""Evidence of two pictures laid over each other, and the weights that are learned for it."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from beauty_bafe.rerank.appearance import APPEARANCE, compare_looks
+from beauty_bafe.rerank.evidence import fit_weights
+from beauty_bafe.rerank.keypoints import THUMBNAIL, Keypoints, Look
+from beauty_bafe.rerank.matching import Geometry
+
+NOTHING = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
+MATRIX = np.array([[0.9, -0.2, 30], [0.2, 0.9, -20], [0, 0, 1.0]])
+SIZE = 320
+
+
+def look(seed: int, inside: slice = slice(8, 56)) -> Look:
+    """A smooth random picture whose product is a square."""
+    thumbnail = np.random.default_rng(seed).integers(0, 255, (8, 8, 4), np.uint8)
+    thumbnail = cv2.resize(thumbnail, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_CUBIC)
+    thumbnail[..., 3] = 0
+    thumbnail[inside, inside, 3] = 255
+    return Look(NOTHING, thumbnail)
+
+
+def laid_over(seen: Look, matrix: np.ndarray) -> Look:
+    """What another camera sees of it; `matrix` leads from its canvas to that of `seen`."""
+    scale = np.diag([THUMBNAIL / SIZE, THUMBNAIL / SIZE, 1])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    warped = cv2.warpPerspective(seen.thumbnail, scale @ matrix @ np.linalg.inv(scale), (THUMBNAIL, THUMBNAIL), flags=flags)
+    return Look(NOTHING, warped)
+
+
+def test_the_same_picture_under_a_known_geometry() -> None:
+    shop, geometry = look(0), Geometry(20, MATRIX)
+    inliers, lightness, chroma, colour = compare_looks(laid_over(shop, MATRIX), shop, geometry, SIZE)
+    assert inliers == pytest.approx(np.log(21))
+    assert min(lightness, chroma) > 0.97
+    assert -0.3 < colour <= 0
+    other = compare_looks(laid_over(look(1), MATRIX), shop, geometry, SIZE)
+    assert max(other[1:3]) < 0.5
+    assert other[3] < 4 * colour
+    askew = compare_looks(laid_over(shop, MATRIX), shop, Geometry(20, np.eye(3)), SIZE)
+    assert askew[1] < 0.8, "under another geometry other things lie over each other"
+
+
+def test_light_and_its_colour_are_taken_out() -> None:
+    shop = look(0)
+    thumbnail = shop.thumbnail.astype(int)
+    thumbnail[..., 0] = thumbnail[..., 0] // 2 + 20
+    thumbnail[..., 1:3] = thumbnail[..., 1:3] + [9, -6]
+    seen = Look(NOTHING, thumbnail.clip(0, 255).astype(np.uint8))
+    _, lightness, chroma, colour = compare_looks(seen, shop, Geometry(5, np.eye(3)), SIZE)
+    assert min(lightness, chroma) > 0.97
+    assert colour > -0.3
+
+
+def test_without_geometry_or_overlap_nothing_is_seen() -> None:
+    assert compare_looks(look(0), look(0), None, SIZE) == [0.0] * len(APPEARANCE)
+    away = Geometry(3, np.array([[1, 0, 1000.0], [0, 1, 0], [0, 0, 1]]))
+    assert compare_looks(look(0), look(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
+    flat = Look(NOTHING, np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8))
+    assert compare_looks(flat, flat, Geometry(3, np.eye(3)), SIZE)[1:] == [0, 0, 0], "a plain picture is like every other"
+
+
+def practice(weights: list[float], queries: int = 400, answers: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries whose right answer is drawn by the model itself."""
+    rng = np.random.default_rng(0)
+    likeness, evidence = rng.normal(size=(queries, answers)), rng.normal(size=(queries, answers, len(APPEARANCE)))
+    chances = np.exp(2 * (likeness + evidence @ weights))
+    right = [rng.choice(answers, p=row / row.sum()) for row in chances]
+    return likeness, evidence, np.arange(answers) == np.array(right)[:, None]
+
+
+def test_weights_are_found_again() -> None:
+    truth = [0.5, 0.0, 1.0, 0.2]
+    likeness, evidence, hit = practice(truth)
+    found = fit_weights(likeness, evidence, hit)
+    np.testing.assert_allclose(found, truth, atol=0.12)
+    scores = likeness + evidence @ found
+    assert hit[np.arange(len(hit)), scores.argmax(axis=1)].mean() > hit[np.arange(len(hit)), likeness.argmax(axis=1)].mean()
+
+
+def test_weights_against_a_slow_twin() -> None:
+    likeness, evidence, hit = practice([0.5, 0.1, 1.0, 0.2], queries=40)
+    hit[:5] = False  # teach nothing
+    values = np.concatenate([likeness[..., None], evidence], axis=2)[5:]
+    spread = values.reshape(-1, 5).std(axis=0) + 1e-6
+
+    def loss(weights: np.ndarray) -> float:
+        total = 0.0
+        for row, right in zip(values / spread, hit[5:], strict=True):
+            scores = [float(answer @ weights) for answer in row]
+            total -= scores[int(right.argmax())] - np.log(sum(np.exp(score) for score in scores))
+        return total / len(values) + 0.01 * float((weights[1:] ** 2).sum())
+
+    slow = (
+        minimize(
+            loss,
+            np.ones(5),
+            method="Nelder-Mead",
+            bounds=[(0.1, None)] + [(0, None)] * 4,
+            options={"maxiter": 9000, "xatol": 1e-6, "fatol": 1e-10},
+        ).x
+        / spread
+    )
+    np.testing.assert_allclose(fit_weights(likeness, evidence, hit), slow[1:] / slow[0], rtol=2e-3, atol=2e-4)
+
+
+def test_evidence_that_misleads_weighs_nothing() -> None:
+    likeness, evidence, hit = practice([0.5, 0.0, 0.0, 0.0])
+    found = fit_weights(likeness, -evidence, hit)
+    assert found[0] == 0
+    assert not fit_weights(likeness, evidence, np.zeros_like(hit)).any(), "nothing to learn from"
+
+
+def test_misleading_likeness_is_not_outweighed_beyond_measure() -> None:
+    likeness, evidence, hit = practice([0.5, 0.0, 0.0, 0.0])
+    found = fit_weights(-likeness, evidence, hit)
+    assert 0 < found[0] < 100

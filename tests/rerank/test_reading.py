@@ -1,0 +1,102 @@
+"""Words on labels: how alike, what they tell, and what is read on a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from beauty_bafe.data.catalog import Catalog
+from beauty_bafe.extraction.features import Features, unit
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.rerank.candidates import Candidates, SearchContext
+
+pytest.importorskip("rapidocr", reason="the extra `text`")
+
+from beauty_bafe.rerank.reading import LabelReading, Reader, _alike, compare_words
+
+
+def test_words_are_alike_by_their_letters() -> None:
+    def slow(first: str, second: str) -> float:
+        """Twice the longest common subsequence, as a share of all letters."""
+        table = np.zeros((len(first) + 1, len(second) + 1), int)
+        for row, letter in enumerate(first, start=1):
+            for column, other in enumerate(second, start=1):
+                same = table[row - 1, column - 1] + 1
+                table[row, column] = same if letter == other else max(table[row - 1, column], table[row, column - 1])
+        return 100 * 2 * table[-1, -1] / (len(first) + len(second))
+
+    words = ["fett", "fetl", "mild", "1,5%", "3%", "15%"]  # too short to be parts
+    expected = [[max(0.0, (slow(first, second) - 70) / 30) for second in words] for first in words]
+    np.testing.assert_allclose(_alike(words, words), expected, atol=1e-5)
+    assert _alike(["mellan"], ["mellanmjölk"])[0, 0] == pytest.approx((95 - 70) / 30), "recognisers join words"
+    assert _alike(["mellanmjölk"], ["mellan"])[0, 0] < 0.1, "what is not there is not found"
+    assert _alike(["1%"], ["11%"])[0, 0] < 0.4, "a short word is no part of another"
+
+
+def test_what_siblings_have_in_common_says_nothing() -> None:
+    siblings = [("arla", "mellan", "mjölk"), ("arla", "standard", "mjölk"), ("arla", "latt", "mjölk"), ()]
+    told = compare_words(("arla", "mjölk", "standard"), siblings)
+    assert told.argmax() == 1
+    assert told[1] == pytest.approx(1, abs=0.02)
+    assert told[0] < 0.5
+    assert told[3] == 0
+    assert not compare_words(("arla", "mjölk"), siblings[:3]).any(), "nothing that tells them apart"
+    assert compare_words(("standart",), siblings).argmax() == 1, "a letter may be wrong"
+    for nothing in ((), ("bread",)):
+        assert not compare_words(nothing, siblings).any()
+    assert compare_words(("arla",), []).shape == (0,)
+
+
+def test_information_against_a_slow_twin() -> None:
+    rng = np.random.default_rng(0)
+    lexicon = ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(12)]
+    answers = [tuple(sorted(set(rng.choice(lexicon, 4)))) for _ in range(5)]
+    query = tuple(sorted(set(rng.choice(lexicon, 5))))
+
+    def likest(word: str, others: tuple[str, ...]) -> float:
+        return max((float(_alike([word], [other])[0, 0]) for other in others), default=0.0)
+
+    total, shares = 0.0, np.zeros(5)
+    for word in {word for answer in answers for word in answer}:
+        there = [likest(word, answer) for answer in answers]
+        information = np.log(6 / (1 + sum(there))) * likest(word, query)
+        total += information
+        shares += information * np.array(there)
+    np.testing.assert_allclose(compare_words(query, answers), shares / total, rtol=1e-5)
+
+
+def label(*lines: str) -> np.ndarray:
+    """A product with large print on a white canvas, uint8 (640, 640, 3)."""
+    canvas = np.full((640, 640, 3), 255, np.uint8)
+    cv2.rectangle(canvas, (120, 60), (520, 580), (90, 150, 60), -1)
+    for row, line in enumerate(lines):
+        cv2.putText(canvas, line, (140, 180 + 120 * row), cv2.FONT_HERSHEY_SIMPLEX, 2.0, (255, 255, 255), 5, cv2.LINE_AA)
+    return canvas
+
+
+def test_labels_decide_between_siblings(tmp_path: Path) -> None:
+    reader = Reader(640, 1.2, 0.6)
+    names = {"plain": ("YOGHURT", "PLAIN"), "vanilla": ("YOGHURT", "VANILLA"), "berry": ("YOGHURT", "BERRY"), "blank": ()}
+    paths = {name: tmp_path / f"{name}.png" for name in (*names, "query")}
+    for name, lines in {**names, "query": ("YOGHURT", "VANILLA")}.items():
+        cv2.imwrite(str(paths[name]), label(*lines))
+    gallery = Catalog(tuple(names), tuple(paths[name] for name in names))
+    vectors = unit(np.random.default_rng(3).random((4, 8))).astype(np.float32)
+    index = ExactIndex(device="cpu").fit(vectors, gallery.ids)
+    queries = Features(vectors[:1], ("query",), np.full((1, 56, 56), 255, np.uint8))
+    context = SearchContext(gallery, Catalog(("query",), (paths["query"],)), tmp_path / "features")
+    found = Candidates(index.search(queries.vectors, queries.ids, 4), queries, index, context)
+    assert found.ranking.answers(0)[0] == "plain"
+    for _ in range(2):  # the second time what the gallery says is read from disk
+        ranked = LabelReading(4, {"text": 1.0}, reader).__call__(found).ranking
+        assert ranked.answers(0)[0] == "vanilla"
+        np.testing.assert_array_equal(ranked.scores, found.ranking.scores, "how sure the first answer is stays as it was")
+    look = reader.look(label("YOGHURT", "VANILLA"), None)
+    assert look == ("vanilla", "yoghurt")
+    for words in (look, ()):
+        assert reader.unpack(reader.pack(words)) == words
+    with pytest.raises(ValueError, match=r"weights: \{words: ...\} is no evidence here; type some of text"):
+        LabelReading(4, {"words": 1.0}, reader)
