@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..manifest import digest, replace_file
+from ..manifest import digest
 from .base import Index
-from .labels import category_code, make_labels, read_categories
+from .labels import Labels, category_code, make_labels, read_categories
 from .milvus_collection import KINDS, MOST, SEALED, Collection, Server
 
 CONSISTENCIES = ("strong", "bounded", "session", "eventually")
@@ -97,11 +97,7 @@ class MilvusIndex(Index):
             wide,
             {},
         )
-        self._label(np.zeros(0, np.int64))
-        # Arrays and sets are replaced and never changed: clones share them.
-        self._forgotten: frozenset[int] = frozenset()  # since the state was saved or loaded
-        self._doomed: frozenset[int] = frozenset()  # before that: nobody can need them any more
-        self._strangers: frozenset[int] = frozenset()  # rows on the server that are not ours, as far as we met them
+        self._labels = Labels(np.zeros(0, np.int64))
         self._checked = False
 
     @property
@@ -135,7 +131,7 @@ class MilvusIndex(Index):
         self._collection.load()
         self._checked = True
         labels = make_labels(vectors, ids)
-        before = dict(zip(self.ids, self._labels.tolist(), strict=True))
+        before = dict(zip(self.ids, self._labels.rows.tolist(), strict=True))
         kept = np.array([before.get(name) == label for name, label in zip(ids, labels.tolist(), strict=True)], bool)
         rows = np.flatnonzero(kept)
         lost = rows[~self._collection.present(labels[rows])]
@@ -167,9 +163,7 @@ class MilvusIndex(Index):
         new = np.flatnonzero(~there)
         self._send(labels[new], [ids[row] for row in new], vectors[new], alone=True)
         collection.load()
-        self._label(labels)
-        self._forgotten = self._doomed = self._strangers = frozenset()
-        self._checked = True
+        self._labels, self._checked = Labels(labels), True
 
     def _known(self, labels: np.ndarray) -> np.ndarray:
         """Which rows of a gallery the collection has, bool (N,), as a killed run left them. Raises ValueError for others."""
@@ -186,16 +180,10 @@ class MilvusIndex(Index):
         self._check_complete()
         labels = make_labels(vectors, ids)
         self._send(labels, ids, vectors)
-        self._label(np.concatenate([self._labels, labels]))
-        back = set(labels.tolist())
-        self._forgotten, self._doomed, self._strangers = (
-            rows - back for rows in (self._forgotten, self._doomed, self._strangers)
-        )
+        self._labels = self._labels.with_added(labels)
 
     def _delete(self, keep: np.ndarray) -> None:
-        gone = frozenset(self._labels[~keep].tolist())
-        self._label(self._labels[keep])
-        self._forgotten, self._strangers = self._forgotten | gone, self._strangers | gone
+        self._labels = self._labels.without(keep)
 
     def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, alone: bool = False) -> None:
         if len(labels):
@@ -205,7 +193,7 @@ class MilvusIndex(Index):
 
     def _get(self, ids: Sequence[str]) -> np.ndarray:
         self._check_complete()
-        return self._fetch(self._labels[[self.row_of[name] for name in ids]])
+        return self._fetch(self._labels.rows[[self.row_of[name] for name in ids]])
 
     def _fetch(self, labels: np.ndarray) -> np.ndarray:
         """Vectors of labels of ours, int64 (N,), which may repeat: float32 (N, D)."""
@@ -226,7 +214,7 @@ class MilvusIndex(Index):
             block = queries[start : start + step]
             candidates = self._candidates(block, depth, k)
             rows, place = np.unique(np.concatenate(candidates), return_inverse=True)
-            vectors = self._fetch(self._labels[rows]).astype(np.float64)
+            vectors = self._fetch(self._labels.rows[rows]).astype(np.float64)
             ends = np.cumsum([len(found) for found in candidates])
             for number, (query, end) in enumerate(zip(block, ends, strict=True)):
                 mine = place[end - len(candidates[number]) : end]
@@ -245,18 +233,16 @@ class MilvusIndex(Index):
         todo, wide = np.arange(len(queries)), False
         while len(todo):
             known = [self._only] if self._only else []
-            if self._strangers:
-                known.append(f"label not in {sorted(self._strangers)}")
+            if self._labels.foreign:
+                known.append(f"label not in {sorted(self._labels.foreign)}")
             new: set[int] = set()
             for row, labels in zip(todo, self._collection.near(queries[todo], depth, " and ".join(known), wide), strict=True):
-                place = np.minimum(np.searchsorted(self._labels, labels, sorter=self._order), len(self) - 1)
-                found = self._order[place]
-                ours = self._labels[found] == labels
+                found, ours = self._labels.find(labels)
                 new.update(labels[~ours].tolist())
                 candidates[row] = found[ours]
             todo = np.array([row for row in todo if len(candidates[row]) < k], np.int64)
             if new:
-                self._strangers = self._strangers | new
+                self._labels = self._labels.with_foreign(new)
             elif len(todo) and wide:
                 raise ValueError(
                     f"Milvus found {min(len(candidates[row]) for row in todo)} rows for a query, k={k}; "
@@ -265,12 +251,6 @@ class MilvusIndex(Index):
             else:
                 wide = True
         return candidates
-
-    def _label(self, labels: np.ndarray) -> None:
-        self._labels, self._order = labels, np.argsort(labels)
-        ordered = labels[self._order]
-        if (ordered[1:] == ordered[:-1]).any():
-            raise ValueError("two rows have the same hash, a matter of one in 2,000 at 10^8 rows; rename one of the ids")
 
     def _check_complete(self) -> None:
         """Once after loading: is what was saved still on the server?"""
@@ -287,16 +267,11 @@ class MilvusIndex(Index):
         return f"the {self._collection} {what}; give gallery=DIR_OR_CSV with the same index_dir to send what is missing"
 
     def _save(self, folder: Path) -> None:
-        """Labels, and what was forgotten since the state before: that state may still be in use, so its rows go next time."""
+        # An index saved before may still be in use and search the rows that were removed since: they go next time.
         self._check_complete()
-        self._collection.delete(sorted(self._doomed))
-        replace_file(folder / "labels.npy", lambda part: part.write_bytes(self._labels.tobytes()))
-        forgotten = np.array(sorted(self._forgotten), np.int64)
-        replace_file(folder / "forgotten.npy", lambda part: part.write_bytes(forgotten.tobytes()))
-        self._doomed, self._forgotten = self._forgotten, frozenset()
+        self._collection.delete(sorted(self._labels.obsolete))
+        self._labels = self._labels.save(folder)
 
     def _load(self, folder: Path) -> int:
-        self._label(np.frombuffer((folder / "labels.npy").read_bytes(), np.int64))
-        self._doomed = frozenset(np.frombuffer((folder / "forgotten.npy").read_bytes(), np.int64).tolist())
-        self._forgotten, self._strangers, self._checked = frozenset(), self._doomed, False
+        self._labels, self._checked = Labels.load(folder), False
         return len(self._labels)

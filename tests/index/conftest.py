@@ -45,6 +45,12 @@ def slow(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> tuple
     return order, np.take_along_axis(scores, order, 1)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Standalone:
     """A server in a folder of its own; `kill` it and `start` it again, with what it had on disk or empty."""
 
@@ -58,9 +64,13 @@ class Standalone:
         server.config.resolve()
         milvus._initialize_data_files(str(folder))  # 25 MB unpacked to 246
         self.uri = f"http://127.0.0.1:{server.listen_port}"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.health = free.getsockname()[1]
+        self.health, peer = free_port(), free_port()
+        client = f"http://127.0.0.1:{server.config.get('etcd_port')}"
+        # Its etcd would take the same two ports in every server on this machine.
+        urls = {"client-urls": client, "peer-urls": f"http://127.0.0.1:{peer}"}
+        lines = [f"listen-{name}: {url}\n" for name, url in urls.items()]
+        lines += [f"advertise-client-urls: {client}\n", f"initial-advertise-peer-urls: {urls['peer-urls']}\n"]
+        (folder / "etcd.yaml").write_text("".join([*lines, f"initial-cluster: default={urls['peer-urls']}\n"]))
         self.start()
 
     def start(self, empty: bool = False) -> None:
@@ -68,6 +78,7 @@ class Standalone:
             shutil.rmtree(self.folder / "data")
         environment = os.environ | {
             "DEPLOY_MODE": "STANDALONE",
+            "ETCD_CONFIG_PATH": str(self.folder / "etcd.yaml"),
             "METRICS_PORT": str(self.health),
             "MILVUS_RUN_DIR": str(self.folder / "run"),
             "LD_LIBRARY_PATH": str(self.folder / "bin"),

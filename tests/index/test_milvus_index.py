@@ -253,7 +253,7 @@ def test_gallery_and_its_index_folder(make, server: Standalone, toy: Path, tiny_
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == expected[3]
     index = shop.open(gallery=False).indexes[1]
-    index._collection.delete(index._labels[:3].tolist())
+    index._collection.delete(index._labels.rows[:3].tolist())
     with pytest.raises(ValueError, match="holds 45 rows of 48; give gallery="):
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == shop.answer(gallery=False).answers(0) == expected[3]
