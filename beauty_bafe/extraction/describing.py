@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -42,57 +43,66 @@ class Settings(EngineSettings, Protocol):
     dtype: np.dtype
 
 
+@dataclass(frozen=True)
 class ExtractionJob:
-    """Describe the pictures numbered `lacking` for every store that lacks them, a shard at a time.
+    """The pictures numbered `lacking`, to be described for every store that lacks them.
 
-    `requested`: network and pooling of each store, in its order. `view`: see Describer. Raises ValueError
-    where disk or memory will not do.
+    `requested`: network and pooling of each store, in the order of `stores`. `pictures`: id and stamp of every picture of
+    `catalog`. `what` names them in messages. `masks`, `view`: see FeatureExtraction.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        lacking: Sequence[int],
-        what: str,
-        masks: bool,
-        view: View | None = None,
-    ) -> None:
-        self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
-        self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
-        self.poolings = [pooling for _, pooling in requested]
+    settings: Settings
+    requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
+    stores: Sequence[Store]
+    catalog: Catalog
+    pictures: Sequence[Picture]
+    lacking: Sequence[int]
+    what: str
+    masks: bool
+    view: View | None
+
+    def lacks(self, number: int, rows: Sequence[int]) -> bool:
+        """Whether store `number` lacks any of the pictures numbered `rows`."""
+        return any(self.pictures[row] not in self.stores[number] for row in rows)
+
+
+class LocalRun:
+    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk or memory will not suffice."""
+
+    def __init__(self, job: ExtractionJob) -> None:
+        self.job, settings = job, job.settings
         numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
-        for number, (extractor, _) in enumerate(requested):
+        for number, (extractor, _) in enumerate(job.requested):
             numbers.setdefault(extractor, []).append(number)
         # A network all of whose stores are complete has nothing to do.
-        members = {number: requested[number] for same in numbers.values() if self._lack(lacking, same) for number in same}
-        begun = {number: store.plan(pictures) for number, store in enumerate(stores)}
-        engine = EnsembleEngine(settings, members, masks, view, begun)
+        members = {
+            number: job.requested[number]
+            for same in numbers.values()
+            if any(job.lacks(one, job.lacking) for one in same)
+            for number in same
+        }
+        begun = {number: store.plan(job.pictures) for number, store in enumerate(job.stores)}
+        engine = EnsembleEngine(settings, members, job.masks, job.view, begun)
         self.networks, self.canvases = engine.networks, engine.canvases
-        # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
-        # than threads that decode between its batches).
+        # On a CPU the network uses every core, and loading processes would compete with it (measured: a fifth slower than
+        # threads that decode between its batches).
         automatic = 0 if settings.device == "cpu" else default_workers()
         self.workers = automatic if settings.num_workers is None else settings.num_workers
 
-    def _lack(self, rows: Sequence[int], numbers: Sequence[int]) -> bool:
-        return any(self.pictures[row] not in self.stores[number] for row in rows for number in numbers)
-
     def run(self) -> None:
         """Plan, forecast, compile where it pays, describe, and say how long it took."""
-        count, shard = len(self.lacking), self.settings.shard
+        job = self.job
+        count, shard = len(job.lacking), job.settings.shard
         forecast = self._plan()
         if not count:
             return
-        shards = [self.lacking[at : at + shard] for at in range(0, count, shard)]
+        shards = [job.lacking[at : at + shard] for at in range(0, count, shard)]
         chunk = max([CHUNK, *(network.engine.batch for network in self.networks)])
         chunks = [list(shard_rows[at : at + chunk]) for shard_rows in shards for at in range(0, len(shard_rows), chunk)]
         start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
-        loaded = iter(track(self._load(chunks), f"describing {count} {self.what}", total=len(chunks)))
+        loaded = iter(track(self._load(chunks), f"describing {count} {job.what}", total=len(chunks)))
         for shard_rows in shards:
-            wanted = [network for network in self.networks if self._lack(shard_rows, network.numbers)]
+            wanted = [net for net in self.networks if any(job.lacks(number, shard_rows) for number in net.numbers)]
             outputs: list[list[list[Tensor]]] = [[] for _ in wanted]
             reasons: list[str] = []
             for _ in range(0, len(shard_rows), chunk):
@@ -112,22 +122,22 @@ class ExtractionJob:
         network_time = sum(network.engine.seconds for network in self.networks)
         expected = f" (forecast {forecast:.0f} s)" if forecast else ""
         log.info(
-            f"described {count} {self.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
+            f"described {count} {job.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
             f"decoding {decoding:.1f} s in {f'{self.workers} processes' if self.workers else 'threads'}, "
             f"writing {writing:.1f} s; {size / 1e6:.1f} MB on disk, peak memory {peak_memory() / 1e9:.2f} GB"
         )
 
     def _plan(self) -> float:
         """Begin every store, after the forecast; returns the seconds that the networks should take, 0 for few pictures."""
-        count = len(self.lacking)
+        job, count = self.job, len(self.job.lacking)
         seconds = sum(network.engine.plan(count) for network in self.networks)
         if count > FEW:
             self._forecast(seconds)
         plans = {number: network.engine for network in self.networks for number in network.numbers}
-        for number, store in enumerate(self.stores):
+        for number, store in enumerate(job.stores):
             engine = plans.get(number)
             plan = {key: store.manifest[key] for key in ("compiled", "batch")} if engine is None else engine.describe()
-            store.begin(self.pictures, plan)
+            store.begin(job.pictures, plan)
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
             seconds = sum(network.engine.plan(count) for network in self.networks)
@@ -138,20 +148,20 @@ class ExtractionJob:
 
     def _forecast(self, seconds: float) -> None:
         """Print what the work will take, and stop it where disk or memory will not do."""
-        widths = [width for network in self.networks for width in network.engine.widths()]
-        count, masks = len(self.lacking), len(widths) * MASK_SIZE**2 if self.masks else 0
+        job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
+        count, masks = len(job.lacking), len(widths) * MASK_SIZE**2 if job.masks else 0
         # To search: the descriptors, the ensemble of them, and its rounded copy.
-        disk = count * (sum(widths) * self.settings.dtype.itemsize + masks + 64)
-        memory = 10 * sum(widths) * len(self.pictures)
+        disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
+        memory = 10 * sum(widths) * len(job.pictures)
         how = ", less compiled" if any(network.engine.compiled for network in self.networks) else ""
         log.info(
-            f"forecast for {count} {self.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
+            f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
             f"{memory / 1e9:.1f} GB of memory to search them in"
         )
-        check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
+        check_room(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
 
     def _load(self, chunks: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
-        pictures = Canvases(self.catalog, self.canvases)
+        pictures = Canvases(self.job.catalog, self.canvases)
         if self.workers:
             yield from DataLoader(
                 pictures,
@@ -159,7 +169,7 @@ class ExtractionJob:
                 num_workers=self.workers,
                 collate_fn=stack_items,
                 worker_init_fn=quiet_worker,
-                pin_memory=self.settings.device.startswith("cuda"),
+                pin_memory=self.job.settings.device.startswith("cuda"),
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:
@@ -168,17 +178,18 @@ class ExtractionJob:
 
     def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
         """Append to the network's stores what each lacks of these rows; returns the bytes written."""
-        pictures = list(zip([self.pictures[row] for row in shard_rows], reasons, strict=True))
+        job = self.job
+        pictures = list(zip([job.pictures[row] for row in shard_rows], reasons, strict=True))
         good = [picture for picture, reason in pictures if not reason]
         size = 0
         for place, number in enumerate(network.numbers):
-            store = self.stores[number]
+            store = job.stores[number]
             new = [row for row, picture in enumerate(good) if picture not in store]
             bad = {picture: reason for picture, reason in pictures if reason and picture not in store}
             if not new and not bad:
                 continue
-            drawn = self.masks and self.poolings[number].saliency
-            arrays = stored_arrays(outputs, place, new, drawn, self.settings.dtype)
+            drawn = job.masks and job.requested[number][1].saliency
+            arrays = stored_arrays(outputs, place, new, drawn, job.settings.dtype)
             size += store.append([good[row] for row in new], arrays, bad)
         return size
 

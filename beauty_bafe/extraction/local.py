@@ -14,15 +14,13 @@ from ..data.catalog import Catalog, Skipped, stamp
 from ..data.images import Pictures
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
-from ..models.descriptor import Pooling
-from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.precision import fastest_precision, pick_devices
 from ..models.views import View
-from .describing import ExtractionJob, readable_now
+from .describing import ExtractionJob, LocalRun, readable_now
 from .features import Features
 from .members import Member
-from .sharing import SharedJob, on_devices
+from .sharing import SharedRun, on_devices
 from .store import Picture, Store
 
 PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
@@ -100,10 +98,9 @@ class FeatureExtraction:
             self._retry(members, stores, catalog, stamped)
             lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
+                requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    self._describe(
-                        [(m.extractor, m.pooling) for m in members], stores, catalog, stamped, lacking, what, masks, view
-                    )
+                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view))
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -117,23 +114,11 @@ class FeatureExtraction:
         ids = tuple(name for name, _ in readable)
         return [Features(found["vectors"], ids, found.get("masks")) for found in arrays]
 
-    def _describe(
-        self,
-        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        lacking: Sequence[int],
-        what: str,
-        masks: bool,
-        view: View | None,
-    ) -> None:
-        """Describe the pictures numbered `lacking` for every store that lacks them."""
-        work = requested, stores, catalog, pictures, lacking, what, masks, view
+    def _describe(self, job: ExtractionJob) -> None:
         if len(self.devices) > 1:
-            SharedJob(self, *work).run(on_devices(self.devices))
+            SharedRun(job).run(on_devices(self.devices))
         else:
-            ExtractionJob(self, *work).run()
+            LocalRun(job).run()
 
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
         """Let stores forget what they could not read and can be read now: a network drive's errors leave the stamp as it is."""

@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.catalog import Skipped
-from ..data.images import Pictures
 from ..models.precision import fastest_precision
-from ..models.views import View
+from .describing import ExtractionJob
 from .features import Features
 from .local import FeatureExtraction
-from .members import Member
-from .sharing import Shard, SharedJob, Worker
+from .sharing import Shard, SharedRun, Worker
 
 
 class RayExtraction(FeatureExtraction):
@@ -56,16 +53,7 @@ class RayExtraction(FeatureExtraction):
         self.wanted, self.wanted_precision = device, precision
         self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
 
-    def __call__(
-        self,
-        members: Sequence[Member],
-        pictures: Pictures,
-        source: str,
-        what: str,
-        skipped: Skipped,
-        masks: bool = False,
-        view: View | None = None,
-    ) -> list[Features]:
+    def __call__(self, *arguments: Any, **options: Any) -> list[Features]:
         """See FeatureExtraction."""
         import ray
 
@@ -74,7 +62,7 @@ class RayExtraction(FeatureExtraction):
             self._connect()
         try:
             self._choose_device()
-            return super().__call__(members, pictures, source, what, skipped, masks, view)
+            return super().__call__(*arguments, **options)
         finally:
             if started:
                 ray.shutdown()
@@ -115,8 +103,8 @@ class RayExtraction(FeatureExtraction):
     def _gpus(self) -> float:
         return (1 if self.device.startswith("cuda") else 0) if self.gpus is None else self.gpus
 
-    def _describe(self, *work: Any) -> None:
-        SharedJob(self, *work).run(self._run)
+    def _describe(self, job: ExtractionJob) -> None:
+        SharedRun(job).run(self._run)
 
     def _run(self, worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
         import ray
