@@ -135,7 +135,7 @@ def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
 DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
-JOINT = ("objective=joint", "objective.distill=0.5", "objective.settle=0.5", "objective.warmup=0", "objective.width=8")
+JOINT = ("objective=joint", "objective.distill=0.5", "objective.settle=0.5", "objective.warmup=0", "objective.decoder.width=8")
 
 
 @pytest.mark.parametrize("objective", [("objective=saliency",), JOINT], ids=["saliency", "joint"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone
-from .decoder import TopDownDecoder
+from .decoder import TopDownDecoder, make_decoder
 from .pooling import EPSILON, spoc
 
 
@@ -71,11 +71,13 @@ class ChannelGate(nn.Sequential):
 class BackgroundAgnosticExtractor(nn.Module):
     """A backbone whose taps are read for saliency masks, and its last map.
 
-    `decoder`: "taps" for BAFE's (2019) mask encoder per tap, attention pooling and channel gates from deep to shallow, or
-    "topdown" for one sharp mask from all taps (decoder.py); `hidden`: its channels. `frozen`: the backbone does not learn.
-    `name`, `taps`, `last`, `pretrained`, `weights` and `options` go to `Backbone`; `size` is the input's side in pixels,
-    `pad` the canvas value around oblong pictures; `mean` and `std` (0..1 scale) default to the backbone's own.
-    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for another decoder.
+    `name`, `taps`, `last`, `pretrained`, `weights` and `options` go to `Backbone`. `size`: the side of the input in pixels;
+    `pad`: the value around oblong pictures; `mean`, `std`: on the scale 0..1, None for the backbone's own. `frozen`: the
+    backbone is not trained. `decoder`: None for BAFE's (2019) mask encoder of `hidden` channels per tap, with attention
+    pooling and channel gates of `gate_layers` layers from deep to shallow; or the `_target_` and settings of a decoder that
+    makes one mask from all taps (decoder.py).
+
+    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for an unknown decoder.
     """
 
     mean: Tensor
@@ -96,18 +98,19 @@ class BackgroundAgnosticExtractor(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
-        decoder: str = "taps",
+        decoder: Mapping[str, Any] | str | None = None,
     ) -> None:
         super().__init__()
-        if decoder not in ("taps", "topdown"):
-            raise ValueError(f"model.decoder={decoder}: type taps (BAFE's, a mask a tap) or topdown (one from all)")
         self.size, self.pad, self.frozen = size, pad, frozen
         self.shallowest = 0  # the first tap that gets a mask; who needs only the deepest ones saves the others' time
         self.backbone = Backbone(name, taps, last, size, pretrained, weights, options)
         self.register_buffer("mean", torch.tensor(mean or self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self.backbone.std).view(1, 3, 1, 1))
         channels = self.backbone.channels
-        self.decoder = TopDownDecoder(channels, hidden) if decoder == "topdown" else None
+        if isinstance(decoder, str):  # checkpoints of earlier versions say taps or topdown
+            settings = {"_target_": f"{TopDownDecoder.__module__}.TopDownDecoder", "width": hidden}
+            decoder = {"taps": None, "topdown": settings}.get(decoder, {"_target_": decoder})
+        self.decoder = None if decoder is None else make_decoder(decoder, channels)
         if self.decoder is None:
             self.encoders = nn.ModuleList(MaskEncoder(width, hidden) for width in channels)
             pairs = itertools.pairwise(channels)

@@ -23,9 +23,9 @@ log = logging.getLogger("beauty_bafe")
 
 
 class JointModule(SaliencyModule):
-    """The mask by overlap loss on a top-down decoder, the descriptor by InfoNCE between catalogue photo and street view.
+    """The mask by overlap loss, the descriptor by InfoNCE between catalogue photo and street view.
 
-    The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
+    The whole network learns, whatever `model.frozen` says. `decoder`: see BackgroundAgnosticExtractor. `lr`: of the decoder;
     `backbone_lr`: of the network; both rise for `warmup` steps, or a tenth of all if those are fewer, then fall along a cosine.
     `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
     the predicted mask. `distill`: weight of keeping the feature map of street views as the pretrained network has it.
@@ -44,7 +44,7 @@ class JointModule(SaliencyModule):
         model: Mapping[str, Any],
         lr: float,
         warmup: int,
-        width: int,
+        decoder: Mapping[str, Any],
         backbone_lr: float,
         contrast: float,
         temperature: float,
@@ -73,8 +73,8 @@ class JointModule(SaliencyModule):
                 "model.pretrained=false starts from random weights; type model.pretrained=true, model.weights=FILE, or "
                 "objective.average=0 objective.distill=0"
             )
-        super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
-        extra = {"width": width, "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
+        super().__init__({**model, "frozen": frozen, "decoder": decoder}, lr, warmup)
+        extra = {"decoder": dict(decoder), "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         extra |= {"distill": distill, "average": average, "settle": settle}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
@@ -134,7 +134,7 @@ class JointModule(SaliencyModule):
         return self._pretrained[0].to(self.device).eval()
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        assert extraction.logits is not None, "the decoder is topdown"
+        assert extraction.logits is not None
         return overlap_loss(extraction.logits, label)
 
     def configure_optimizers(self) -> Any:
