@@ -1,4 +1,4 @@
-"""One pass over pictures: each is decoded once, for every network, and every descriptor goes into its store."""
+"""Describe pictures in one pass: each is decoded once for all networks, and each descriptor is written to its store."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from .store import Picture, Store
 
 log = logging.getLogger("beauty_bafe")
 
-CHUNK = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
+CHUNK = 32  # pictures that a loader hands to the network at once; a whole batch if that is more
 
 
 class Settings(EngineSettings, Protocol):
-    """What of `FeatureExtraction` a pass needs."""
+    """The settings of `FeatureExtraction` that a pass over the pictures needs."""
 
     num_workers: int | None
     shard: int
@@ -90,7 +90,7 @@ class LocalRun:
         self.workers = automatic if settings.num_workers is None else settings.num_workers
 
     def run(self) -> None:
-        """Plan, forecast, compile where it pays, describe, and say how long it took."""
+        """Plan, print a forecast, compile if that saves time, describe, and print how long it took."""
         job = self.job
         count, shard = len(job.lacking), job.settings.shard
         forecast = self._plan()
@@ -128,7 +128,7 @@ class LocalRun:
         )
 
     def _plan(self) -> float:
-        """Begin every store, after the forecast; returns the seconds that the networks should take, 0 for few pictures."""
+        """Print the forecast and prepare every store; returns the expected seconds of the networks, 0 for few pictures."""
         job, count = self.job, len(self.job.lacking)
         seconds = sum(network.engine.plan(count) for network in self.networks)
         if count > FEW:
@@ -147,16 +147,16 @@ class LocalRun:
         return seconds
 
     def _forecast(self, seconds: float) -> None:
-        """Print what the work will take, and stop it where disk or memory will not do."""
+        """Print the time and space needed. Raises ValueError if disk or memory will not suffice."""
         job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
         count, masks = len(job.lacking), len(widths) * MASK_SIZE**2 if job.masks else 0
-        # To search: the descriptors, the ensemble of them, and its rounded copy.
+        # To search: the descriptors, their ensemble, and its rounded copy.
         disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
         memory = 10 * sum(widths) * len(job.pictures)
-        how = ", less compiled" if any(network.engine.compiled for network in self.networks) else ""
+        how = ", less when compiled" if any(network.engine.compiled for network in self.networks) else ""
         log.info(
             f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
-            f"{memory / 1e9:.1f} GB of memory to search them in"
+            f"{memory / 1e9:.1f} GB of memory to search them"
         )
         check_room(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
 
@@ -177,7 +177,7 @@ class LocalRun:
                 yield stack_items(list(threads.map(pictures.__getitem__, chunk)))
 
     def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
-        """Append to the network's stores what each lacks of these rows; returns the bytes written."""
+        """Append to each of the network's stores the rows that it lacks; returns the bytes written."""
         job = self.job
         pictures = list(zip([job.pictures[row] for row in shard_rows], reasons, strict=True))
         good = [picture for picture, reason in pictures if not reason]
@@ -197,7 +197,7 @@ class LocalRun:
 def stored_arrays(
     outputs: Sequence[np.ndarray], place: int, rows: Sequence[int], masks: bool, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """What a store keeps of a Describer's outputs: these rows of output `place`, and of the masks; nothing where none is."""
+    """The arrays to store: these rows of output `place` of a Describer, and of the masks; empty without rows."""
     if not rows:
         return {}
     arrays = {"vectors": outputs[place][list(rows)].astype(dtype)}
@@ -205,7 +205,7 @@ def stored_arrays(
 
 
 def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
-    """Those of the pictures numbered `rows` that can be read, shrunk to about `size`."""
+    """Which of the pictures numbered `rows` can be read (at about `size` pixels, to save time)."""
 
     def readable(row: int) -> bool:
         try:
@@ -218,7 +218,7 @@ def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
 
 
 class Canvases(Dataset[tuple[list[Tensor], str, float]]):
-    """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
+    """Item i: picture i, letterboxed once per canvas (size, pad); the reason if it cannot be read, else ""; seconds."""
 
     def __init__(self, catalog: Catalog, canvases: Sequence[Canvas]) -> None:
         self.catalog, self.canvases = catalog, canvases
@@ -236,7 +236,7 @@ class Canvases(Dataset[tuple[list[Tensor], str, float]]):
 
 
 def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
-    """Items of `Canvases` -> a batch a canvas of those that can be read, a reason each, and the seconds of all."""
+    """Items of `Canvases` -> one batch per canvas of the readable pictures, all reasons, and the total seconds."""
     return (
         stack([views for views, reason, _ in items if not reason]),
         [reason for _, reason, _ in items],
@@ -245,7 +245,7 @@ def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tens
 
 
 def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
-    """Raise ValueError where `disk` or `memory` bytes are more than this machine has left."""
+    """Raise ValueError if this machine has fewer bytes left than `disk` or `memory`."""
     place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
     if disk > free:
@@ -255,13 +255,13 @@ def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -
         )
     if memory > available:
         raise ValueError(
-            f"{pictures} {what} need about {memory / 1e9:.1f} GB of memory to be searched, {available / 1e9:.1f} GB are free; "
+            f"searching {pictures} {what} needs about {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
             "use fewer checkpoints or poolings at once, or a larger machine"
         )
 
 
 def peak_memory() -> int:
-    """Bytes of memory this process held at most (its loading processes not counted)."""
+    """Peak memory of this process in bytes, without its loading processes."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""One pass over pictures shared out among several workers, each of which describes whole shards and writes them itself."""
+"""Describe pictures by several workers, each of which describes and writes whole shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("beauty_bafe")
 
 
 class Shard(NamedTuple):
-    """Pictures that are described together. For each store that lacks some of them, its number -> file to write, their rows."""
+    """Pictures that are described together. `files`: number of each store that lacks some -> the file to write, their rows."""
 
     number: int
     pictures: Sequence[Picture]
@@ -38,9 +38,9 @@ class Shard(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """What a worker needs to describe shards, plain values and networks: it may be sent to another machine.
+    """What a worker needs to describe shards; can be pickled and sent to another machine.
 
-    `begun`: by number of a store that lacks pictures, the batch size and compilation in its manifest.
+    `begun`: number of each store that lacks pictures -> the batch size and compilation in its manifest.
     """
 
     settings: Settings
@@ -50,14 +50,14 @@ class Worker(NamedTuple):
     begun: Mapping[int, Mapping[str, Any]]
 
     def start(self, device: str, threads: int) -> ShardDescriber:
-        """The networks on a device, which decodes in so many threads."""
+        """Load the networks on a device; pictures are decoded in so many threads."""
         settings = copy.copy(self.settings)
         settings.device = device
         return ShardDescriber(self, settings, threads)
 
 
 class ShardDescriber:
-    """Describes one shard after the other, decoding the next pictures while the network is busy."""
+    """Describes one shard after another, decoding the next pictures while the network is busy."""
 
     def __init__(self, worker: Worker, settings: Settings, threads: int) -> None:
         self.worker, self.settings, self.threads = worker, settings, threads
@@ -67,7 +67,7 @@ class ShardDescriber:
             network.engine.compile()
 
     def __call__(self, shard: Shard) -> int:
-        """Describe a shard and write its files; returns their bytes. What another worker wrote of it before it died stays."""
+        """Describe a shard and write its files; returns their size in bytes. Files of a worker that died are kept."""
         left = {
             number: (file, rows)
             for number, (file, rows) in shard.files.items()
@@ -120,7 +120,7 @@ class SharedRun:
         self.job = job
 
     def run(self, run: Run) -> None:
-        """Begin every store and let `run` go through the shards; it yields the number of each one done, and its bytes."""
+        """Prepare every store and let `run` describe the shards; it yields the number and the bytes of each finished shard."""
         job, plans = self.job, self._begin()
         if not job.lacking:
             return
@@ -132,11 +132,11 @@ class SharedRun:
             for store, (file, _) in shards.pop(number).files.items():
                 job.stores[store].note(int(file.stem))
         if shards:
-            raise RuntimeError(f"{len(shards)} shards of {job.what} were not described; type the same command again")
+            raise RuntimeError(f"{len(shards)} shards of {job.what} were not described; run the same command again")
         log.info(f"described {count} {job.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk")
 
     def _begin(self) -> dict[int, dict[str, Any]]:
-        """Begin every store, after a look at the room for them; the plans of those that lack pictures, by number."""
+        """Check the free space and prepare every store; returns the plans of those that lack pictures, by number."""
         job, settings = self.job, self.job.settings
         plans: dict[int, dict[str, Any]] = {}
         for number, (store, (extractor, pooling)) in enumerate(zip(job.stores, job.requested, strict=True)):
@@ -162,7 +162,7 @@ class SharedRun:
             for number in numbers:
                 store = job.stores[number]
                 new = [place for place, picture in enumerate(pictures) if picture not in store]
-                same = next((other for other in files if job.stores[other] is store), None)  # members that are the same
+                same = next((other for other in files if job.stores[other] is store), None)  # identical members
                 if new and same is None:
                     files[number] = store.file(following[number]), new
                     following[number] += 1
@@ -171,12 +171,12 @@ class SharedRun:
 
 
 def on_devices(devices: Sequence[str]) -> Run:
-    """Workers that are threads of this process, one a device; each takes the next shard when it is done with one."""
+    """Workers as threads of this process, one per device; each takes the next shard when it has finished one."""
 
     def run(worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
         threads = max(1, default_workers() // len(devices))
         free: queue.SimpleQueue[ShardDescriber] = queue.SimpleQueue()
-        for device in devices:  # one after the other: compiling is no work for several threads
+        for device in devices:  # one after another: torch.compile is not thread-safe
             free.put(worker.start(device, threads))
 
         def describe(shard: Shard) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The labels of a collection's rows: which of them belong to an index; and the names of partitions."""
+"""The labels of the rows of a Milvus collection, which of them belong to an index, and the names of partitions."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ class Labels:
 
 
 def make_labels(vectors: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    """A hash of each id and vector: int64 (N,)."""
+    """A hash of each id and its vector: int64 (N,)."""
     rows = zip(ids, np.ascontiguousarray(vectors, np.float32), strict=True)
     return np.fromiter((_hash(name, vector.tobytes()) for name, vector in rows), np.int64, len(ids))
 
 
 def _hash(text: str, content: bytes = b"") -> int:
     """63 bits."""
-    key = text.encode("utf-8", "surrogatepass")  # file names may hold what is no Unicode
+    key = text.encode("utf-8", "surrogatepass")  # file names need not be valid Unicode
     state = hashlib.blake2b(len(key).to_bytes(4, "little") + key + content, digest_size=8)
     return int.from_bytes(state.digest(), "little") >> 1
 

@@ -1,4 +1,4 @@
-"""A gallery whose vectors lie on a Milvus server: for catalogues that outgrow one machine."""
+"""A gallery whose vectors are on a Milvus server, for catalogues that outgrow one machine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .labels import Labels, category_code, make_labels, read_categories
 from .milvus_collection import KINDS, MOST, SEALED, Collection, Server
 
 CONSISTENCIES = ("strong", "bounded", "session", "eventually")
-NUMBERS = 1 << 26  # of candidates' vectors held at once
+NUMBERS = 1 << 26  # of candidate vectors in memory at a time
 
 
 class MilvusIndex(Index):
-    """Searches by Milvus, scored again here: each query's first `rescore` candidates (k where that is more) are ordered by
-    their exact scores, so that `kind` decides which rows are found, never how they are scored.
+    """Search by Milvus, with exact scores: each query's first `rescore` candidates (k if that is more) are scored again here,
+    so that `kind` decides which rows are found, but not how they are scored.
 
-    `kind`: "hnsw" (`m` links, `ef` candidates), "diskann" (`ef` candidates; wants NVMe disks), "ivf_sq8" (`lists`, of which
-    `probes` are searched) or "flat". Each view of a gallery has its own collection, `collection`_viewN, which must belong to
-    one index_dir. `shards` and `replicas` as in Milvus. `consistency`: what a search is sure to see: "strong" all that was
-    written before it, "session" what this process wrote, "bounded" and "eventually" less. `categories`: csv of id,category;
-    its categories become partitions, and `only` names those to search. `overwrite`: whether building a gallery may replace
-    rows of another one. `timeout`: seconds that one request may take.
+    `kind`: "hnsw" (`m` links, `ef` candidates), "diskann" (`ef` candidates; needs NVMe disks), "ivf_sq8" (`lists`, of which
+    `probes` are searched) or "flat". Each view of a gallery has a collection of its own, `collection`_viewN, which must
+    belong to one index_dir only. `shards`, `replicas`: as in Milvus. `consistency`: what a search is guaranteed to see:
+    "strong" everything written before it, "session" what this process wrote, "bounded" and "eventually" less.
+    `categories`: csv of id,category, whose categories become partitions; `only`: the categories to search. `overwrite`:
+    whether building a gallery may replace the rows of another one. `timeout`: seconds that one request may take.
 
-    A row's label is a hash of its id and vector. So a row never changes, what was sent twice is there once, and an index and
-    its clones share a collection without seeing each other's changes: additions are sent at once but unknown to the others,
-    whose searches leave them out; a removed row is forgotten here, and deleted on the server when the state after the one
-    that forgot it is saved. What a kill interrupts is completed by the same command.
+    The label of a row is a hash of its id and vector. So rows never change, sending a row twice stores it once, and an index
+    and its clones share a collection without seeing each other's changes: rows added by one are left out of the searches of
+    the others, and a removed row is deleted on the server only at the second save after its removal, as an index saved before
+    may still be in use. After an interruption, the same command completes the work.
 
-    Raises ValueError for settings that Milvus does not know; ConnectionError, in all methods, where the server fails.
+    Raises ValueError for settings that Milvus does not support; ConnectionError, in all methods, if the server fails.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class MilvusIndex(Index):
             if value not in allowed:
                 raise ValueError(f"index.{name}={value}: type {', '.join(allowed)}")
         if not collection.isidentifier() or not collection.isascii():
-            raise ValueError(f"index.collection={collection}: type a name of letters, digits and _, no digit first")
+            raise ValueError(f"index.collection={collection}: type a name of letters, digits and _, not beginning with a digit")
         if not 0 <= rescore <= MOST:
             raise ValueError(f"index.rescore={rescore}: type a number from 0 to {MOST}")
         if only is not None and categories is None:
-            raise ValueError(f"index.only={list(only)} needs index.categories=CSV, of id,category")
+            raise ValueError(f"index.only={list(only)} needs index.categories=CSV, a csv with the columns id,category")
         self.rescore, self.overwrite = rescore, overwrite
         self._category = {} if categories is None else read_categories(categories)
         # Hashes, as Milvus's expressions misread some quotes and backslashes.
@@ -123,9 +123,9 @@ class MilvusIndex(Index):
         return twin
 
     def sync(self, vectors: np.ndarray, ids: Sequence[str]) -> tuple[int, int, int]:
-        """As `Index.sync`, from whatever state the server is in: rows that it lost are sent again and count as added.
+        """See `Index.sync`. Rows that the server has lost are sent again and count as added.
 
-        A vector that differs in any bit is another one; nothing is read back to compare.
+        Vectors are compared by their labels, so any difference counts, and none is read back.
         """
         self._collection.open(self.dimensions, create=True)
         self._collection.load()
@@ -146,7 +146,7 @@ class MilvusIndex(Index):
     def _replace(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
         labels = make_labels(vectors, ids)
         if len(self._labels):
-            # A copy of an index in use: its collection stays what it is.
+            # This is a copy of an index in use, whose collection must not change.
             self._collection = copy.copy(self._collection)
             self._collection.name += f"_{digest(labels.tobytes())}"
             weakref.finalize(self._collection, copy.copy(self._collection).drop)
@@ -166,12 +166,12 @@ class MilvusIndex(Index):
         self._labels, self._checked = Labels(labels), True
 
     def _known(self, labels: np.ndarray) -> np.ndarray:
-        """Which rows of a gallery the collection has, bool (N,), as a killed run left them. Raises ValueError for others."""
+        """Which rows of a gallery a killed run has already sent, bool (N,). Raises ValueError if there are other rows."""
         self._collection.load()
         there = self._collection.present(labels)
         if (strangers := self._collection.count() - int(there.sum())) > 0:
             raise ValueError(
-                f"the {self._collection} holds {strangers} rows that are not of this gallery; type "
+                f"the {self._collection} holds {strangers} rows that are not in this gallery; type "
                 "index.collection=ANOTHER_NAME, or index.overwrite=true to replace them"
             )
         return there
@@ -196,7 +196,7 @@ class MilvusIndex(Index):
         return self._fetch(self._labels.rows[[self.row_of[name] for name in ids]])
 
     def _fetch(self, labels: np.ndarray) -> np.ndarray:
-        """Vectors of labels of ours, int64 (N,), which may repeat: float32 (N, D)."""
+        """Vectors of labels of this index, int64 (N,), which may repeat: float32 (N, D)."""
         unique, place = np.unique(labels, return_inverse=True)
         vectors, found = self._collection.fetch(unique, self.dimensions)
         if not found.all():
@@ -205,7 +205,7 @@ class MilvusIndex(Index):
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if k > MOST:
-            raise ValueError(f"{k} answers a query: Milvus gives at most {MOST}; lower k, or the depth of re-ranking")
+            raise ValueError(f"Milvus returns at most {MOST} results per query, not {k}; lower k, or the depth of re-ranking")
         self._check_complete()
         depth = min(max(k, self.rescore), len(self))
         scores, positions = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
@@ -228,7 +228,7 @@ class MilvusIndex(Index):
         return np.asarray(scores, np.float32)
 
     def _candidates(self, queries: np.ndarray, depth: int, k: int) -> list[np.ndarray]:
-        """Positions of at least k rows for each query. Rows that are not ours are left out by the server, once known."""
+        """Positions of at least k rows for each query. Once rows are known to be foreign, the server leaves them out."""
         candidates = [np.zeros(0, np.int64)] * len(queries)
         todo, wide = np.arange(len(queries)), False
         while len(todo):
@@ -253,21 +253,21 @@ class MilvusIndex(Index):
         return candidates
 
     def _check_complete(self) -> None:
-        """Once after loading: is what was saved still on the server?"""
+        """Check, once after loading, that the saved rows are still on the server."""
         if self._checked:
             return
         if not self._collection.open(self.dimensions, create=False):
-            raise ValueError(self._incomplete(f"is not there; it should hold {len(self)} rows"))
+            raise ValueError(self._incomplete(f"does not exist; it should hold {len(self)} rows"))
         self._collection.load()
         if (count := self._collection.count()) < len(self):
             raise ValueError(self._incomplete(f"holds {count} rows of {len(self)}"))
         self._checked = True
 
     def _incomplete(self, what: str) -> str:
-        return f"the {self._collection} {what}; give gallery=DIR_OR_CSV with the same index_dir to send what is missing"
+        return f"the {self._collection} {what}; type gallery=DIR_OR_CSV with the same index_dir to send the missing rows"
 
     def _save(self, folder: Path) -> None:
-        # An index saved before may still be in use and search the rows that were removed since: they go next time.
+        # Rows removed since the last save are deleted next time, as the index saved last may still be in use.
         self._check_complete()
         self._collection.delete(sorted(self._labels.obsolete))
         self._labels = self._labels.save(folder)

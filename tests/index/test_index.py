@@ -241,7 +241,7 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
         (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
         (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),
         (lambda: FaissIndex("Flat", target_recall=1.5), "index.target_recall=1.5"),
-        (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss refuses index.factory=Nonsense"),
+        (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss rejects index.factory=Nonsense"),
         (
             lambda: FaissIndex("Flat", device="cpu", target_recall=0.9).fit(unit(9, 4, 0), names(9)),
             "neither nprobe nor efSearch",

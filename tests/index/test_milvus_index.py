@@ -126,7 +126,7 @@ def test_vectors_of_others(make, tmp_path: Path) -> None:
         make("flat").for_view(0, {"model": "vgg"}).fit(vectors, ids)
     with pytest.raises(ValueError, match="made with dimensions=16, now it is dimensions=8"):
         make("flat").for_view(0, {"model": "resnet"}).fit(vectors[:, :8], ids)
-    with pytest.raises(ValueError, match=r"holds 10 rows that are not of this gallery; type .*index.overwrite=true"):
+    with pytest.raises(ValueError, match=r"holds 10 rows that are not in this gallery; type .*index.overwrite=true"):
         make("flat").for_view(0, {"model": "resnet"}).fit(vectors[10:], ids[10:])
     same_answers(first, dict(zip(ids, vectors, strict=True)), vectors[:2], 30)
     second = make("flat", overwrite=True).for_view(0, {"model": "vgg"}).fit(vectors[10:], ids[10:])
@@ -143,7 +143,7 @@ def test_a_copy_that_is_fitted_anew_leaves_the_gallery(make) -> None:
     augmented = copy.copy(index).fit(vectors[::-1], ids)
     same_answers(augmented, dict(zip(ids, vectors[::-1], strict=True)), vectors[:2], 30)
     same_answers(index, dict(zip(ids, vectors, strict=True)), vectors[:2], 30)
-    with index._collection.server.asked("list") as client:
+    with index._collection.server.client("list") as client:
         name = augmented._collection.name
         assert client.has_collection(name)
         del augmented
@@ -178,7 +178,7 @@ def test_no_server() -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     index = MilvusIndex(uri, "c", token="user:secret", timeout=2)
-    with pytest.raises(ConnectionError, match=rf"Milvus at {uri} failed to open .* give the same command again") as error:
+    with pytest.raises(ConnectionError, match=rf"Milvus at {uri} failed to open .* run the same command again") as error:
         index.fit(unit(3, DIMENSIONS, 0), names(3))
     assert "secret" not in str(error.value)
 
@@ -190,9 +190,7 @@ def test_a_server_that_is_slow(make, server: Standalone) -> None:
     assert server.process is not None
     server.process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(
-            ConnectionError, match=r"failed to answer queries: .*raise index.timeout=2 seconds where it is only"
-        ):
+        with pytest.raises(ConnectionError, match=r"failed to answer queries: .*raise index.timeout=2 seconds if it is only"):
             index.search(vectors[:1], ("q",), 3)
         with pytest.raises(ConnectionError, match="failed to take vectors 0 to 1 of 1"):
             index.clone().add(unit(1, DIMENSIONS, 14), ("new",))
@@ -214,7 +212,7 @@ def test_killed_while_it_takes_vectors(make, server: Standalone, sent: list[list
     with monkeypatch.context() as patch:
         patch.setattr(pymilvus.MilvusClient, "upsert", killing)
         with pytest.raises(
-            ConnectionError, match=r"failed to take vectors 8000 to 9000 of 20000: .*what it already took stays"
+            ConnectionError, match=r"failed to take vectors 8000 to 9000 of 20000: .*the rows it has taken are kept"
         ):
             make("hnsw", timeout=10).fit(vectors, ids)
     server.start()
@@ -248,13 +246,13 @@ def test_gallery_and_its_index_folder(make, server: Standalone, toy: Path, tiny_
     server.kill()
     server.start(empty=True)
     with pytest.raises(
-        ValueError, match="is not there; it should hold 48 rows; give gallery=DIR_OR_CSV with the same index_dir"
+        ValueError, match="does not exist; it should hold 48 rows; type gallery=DIR_OR_CSV with the same index_dir"
     ):
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == expected[3]
     index = shop.open(gallery=False).indexes[1]
     index._collection.delete(index._labels.rows[:3].tolist())
-    with pytest.raises(ValueError, match="holds 45 rows of 48; give gallery="):
+    with pytest.raises(ValueError, match="holds 45 rows of 48; type gallery="):
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == shop.answer(gallery=False).answers(0) == expected[3]
 

@@ -65,7 +65,7 @@ def test_queries_are_looked_at_as_the_gallery_was(shop: Shop) -> None:
 
 
 def test_nothing_kept_and_no_gallery(shop: Shop) -> None:
-    with pytest.raises(ValueError, match="holds no index yet; give gallery=DIR_OR_CSV"):
+    with pytest.raises(ValueError, match="holds no index yet; type gallery=DIR_OR_CSV"):
         shop.answer(gallery=False)
 
 
