@@ -4,11 +4,10 @@
 >>> shop = Retriever.build("RUN/checkpoints/best.ckpt", gallery="GALLERY")       # doctest: +SKIP
 >>> hits = shop.search(["photo.jpg"], k=7)                                       # doctest: +SKIP
 
-What it does is reported to the logger "beauty_bafe" at the level INFO, so nothing is shown unless logging is set up:
-`logging.basicConfig(level="INFO")`.
+Messages go to the logger "beauty_bafe" at level INFO; show them with `logging.basicConfig(level="INFO")`.
 
-Where other programs share the cores, set the environment variable GOMP_SPINCOUNT=1000 before torch is imported, as the
-commands do: two programs whose threads wait for each other by spinning starve each other.
+If other programs share the cores, set the environment variable GOMP_SPINCOUNT=1000 before torch is imported, as the commands
+do: otherwise threads that wait for each other by spinning take the cores from each other's program.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ logging.getLogger("beauty_bafe").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: torch takes seconds, and `import beauty_bafe` alone should not.
+    # Imported at first use, as importing torch takes seconds.
     if name in __all__:
         from . import retriever
 

@@ -11,7 +11,7 @@ from . import __version__
 COMMANDS = {
     "train": "train an extractor on catalogue photos, as train.py does",
     "retrieve": "answer queries from a gallery, as retrieve.py does",
-    "cache": "list what earlier commands keep on disk, or remove it",
+    "cache": "list or remove what earlier commands keep on disk",
     "export": "write a checkpoint as safetensors and ONNX, with a model card",
     "cutout": "cut products out of pictures, as PNG files",
     "serve": "answer searches over HTTP from a saved Retriever, with a page to try it",
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first word names with the other words as its overrides. Exits for an unknown one."""
+    """Run the command named by the first argument with the others as its overrides. Exits if it is unknown."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:10}{what}" for command, what in COMMANDS.items()]
@@ -33,7 +33,7 @@ def main() -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         sys.exit(f"error: '{name}' is not a command; type beauty-bafe {' or '.join(COMMANDS)}{hint}")
     sys.argv = [sys.argv[0], *words]
-    # As `python -m` would, so that the processes of training on several GPUs are started with the same command.
+    # Like `python -m`, so that the processes of training on several GPUs are started by the same command.
     runpy.run_module(f"beauty_bafe.commands.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share around Hydra: quick checks of the command line and readable errors."""
+"""Shared by the commands: quick checks of the command line, and readable errors instead of Hydra's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from .config import compose
 from .extras import explain
 
-# Groups that a recipe of conf/experiment may name for the other command.
+# Groups of the other command, which a recipe in conf/experiment may set.
 ELSEWHERE = {
     "train": ("pooling", "ensemble", "extraction", "index", "rerank", "query"),
     "retrieve": ("objective", "data", "augmentation", "trainer"),
@@ -25,13 +25,13 @@ ELSEWHERE = {
 
 
 def check_overrides(conf: Path, config_name: str, arguments: Sequence[str]) -> None:
-    """Exit with the allowed keys where an override names an unknown one; Hydra alone says only that it is unknown."""
+    """Exit with a list of the allowed keys if an override has an unknown one, which Hydra's own message does not give."""
     if fault := find_fault(conf, config_name, arguments):
         sys.exit(f"error: {fault}")
 
 
 def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | None:
-    """What is wrong with the keys of these overrides; None where nothing is, or Hydra has a good message for it."""
+    """The fault in the keys of these overrides; None if there is none, or Hydra has a good message for it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -42,7 +42,7 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
         chosen = [str(o.input_line) for o in groups if not o.is_sweep_override()]
         settings: Any = OmegaConf.to_container(compose(config_name, chosen, conf, with_hydra=True))
     except (HydraException, ValueError):
-        return None  # not a matter of keys: Hydra's own message names the options
+        return None  # not about keys: Hydra's own message lists the options
     swept = {o.key_or_group for o in groups if o.is_sweep_override()}
     swept |= set(settings.pop("hydra")["sweeper"].get("params") or {})  # conf/sweep, or an experiment's
     other = "retrieve" if config_name == "train" else "train"
@@ -53,15 +53,15 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
         value = word.partition("=")[2]
         if override in groups and key in ELSEWHERE.get(config_name, ()):
             hint = (
-                f"; retrieval.{key}={value} makes it the checkpoint's"
+                f"; type retrieval.{key}={value} to store it in the checkpoint"
                 if key in settings.get("retrieval", {}) and "[" not in value
                 else ""
             )
-            return f"{key} is chosen for {other}.py; here it would change nothing{hint}"
+            return f"{key} is a setting of {other}.py and has no effect here{hint}"
         if config_name == "retrieve" and key == "retrieval.enlarge":
-            return "retrieval is train.py's; here type size=PIXELS"
+            return "retrieval is a setting of train.py; here type size=PIXELS"
         if config_name == "retrieve" and group == "retrieval":
-            return f"retrieval is train.py's; here type {rest or 'pooling'}={value if rest else 'NAME'}"
+            return f"retrieval is a setting of train.py; here type {rest or 'pooling'}={value if rest else 'NAME'}"
         if (
             override in groups
             or override.is_add()
@@ -88,7 +88,7 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
 
 
 def _setting_left_at_auto(conf: Path, config_name: str, group: str, setting: str, word: str) -> str:
-    """The answer to a setting of a group that is left at auto: the files of the group that have it."""
+    """The message about a setting of a group that is left at auto: which files of the group have this setting."""
     names = sorted(file.stem for file in (conf / group).glob("*.yaml") if file.stem != "auto")
     files = {name: compose(config_name, [f"{group}={name}"], conf)[group] for name in names}
     having = [name for name in names if OmegaConf.select(files[name], setting, default=files) is not files]
@@ -97,11 +97,11 @@ def _setting_left_at_auto(conf: Path, config_name: str, group: str, setting: str
         near = difflib.get_close_matches(setting, keys, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return f"'{group}.{setting}' is not a setting of any file in conf/{group} ({', '.join(names)}).{hint}"
-    # First what the setting itself names, then what train.py gives its checkpoints.
+    # First the file that the setting itself names, then the default of train.py.
     preferred = {*setting.split("."), OmegaConf.load(conf / "train.yaml").retrieval[group]}
     having.sort(key=lambda name: name not in preferred)
     others = f" (or {group}={', '.join(having[1:])})" if having[1:] else ""
-    return f"{group}=auto leaves {group} to the checkpoints; to set it, type {group}={having[0]} {word}{others}"
+    return f"with {group}=auto the checkpoints choose {group}; to set it, type {group}={having[0]} {word}{others}"
 
 
 def _keys(settings: Any, prefix: str = "") -> list[str]:
@@ -119,12 +119,12 @@ class _Terminal(logging.Handler):
 
 @contextmanager
 def messages_on_terminal() -> Iterator[None]:
-    """Inside `with`, standard output shows what the package reports; a program that imports it decides for itself."""
+    """Inside `with`, print the package's log messages; a program that imports the package decides for itself."""
     logger, handler = logging.getLogger("beauty_bafe"), _Terminal()
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
-    logger.disabled = False  # Hydra's job_logging=disabled disables every logger that there is
-    logger.propagate = False  # Hydra's handler of the root logger would show every line again, with time and level
+    logger.disabled = False  # Hydra's job_logging=disabled disables all loggers
+    logger.propagate = False  # Hydra's handler of the root logger would print every line again, with time and level
     logger.addHandler(handler)
     try:
         yield
@@ -135,8 +135,8 @@ def messages_on_terminal() -> Iterator[None]:
 
 
 def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Call `function` inside a Hydra job: the job's own folder becomes output_dir, messages are shown, expected errors
-    become one line.
+    """Call `function` inside a Hydra job: the job's folder becomes output_dir, messages are printed, and expected errors end
+    the program with one line.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import InstantiationException
@@ -145,13 +145,13 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     hydra = HydraConfig.get()
     with open_dict(cfg):
         cfg.output_dir = hydra.runtime.output_dir
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # reports every instruction set it tries
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for news over the network
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it logs every instruction set that it tries
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for updates over the network
     try:
         with messages_on_terminal():
             return function(cfg)
     except (ValueError, OSError, RuntimeError, ImportError, InstantiationException) as error:
-        # A sweep goes on with its other jobs and reports at the end; a developer wants the traceback.
+        # A sweep continues with its other jobs and reports at the end; a developer wants the traceback.
         if hydra.mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
@@ -160,7 +160,7 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 
 
 def require_retrieval_inputs(cfg: DictConfig) -> None:
-    """Raise ValueError saying what retrieve.py needs and which runs there are to take checkpoints from."""
+    """Raise ValueError with the missing arguments of retrieve.py, and the checkpoints that exist below this folder."""
     missing = ["gallery"] if cfg.gallery is None and cfg.index_dir is None else []
     missing += ["queries"] if OmegaConf.is_missing(cfg, "queries") else []
     networks = cfg.checkpoints or untrained_models(cfg)
@@ -177,13 +177,13 @@ def require_retrieval_inputs(cfg: DictConfig) -> None:
         text += (
             f"; checkpoints below this folder, newest first:{listed}"
             if runs
-            else "; no run is to be seen below this folder: python train.py makes one"
+            else "; there are no checkpoints below this folder: python train.py makes one"
         )
     raise ValueError(text)
 
 
 def untrained_models(cfg: DictConfig) -> dict[str, Any]:
-    """The networks that retrieve.py takes with published weights: `models`, and `model` where there are no checkpoints."""
+    """The networks with published weights: `models`, and `model` if there are no checkpoints."""
     models = dict(cfg.models)
     if cfg.get("model") is not None and not cfg.checkpoints:
         models["model"] = cfg.model

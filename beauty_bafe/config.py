@@ -1,4 +1,4 @@
-"""The folder conf, in a checkout or in an installed package, and its settings outside of the command line."""
+"""The folder conf, in a checkout or an installed package, and composing its settings in Python."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_INSTALLED = Path(__file__).parent / "conf"  # where the build puts it
+_INSTALLED = Path(__file__).parent / "conf"  # of an installed package
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "conf"
-_composing = threading.Lock()  # Hydra composes through one object of the whole process
+_composing = threading.Lock()  # Hydra composes through a global object
 
 
 def compose(name: str, words: Sequence[str], conf: Path = CONF, with_hydra: bool = False) -> DictConfig:
-    """conf/NAME.yaml with overrides as on the command line, beside any Hydra application that is running.
+    """Compose conf/NAME.yaml with overrides as on the command line, also inside a running Hydra application.
 
-    `with_hydra`: Hydra's own settings as well. Raises ValueError with Hydra's message where it cannot be composed.
+    `with_hydra`: include Hydra's own settings. Raises ValueError with Hydra's message if it cannot be composed.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -38,7 +38,7 @@ def compose(name: str, words: Sequence[str], conf: Path = CONF, with_hydra: bool
 
 
 def check_targets(settings: Any, where: str) -> None:
-    """Raise ValueError where plain settings name code to run that no file of conf names."""
+    """Raise ValueError if plain settings have a `_target_` that no file of conf has."""
     known = {found for file in CONF.rglob("*.yaml") for found in re.findall(r"_target_: *([\w.]+)", file.read_text("utf-8"))}
     unknown = sorted(_targets(settings) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""Packages that only some features need, and how to install them."""
+"""Optional dependencies, and how to install them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXTRAS = {  # module -> extra of this package
     "skimage": "classical",
     "onnxruntime": "export",
     "onnxscript": "export",
-    "onnx": "export",  # after those whose names begin with it
+    "onnx": "export",  # after those whose names begin with onnx
     "pymilvus": "milvus",
     "fastapi": "serve",
     "ray": "ray",
@@ -24,7 +24,7 @@ EXTRAS = {  # module -> extra of this package
 
 
 def explain(error: ImportError) -> str:
-    """What to type where `error` is about one of these packages; else the error's own text."""
+    """How to install the missing package if `error` is about one of these; otherwise its own text."""
     for module, extra in EXTRAS.items():
         if re.search(rf"\b{module}\b", error.name or str(error)) and importlib.util.find_spec(module) is None:
             return f"this needs the package {module}; type pip install 'beauty_bafe[{extra}]'"

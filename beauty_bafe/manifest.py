@@ -1,4 +1,4 @@
-"""The small JSON beside every artefact that says how it was made, and writing files whole or not at all."""
+"""Manifests, which say how an artefact was made, atomic writing of files, and locks on folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("beauty_bafe")
 
 
 def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """Read a manifest. Raises ValueError naming the first key of `expected` whose value differs, and what to do."""
+    """Read a manifest. Raises ValueError with the first key of `expected` whose value differs, and `remedy`."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -31,8 +31,8 @@ def check_manifest(file: Path, expected: Mapping[str, Any], remedy: str) -> dict
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `file`, then put it in place: at any moment the old or the new one is there, whole."""
-    # Its own name for each writer: two may replace the same file at once.
+    """Replace a file atomically: `write` gets the path of a temporary file to fill."""
+    # A name for each writer, as two may replace the same file at once.
     part = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         write(part)
@@ -48,15 +48,15 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """Keep other processes and threads out of these folders, which are made where missing; one in use is waited for.
+    """Lock these folders against other processes and threads, waiting for those in use; missing ones are created.
 
-    The file `lock` in each folder stays there; the system releases the lock when the process ends, killed or not.
+    The file `lock` in each folder is kept; the system releases the lock when the process ends, even if it is killed.
     """
     with ExitStack() as stack:
-        for folder in sorted({folder.resolve() for folder in folders}):  # in one order, or two could wait for each other
+        for folder in sorted({folder.resolve() for folder in folders}):  # in a fixed order, to avoid deadlocks
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
-                continue  # a read-only copy can be read all the same
+                continue  # a read-only copy can still be read
             lock = FileLock(folder / "lock")
             try:
                 lock.acquire(timeout=0)
@@ -69,7 +69,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
 
 def digest(*parts: str | bytes) -> str:
-    """16 hexadecimal digits over the parts in their order."""
+    """A hash of the parts in this order: 16 hexadecimal digits."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

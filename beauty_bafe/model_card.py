@@ -1,4 +1,4 @@
-"""The page that goes with an exported network: what it is, what it learned from, what was measured, whose it is."""
+"""The model card of an exported network: use, data and recipe, figures, licence, limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIGURES = {  # of metrics.json
 def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: Mapping[str, Any], drawn: bool) -> None:
     """Write the card of a checkpoint's `content` (see `read_checkpoint`), read from `checkpoint`.
 
-    `files`: what export found of each ONNX file. `drawn`: whether they were compared on drawn pictures.
+    `files`: what `export` returned about each ONNX file. `drawn`: whether they were compared on drawn pictures.
     """
     model = content["hyper_parameters"]["model"]
     agreement = [
@@ -33,7 +33,7 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
     lines = [
         f"# A background-agnostic product descriptor: {model['name']}",
         "",
-        "Describes the product in a picture, and says where it is. Made by beauty_bafe, `beauty-bafe export`.",
+        "Computes a descriptor of the product in a picture and a mask of where it is. Exported by `beauty-bafe export`.",
         "",
         "## Use",
         "",
@@ -56,7 +56,7 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
         "",
         *(
             [
-                "`query.onnx` first finds the product, then describes what its view shows of it, see `conf/query`.",
+                "`query.onnx` first finds the product, then describes a view of it, see `conf/query`.",
                 "",
             ]
             if "query.onnx" in files
@@ -79,37 +79,37 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
         "## Limits",
         "",
         "* Learned from catalogue photos with pasted backgrounds; photographs differ. Measure on your own before use.",
-        "* One product a picture: of several it may take any, or all of them.",
-        "* A score ranks answers; it is no probability that an answer is right.",
-        "* Runs in bfloat16 or compiled give slightly other descriptors: do not mix them with these in one index.",
+        "* Made for one product per picture; of several it may describe any, or all.",
+        "* Scores rank answers; they are not probabilities.",
+        "* Runs in bfloat16 or compiled give slightly different descriptors: do not mix them with these in one index.",
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _settings(content: Mapping[str, Any]) -> list[str]:
-    """What decided the training, as a list; which pictures it was is not in a checkpoint."""
+    """The settings of the training, as a list; a checkpoint does not store which pictures it used."""
     run, rest = content.get("run", {}), content["hyper_parameters"]
     rows = {"objective": content.get("objective"), "epochs": content.get("epoch", -1) + 1 or None}
     rows |= {key: value for key, value in rest.items() if key != "model"} | run
     rows |= {f"retrieval.{key}": value for key, value in (content.get("retrieval") or {}).items()}
     kept = [f"* {key}: `{json.dumps(value)}`" for key, value in rows.items() if value not in (None, {}, [])]
     return [
-        "The checkpoint does not say which photos it learned from: add it here. The settings that it keeps, which "
-        "`conf/objective` and `conf/train.yaml` explain:",
+        "The checkpoint does not store which photos it was trained on: add them here. It was trained with these settings, "
+        "which `conf/objective` and `conf/train.yaml` explain:",
         "",
         *kept,
     ]
 
 
 def _figures(checkpoint: Path) -> list[str]:
-    """Of metrics.json beside the checkpoint or in its run's folder."""
+    """The figures of metrics.json beside the checkpoint or in the folder of its run."""
     places = [folder / "metrics.json" for folder in (checkpoint.parent, checkpoint.parent.parent)]
     found: dict[str, Any] = next((json.loads(file.read_text(encoding="utf-8")) for file in places if file.is_file()), {})
     rows = [f"| {meaning} | {found[key]:.4f} |" for key, meaning in FIGURES.items() if key in found]
     if not rows:
         return ["None: there was no metrics.json beside the checkpoint."]
     return [
-        "The training's last epoch, on photos held back from it; intervals were not measured.",
+        "After the last epoch, on photos held back from training; without intervals.",
         "",
         "| figure | value |",
         "| --- | --- |",
@@ -118,16 +118,16 @@ def _figures(checkpoint: Path) -> list[str]:
 
 
 def _licence(name: str) -> list[str]:
-    """What timm and conf/model say about the backbone called `name`."""
+    """The licence information of timm and conf/model about the backbone `name`."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    says = (config.license if config is not None else None) or "nothing"
+    says = (config.license if config is not None else None) or "no licence is given"
     lines = [
-        "The trained weights: nothing is granted here; whoever publishes them decides, within the backbone's licence and the "
-        "rights in the photos.",
+        "The trained weights: not specified here; their publisher decides, within the licence of the backbone and the rights "
+        "in the photos.",
         "",
-        f"The backbone, {name}: timm says {says}.",
+        f"The backbone, {name}: {says}, according to timm.",
     ]
     for file in sorted((CONF / "model").glob("*.yaml")):
         if compose("train", [f"model={file.stem}"]).model.name == name and (comment := _comment(file.stem)):
@@ -136,7 +136,7 @@ def _licence(name: str) -> list[str]:
 
 
 def _comment(stem: str) -> list[str]:
-    """The comment on a licence at the head of a file of conf/model, quoted, or of the file that it refers to."""
+    """The comment about the licence at the top of a file of conf/model, quoted, with that of a file that it refers to."""
     text = (CONF / "model" / f"{stem}.yaml").read_text(encoding="utf-8")
     comment = [line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# ")]
     if "licen" not in " ".join(comment).lower():

@@ -1,4 +1,4 @@
-"""Settings of the whole process, changed for a while and put back, whichever threads are at work."""
+"""Settings of the whole process: changed temporarily, safely with several threads; and OpenMP's spinning."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# Turns of a waiting loop. libgomp's own 300,000 are about 3 ms by its estimate; these are 10 microseconds, about what
-# putting a thread to sleep and waking it costs. benchmarks/side_by_side.py compares others.
+# Iterations of a waiting loop. libgomp's default of 300,000 is about 3 ms by its estimate; these are 10 microseconds, about
+# the cost of putting a thread to sleep and waking it. benchmarks/side_by_side.py compares other values.
 SPINS = 1000
 
 
 class HeldSetting(Generic[T]):
-    """Inside `with`, the setting has `value`; the last thread to leave restores what the first one found."""
+    """Inside `with`, the setting has `value`; the last thread to leave restores the value that the first one found."""
 
     def __init__(self, read: Callable[[], T], write: Callable[[T], object], value: T) -> None:
         self._read, self._write, self._value = read, write, value
@@ -36,11 +36,11 @@ class HeldSetting(Generic[T]):
 
 
 def release_cores() -> None:
-    """Let threads that wait for each other give up their core soon, for whatever else runs on this machine.
+    """Let OpenMP threads that wait for each other release their core soon, for other programs on this machine.
 
-    OpenMP's threads otherwise spin for milliseconds at the end of every layer, on cores that a second run needs to get
-    there itself: two runs then take many times as long as one after the other. To be called before torch is imported, as
-    OpenMP reads its settings once; what the user set stays.
+    Otherwise they spin for milliseconds at the end of every layer, on cores that a second run needs: two runs at once then
+    take many times as long as one after the other. Call it before torch is imported, as OpenMP reads its settings once.
+    Settings of the user are kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

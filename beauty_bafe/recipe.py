@@ -1,6 +1,6 @@
-"""The retrieval recipe that a checkpoint carries: names of files in conf/pooling, conf/query and conf/rerank, and a number.
+"""The retrieval recipe in a checkpoint: names of files in conf/pooling, conf/query and conf/rerank, and a size.
 
-Names alone, looked up among the files that are there, so that a checkpoint can never say which code to run.
+Only names, which must be those of existing files, so that a checkpoint cannot choose which code to run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .config import compose
 log = logging.getLogger("beauty_bafe")
 
 GROUPS = ("pooling", "query", "rerank")
-LEAST, MOST = 0.25, 4.0  # times the size of training
-OLDER = {"pooling": "attention", "query": "whole", "rerank": "none"}  # for checkpoints from before they carried any
-UNTRAINED = {**OLDER, "pooling": "rmac"}  # for networks without masks: the best frozen one on real photographs
+LEAST, MOST = 0.25, 4.0  # times the training size
+OLDER = {"pooling": "attention", "query": "whole", "rerank": "none"}  # for checkpoints of versions without recipes
+UNTRAINED = {**OLDER, "pooling": "rmac"}  # for networks without trained masks: best on real photographs
 
 
 def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
-    """Raise ValueError where train.py's section `retrieval` does not name one file of `conf` for each group and a size."""
+    """Raise ValueError if train.py's setting `retrieval` lacks a group or a valid size, or names a file that does not exist."""
     check_enlarge(recipe.get("enlarge"), "retrieval")
     for group in dict.fromkeys((*recipe, *GROUPS)):
         if group == "enlarge":
@@ -36,7 +36,7 @@ def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
 
 
 def check_enlarge(value: object, where: str) -> float:
-    """The size to describe at, in times that of training. Raises ValueError where it is not a number in LEAST..MOST."""
+    """The size of description as a multiple of the training size. Raises ValueError if it is not in LEAST..MOST."""
     if not isinstance(value, bool) and isinstance(value, int | float) and LEAST <= value <= MOST:
         return float(value)
     raise ValueError(
@@ -45,15 +45,15 @@ def check_enlarge(value: object, where: str) -> float:
 
 
 def resolve_auto(cfg: DictConfig, conf: Path) -> None:
-    """Replace the groups that `cfg` leaves at auto by the files that its checkpoints name, and print which.
+    """Replace groups of `cfg` that are auto by the files that its checkpoints name, and print their names.
 
-    Raises ValueError where the checkpoints differ, or name a file that is not in `conf`.
+    Raises ValueError if the checkpoints name different files, or one that is not in `conf`.
     """
     left = [group for group in GROUPS if group in cfg and "auto" in cfg[group]]
     for group in left:
         settings = [f"{group}.{key}" for key in cfg[group] if key != "auto"]
         if settings:
-            raise ValueError(f"{settings[0]} is given, but {group} is left at auto; type {group}=NAME beside it")
+            raise ValueError(f"{settings[0]} is given, but {group} is auto; type {group}=NAME as well")
     for name, pooling in cfg.get("poolings", {}).items():
         if "auto" in pooling:
             raise ValueError(f"poolings.{name}=auto: only pooling itself can be auto; type +pooling@poolings.{name}=NAME")
@@ -72,7 +72,7 @@ def resolve_auto(cfg: DictConfig, conf: Path) -> None:
 
 
 def _read_recipe(file: str, groups: list[str], conf: Path) -> Mapping[str, str] | None:
-    """What a checkpoint names for `groups`, None where it is from before checkpoints carried any."""
+    """The recipe of a checkpoint; None if it is of a version without recipes."""
     from .models.module import read_checkpoint
 
     recipe = read_checkpoint(file).get("retrieval")
@@ -85,14 +85,14 @@ def _read_recipe(file: str, groups: list[str], conf: Path) -> Mapping[str, str] 
 
 
 def _agreed(recipes: Mapping[str, Mapping[str, str] | None], groups: list[str]) -> tuple[Mapping[str, str], str]:
-    """What all checkpoints name, and the words to print before it."""
+    """The recipe that all checkpoints agree on, and the beginning of the message about it."""
     wanted = {file: {group: (recipe or OLDER)[group] for group in groups} for file, recipe in recipes.items()}
     first = next(iter(wanted.values()))
     differ = [group for group in groups if any(names[group] != first[group] for names in wanted.values())]
     if differ:
         lines = [f"\n  {file}: {' '.join(f'{group}={names[group]}' for group in differ)}" for file, names in wanted.items()]
         raise ValueError(
-            f"the checkpoints carry different retrieval recipes:{''.join(lines)}\n"
+            f"the checkpoints have different retrieval recipes:{''.join(lines)}\n"
             f"type the one for all of them, such as {' '.join(f'{group}={first[group]}' for group in differ)}"
         )
     carried = any(recipe is not None for recipe in recipes.values())

@@ -29,7 +29,7 @@ from .retrieval.parts import Parts, build_parts
 from .versions import Versions
 
 ABOUT = "retriever.json"
-# Settings of retrieve.py that are arguments here, or that have no meaning without its files.
+# Settings of retrieve.py that are arguments here, or that only matter for its files.
 SCRIPT_ONLY = (
     *("checkpoints", "gallery", "queries", "truth", "masks", "index_dir", "output_dir", "submission", "k"),
     *("report", "report_queries", "features", "num_workers", "known_at", "hydra"),
@@ -38,10 +38,10 @@ SCRIPT_ONLY = (
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it had none.
+    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it has none.
 
-    `probability`: that the answer is right, 0 to 1; None where there was nothing to learn it from (see `rehearsal` in
-    conf/retrieve.yaml, and `Calibration`).
+    `probability`: that the answer is right, 0 to 1; None if it could not be learned (see `rehearsal` in conf/retrieve.yaml,
+    and `Calibration`).
     """
 
     id: str
@@ -51,7 +51,7 @@ class Hit:
 
 
 class _Shelf(NamedTuple):
-    """What a search sees: replaced as a whole, never changed."""
+    """The state that a search works on: replaced as a whole, never modified."""
 
     gallery: Gallery
     paths: Mapping[str, Path]
@@ -60,11 +60,11 @@ class _Shelf(NamedTuple):
 class Retriever:
     """A gallery of product pictures and the networks to search it with.
 
-    Make one with `Retriever.build(...)` or `Retriever.load(...)`. An image is a path (str or Path), a PIL image, the bytes of
-    an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods may be called from several threads at once.
-    Nothing is written to disk but by `save`; re-rankers that look at pictures (rerank=sift, sift_verified) and VLAD keep
-    theirs in a temporary folder, removed with the object. Answers are those of retrieve.py for the same checkpoints,
-    gallery, queries and settings, to the bit, unless its network is compiled and this one's is not (extraction.compiled).
+    Create one with `Retriever.build(...)` or `Retriever.load(...)`. An image is a path (str or Path), a PIL image, the bytes
+    of an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods are thread-safe. Only `save` writes to disk,
+    except that re-rankers on pictures (rerank=sift, sift_verified) and VLAD keep files in a temporary folder, which is
+    removed with the object. Answers are bit for bit those of retrieve.py for the same checkpoints, gallery, queries and
+    settings, unless its network is compiled and this one is not (extraction.compiled).
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ class Retriever:
         gallery.rehearse(parts.steps, parts.rehearsal, parts.about)
         self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason
         self._put(gallery)
-        self.describe([np.zeros((8, 8, 3), np.uint8)])  # builds the queries' engine, so that the first search is quick
+        self.describe([np.zeros((8, 8, 3), np.uint8)])  # builds the engine for queries, so that the first search is fast
 
     @classmethod
     def build(
@@ -86,11 +86,11 @@ class Retriever:
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
         pictures, a csv with the columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them,
-        such as "query=whole", "size=320" or "device=cpu"; without them everything is as the checkpoints ask for. Of a folder
-        or csv, unreadable pictures are left out and listed in `skipped`, up to the share max_skipped.
+        such as "query=whole", "size=320" or "device=cpu"; the default is what the checkpoints ask for. Unreadable pictures of
+        a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
 
-        Raises ValueError for files that are no checkpoints, unknown settings, an empty or unreadable gallery; TypeError for
-        what is no image.
+        Raises ValueError for files that are not checkpoints, unknown settings, or an empty or unreadable gallery; TypeError
+        for values that are not images.
         """
         files = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
         parts, shop = _prepare([str(file) for file in files], overrides)
@@ -105,9 +105,9 @@ class Retriever:
 
     @classmethod
     def load(cls, folder: str | Path, overrides: Sequence[str] = ()) -> Retriever:
-        """Take what `save` wrote. `overrides` come after those it was built with, such as "device=cpu".
+        """Load a saved retriever. `overrides`, such as "device=cpu", are applied after those it was built with.
 
-        Raises ValueError where `folder` holds nothing, or was made with other settings (the key is named).
+        Raises ValueError if `folder` holds no retriever, or one made with other settings (the key is named).
         """
 
         def read(place: Path) -> Retriever:
@@ -126,9 +126,9 @@ class Retriever:
         return Versions(Path(folder)).read(read)
 
     def save(self, folder: str | Path) -> None:
-        """Write gallery, settings and checkpoints to `folder`, for `load`; what it held before is replaced in one step.
+        """Write gallery, settings and checkpoints to `folder`, for `load`; an earlier version there is replaced atomically.
 
-        Pictures are not copied. Raises ValueError where a checkpoint's file is no longer the one that was loaded.
+        Pictures are not copied. Raises ValueError if a checkpoint file has changed since it was loaded.
         """
         gallery, place = self._shelf.gallery, Path(folder)
         sources = {member.source for member in gallery.members}
@@ -139,7 +139,7 @@ class Retriever:
                 names.append(digest(*content.values()))
                 if names[-1] not in sources:
                     raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
-                # Named by their content and beside the versions, so that those who loaded one find it there later.
+                # Named by content and kept beside the versions, so that processes with an older version still find them.
                 for name, data in content.items():
                     kept = _kept(place, names[-1]) / name
                     if not kept.is_file():
@@ -156,12 +156,12 @@ class Retriever:
     def search(self, images: Iterable[ImageLike], k: int = 7) -> list[list[Hit]]:
         """The k best pictures of the gallery for each image, best first.
 
-        Raises ValueError for a bad k or an image that cannot be read, TypeError for anything else, naming its number.
+        Raises ValueError for a bad k or an unreadable image, TypeError for other types, with the number of the image.
         """
         return self.search_with_masks(images, k)[0]
 
     def search_with_masks(self, images: Iterable[ImageLike], k: int = 7) -> tuple[list[list[Hit]], np.ndarray | None]:
-        """What `search` returns, and the saliency masks that `describe` returns, for the price of one of them."""
+        """The results of `search` and the masks of `describe`, in one pass."""
         shelf = self._shelf
         check_k(k, len(shelf.gallery.indexes[0]))
         queries = Images.numbered(images)
@@ -179,9 +179,9 @@ class Retriever:
         return hits, mean_masks(described).masks
 
     def describe(self, images: Iterable[ImageLike]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images as queries are described: vectors, float32 (N, D) of length 1, and saliency masks, uint8 (N, 112, 112).
+        """Describe images as queries: vectors, float32 (N, D) of length 1, and saliency masks, uint8 (N, 112, 112).
 
-        Masks are None where no pooling uses them. Where an ensemble fuses rankings, D is all of its members' side by side.
+        Masks are None if no pooling uses them. If the ensemble fuses rankings, the vectors of its members are concatenated.
         Raises as `search` does.
         """
         gallery = self._shelf.gallery
@@ -194,9 +194,9 @@ class Retriever:
         return np.concatenate([view.vectors for view in views], axis=1), mean_masks(described).masks
 
     def add(self, images: Mapping[str, ImageLike]) -> None:
-        """Add pictures by id. Searches that start later see all of them; where one fails, none is added.
+        """Add pictures by id. Later searches see all of them; if one fails, none is added.
 
-        Raises ValueError for an id that is there already or a picture that cannot be read, TypeError for anything else.
+        Raises ValueError for an existing id or an unreadable picture, TypeError for other types.
         """
         new = Images.named(images)
         if not len(new):
@@ -208,9 +208,9 @@ class Retriever:
             self._put(self._shelf.gallery.added(new, described))
 
     def remove(self, ids: Iterable[str]) -> None:
-        """Remove pictures by id. Searches that start later see none of them; where one fails, none is removed.
+        """Remove pictures by id. Later searches see none of them; if one fails, none is removed.
 
-        Raises ValueError for an id that is not there, or where nothing would be left; TypeError for a single str.
+        Raises ValueError for an unknown id, or if the gallery would be empty; TypeError for a single str.
         """
         if isinstance(ids, str):
             raise TypeError(f"got one id; give a list of ids, ['{ids}']")
@@ -223,15 +223,15 @@ class Retriever:
                 self._put(gallery.removed(gone))
 
     def threshold(self, rate: float) -> float | None:
-        """The probability from which a best answer counts as known, where `rate` (0 to 1) of the strangers may pass for known.
+        """The least probability for a best answer to count as known, if `rate` (0 to 1) of unknown products may be accepted.
 
-        None where there are no probabilities. Raises ValueError for another rate. See `Calibration.threshold`.
+        None if there are no probabilities. Raises ValueError for a rate outside 0 to 1. See `Calibration.threshold`.
         """
         calibration = self._shelf.gallery.calibration
         return None if calibration is None else calibration.threshold(rate)
 
     def path(self, name: str) -> Path | None:
-        """Where the picture of this id lies; None for an unknown id and for a picture that came from memory."""
+        """The file of the picture with this id; None for an unknown id or a picture that was added from memory."""
         return self._shelf.paths.get(name)
 
     @property
@@ -246,7 +246,7 @@ class Retriever:
         return gallery.describe(queries, "queries", "queries", Skipped())
 
     def _check_new(self, new: Images) -> None:
-        """Before the work of describing; the index checks again when it takes them."""
+        """Check before the pictures are described; the index checks again when they are added."""
         if known := self._shelf.gallery.indexes[0].row_of.keys() & new.ids:
             raise ValueError(f"the gallery already holds '{min(known)}'; remove it first to replace it")
 
@@ -266,18 +266,18 @@ def _write(content: bytes, file: Path) -> None:
 
 
 def _prepare(checkpoints: Sequence[str], words: Sequence[str], from_file: bool = False) -> tuple[Parts, Gallery]:
-    """The parts that the settings name, and a gallery that is still empty. `from_file`: words may come from anybody's file."""
+    """The parts that the settings name, and an empty gallery. `from_file`: the words are from a file and not trusted."""
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
         if key.split(".")[0] in SCRIPT_ONLY:
             raise ValueError(
-                f"{word}: {key} is not an override of a Retriever; it is an argument of a method, or retrieve.py's alone"
+                f"{word}: {key} is not an override of a Retriever; it is an argument of a method, or for retrieve.py only"
             )
     if fault := cli.find_fault(CONF, "retrieve", words):
         raise ValueError(fault)
     cfg = compose("retrieve", words)
     if from_file:
-        # Resolved: an interpolation can make a target out of texts.
+        # Resolved first, as an interpolation can build a target from strings.
         used = [cfg[key] for key in cfg if key not in SCRIPT_ONLY and isinstance(cfg[key], DictConfig)]
         check_targets([OmegaConf.to_container(part, resolve=True) for part in used], "the saved retriever")
     cfg.checkpoints = list(checkpoints)

@@ -1,4 +1,4 @@
-"""A folder whose content changes in one step: numbered versions of it, and the file `current` that names the valid one."""
+"""A folder whose content is replaced atomically: numbered versions, and the file `current` that names the valid one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Result = TypeVar("Result")
 
 
 class Versions:
-    """The versions in `folder`: any number of readers need no lock, a writer holds `manifest.locked`."""
+    """The versions in `folder`. Readers need no lock; a writer must hold `manifest.locked`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def current(self) -> Path | None:
-        """The folder of the valid version; None where nothing was written yet."""
+        """The folder of the valid version; None if nothing has been written yet."""
         file = self.folder / "current"
         return self.folder / file.read_text(encoding="utf-8") if file.is_file() else None
 
     def read(self, read: Callable[[Path], Result]) -> Result:
-        """`read(version)` of the valid version. Raises ValueError where there is none."""
+        """Return `read(folder)` for the valid version. Raises ValueError if there is none."""
         while True:
             version = self.current()
             if version is None:
@@ -32,7 +32,7 @@ class Versions:
             try:
                 return read(version)
             except Exception:
-                if self.current() == version:  # else a writer removed it meanwhile
+                if self.current() == version:  # otherwise a writer has removed it meanwhile
                     raise
 
     def write(self, write: Callable[[Path], object]) -> None:
@@ -45,4 +45,4 @@ class Versions:
         replace_file(self.folder / "current", lambda part: part.write_text(new.name, encoding="utf-8"))
         for other in self.folder.iterdir():
             if other.name.isdigit() and other != new:
-                shutil.rmtree(other, ignore_errors=True)  # Windows keeps what is mapped; the next writer tries again
+                shutil.rmtree(other, ignore_errors=True)  # Windows keeps mapped files; the next writer tries again

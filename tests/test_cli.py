@@ -45,7 +45,7 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
         (
             "retrieve",
             "query.view.closer=1.5",
-            "query=auto leaves query to the checkpoints; .*query=closer query.view.closer=1.5",
+            "with query=auto the checkpoints choose query; .*query=closer query.view.closer=1.5",
         ),
         ("retrieve", "pooling.function.p=4", "type pooling=attention_gem pooling.function.p=4 .or pooling=gem, grmac"),
         (
@@ -53,8 +53,8 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
             "rerank.sift_verified.depth=9",
             "type rerank=sift_verified rerank.sift_verified.depth=9 .or rerank=keypoints_and_labels",
         ),
-        ("retrieve", "retrieval.query=both", "retrieval is train.py's; here type query=both"),
-        ("train", "pooling=gem", "chosen for retrieve.py; .* retrieval.pooling=gem makes it the checkpoint's"),
+        ("retrieve", "retrieval.query=both", "retrieval is a setting of train.py; here type query=both"),
+        ("train", "pooling=gem", "a setting of retrieve.py and has no effect here; type retrieval.pooling=gem"),
         ("train", "data.titles=x", "'data.titles' is not a setting: data has root"),
     ],
 )
@@ -101,7 +101,7 @@ def test_retrieve_without_checkpoints_lists_the_runs_it_sees(tmp_path: Path) -> 
     done = run("retrieve.py", "gallery=G", "queries=Q", cwd=tmp_path)
     assert done.returncode != 0
     assert "retrieve.py needs checkpoints='[RUN/checkpoints/best.ckpt]'" in done.stderr
-    assert "no run is to be seen" in done.stderr
+    assert "there are no checkpoints below" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/mine/checkpoints/best.ckpt").touch()

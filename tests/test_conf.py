@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from beauty_bafe.models.decoder import make_decoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.retrieval.parts import build_steps
 
@@ -19,7 +20,7 @@ from .conftest import ROOT, TINY
 
 CONF = ROOT / "conf"
 FILES = sorted(CONF.glob("*/*.yaml"))
-TRAIN_GROUPS = {"model", "objective", "data", "augmentation", "trainer", "callbacks", "logger"}
+TRAIN_GROUPS = {"model", "objective", "decoder", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "extraction", "index", "rerank", "query"}
 # Commands that compose.
 KNOWN = r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:cache|export|cutout|serve))"
@@ -56,7 +57,8 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
     fill = [f"output_dir={tmp_path}", *(["gallery=G", "queries=Q"] if script == "retrieve" else [])]
     if group == "data":
         fill += ["data.root=GALLERY"] + (["data.titles=T.csv"] if file.stem == "perfect500k" else [])
-    cfg = configure(script, f"{group}={file.stem}", *fill)
+    where = "decoder@objective.decoder" if group == "decoder" else group
+    cfg = configure(script, f"{where}={file.stem}", *fill)
     OmegaConf.to_yaml(cfg, resolve=True)
     if file.stem == "auto":  # stands for another file of its group, see test_recipe.py
         assert cfg[group] == {"auto": True}
@@ -65,6 +67,8 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
         extractor = BackgroundAgnosticExtractor(**model | {"pretrained": False, "weights": None})
         assert len(extractor.backbone.channels) == 4
         assert extractor.backbone.strides == sorted(extractor.backbone.strides)
+    elif group == "decoder":
+        make_decoder(cfg.objective.decoder, [3, 5])
     elif group == "objective":
         instantiate(cfg.objective, model=TINY, _recursive_=False, _convert_="all")
     elif group in ("callbacks", "rerank"):

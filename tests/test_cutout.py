@@ -76,5 +76,5 @@ def test_cutout_says_what_it_needs(tiny_checkpoint: Path, tmp_path: Path, config
     with pytest.raises(ValueError, match="background=black: type transparent or white"):
         cutout(configure("cutout", *words, "background=black"))
     (tmp_path / "list.csv").write_text("id,path\n../up,a.png\n")
-    with pytest.raises(ValueError, match=r"the id '\.\./up' cannot be a file's name"):
+    with pytest.raises(ValueError, match=r"the id '\.\./up' cannot be a file name"):
         cutout(configure("cutout", f"pictures={tmp_path / 'list.csv'}", words[1], f"output_dir={tmp_path / 'out'}"))

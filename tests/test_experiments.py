@@ -97,11 +97,11 @@ def test_a_network_without_masks_is_not_asked_for_any(
     for overrides, message in (
         (
             ["model=efficientnet_lite0", "pooling=attention"],
-            "needs masks, and test_efficientnet was never trained to make any; .* such as pooling=gem",
+            "needs masks, and test_efficientnet was not trained to predict any; .* such as pooling=gem",
         ),
         (
             ["model=efficientnet_lite0", "pooling=gem", "query=whitened"],
-            "never trained to make masks, which changing the queries",
+            "not trained to predict masks, which the query view needs",
         ),
         (["model=efficientnet_lite0", "pooling=gem", "pairs={second: [gem]}"], "pairs names 'second'; the networks are model"),
         (["pooling=gem"], r"needs checkpoints=.* or model=NAME"),

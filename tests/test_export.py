@@ -99,7 +99,7 @@ def test_broken_folders_are_refused(name: str, network: Path, tmp_path: Path) ->
 
 
 def test_an_exported_network_cannot_be_resumed(network: Path) -> None:
-    with pytest.raises(ValueError, match=r"no optimiser to go on with; type ckpt_path=RUN/checkpoints/last.ckpt"):
+    with pytest.raises(ValueError, match=r"no optimiser state to resume from; type ckpt_path=RUN/checkpoints/last.ckpt"):
         check_resumable(SimpleNamespace(hparams={}), {}, network)  # type: ignore[arg-type]
 
 

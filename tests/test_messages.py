@@ -21,7 +21,7 @@ def report() -> str:
     """Do something that is worth a message; returns it."""
     index = FaissIndex("HNSW8", device="cpu").fit(np.eye(9, dtype=np.float32), list("abcdefghi"))
     index.remove(["a"])
-    return "index: an HNSW graph cannot lose rows; it is built anew"
+    return "index: rows cannot be removed from an HNSW graph, so it is built again"
 
 
 def test_a_program_that_imports_the_package_sees_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ def test_every_experiment_names_what_is_there(name: str | None, configure) -> No
 
 
 def test_settings_of_a_group_left_at_auto_are_answered(tiny_checkpoint: Path, resolved) -> None:
-    with pytest.raises(ValueError, match=r"query\.view is given, but query is left at auto; type query=NAME"):
+    with pytest.raises(ValueError, match=r"query\.view is given, but query is auto; type query=NAME"):
         resolved([tiny_checkpoint], "+query.view.closer=1.5")
     with pytest.raises(ValueError, match=r"poolings\.x=auto: only pooling itself"):
         resolved([tiny_checkpoint], "+pooling@poolings.x=auto")

@@ -200,7 +200,7 @@ def test_bad_arguments(shop: Retriever, tiny_checkpoint: Path, toy: Path, querie
     for overrides, message in [
         (["poolling=gem"], "'poolling' is not a setting: .* Did you mean 'pooling'"),
         (["pooling=gemm"], "gemm"),
-        (["query.view.closer=2"], "query=auto leaves query to the checkpoints"),
+        (["query.view.closer=2"], "with query=auto the checkpoints choose query"),
         (["gallery=G"], "gallery is not an override of a Retriever"),
         (["hydra.run.dir=x"], "hydra.run.dir is not an override"),
     ]:

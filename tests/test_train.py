@@ -92,7 +92,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
     run(command(toy, whole, *words))
     output = stop_in_second_epoch(command(toy, folder, *words), folder, with_signal)
     last = folder / "checkpoints" / "last.ckpt"
-    assert (f"ckpt_path={last} goes on" in output) == (with_signal == signal.SIGINT)
+    assert (f"to continue, add ckpt_path={last}" in output) == (with_signal == signal.SIGINT)
     run(command(toy, folder, *words, f"ckpt_path={last}"))
     for name in ("last.ckpt", "best.ckpt"):
         states = [torch.load(path / "checkpoints" / name, weights_only=True)["state_dict"] for path in (whole, folder)]
@@ -135,7 +135,7 @@ def test_a_multirun_leaves_a_summary(toy: Path, tmp_path: Path) -> None:
 DDP = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
-JOINT = ("objective=joint", "objective.distill=0.5", "objective.settle=0.5", "objective.warmup=0", "objective.width=8")
+JOINT = ("objective=joint", "objective.distill=0.5", "objective.settle=0.5", "objective.warmup=0", "objective.decoder.width=8")
 
 
 @pytest.mark.parametrize("objective", [("objective=saliency",), JOINT], ids=["saliency", "joint"])

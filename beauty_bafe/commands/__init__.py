@@ -2,4 +2,4 @@
 
 from ..process import release_cores
 
-release_cores()  # here, as every way to start a command imports this package, and torch only later
+release_cores()  # here, as this is imported by every way to start a command, and before torch

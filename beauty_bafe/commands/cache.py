@@ -1,4 +1,4 @@
-"""List what was made from pictures and is kept, or remove some of it: beauty-bafe cache remove=photos"""
+"""List what earlier commands have cached, or remove some of it: beauty-bafe cache remove=photos"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("descriptors", "keypoints", "photos", "views", "vocabulary")
 
 
 class Entry(NamedTuple):
-    """One folder or file of a cache. `made`: what from; `days`: since it was last written, or opened by a run."""
+    """One folder or file of a cache. `made`: what it was made from. `days`: since it was last written or used."""
 
     kind: str
     path: Path
@@ -34,9 +34,9 @@ class Entry(NamedTuple):
 
 
 def cache(cfg: DictConfig) -> list[Entry]:
-    """List the entries of `cfg.folder`, or remove those that `cfg.remove` and `cfg.days` name; returns the ones shown.
+    """List the entries of `cfg.folder`, or remove those of the kind `cfg.remove`; returns the entries listed or removed.
 
-    Raises ValueError for another kind or a negative number of days.
+    Raises ValueError for an unknown kind or a negative number of days.
     """
     kinds = KINDS if cfg.remove == "all" else () if cfg.remove is None else (cfg.remove,)
     if unknown := set(kinds).difference(KINDS):
@@ -57,7 +57,7 @@ def cache(cfg: DictConfig) -> list[Entry]:
 
 
 def find_entries(folder: Path) -> Iterator[Entry]:
-    """What retrieve.py and train.py keep in `folder` and the folders in it, other files left out."""
+    """The entries of retrieve.py and train.py in `folder` and its subfolders, without other files."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if found := _recognise(path):
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -67,7 +67,7 @@ def find_entries(folder: Path) -> Iterator[Entry]:
 
 
 def _recognise(path: Path) -> tuple[str, str] | None:
-    """Kind of an entry and what it was made from; None for any other file or folder."""
+    """Kind of an entry and what it was made from; None for other files and folders."""
     if path.match("vocabulary-*.npy"):
         return "vocabulary", "of VLAD"
     if not path.is_dir() or all(file.name == "lock" for file in path.iterdir()):
@@ -88,7 +88,7 @@ def _recognise(path: Path) -> tuple[str, str] | None:
 def _remove(entry: Entry) -> None:
     from beauty_bafe.manifest import locked
 
-    # The lock stays, as other runs may be waiting for it; they find the folder empty.
+    # The lock is kept, as other runs may be waiting for it; they then find the folder empty.
     with nullcontext() if entry.path.is_file() else locked([entry.path]):
         for path in [entry.path] if entry.path.is_file() else entry.path.iterdir():
             if path.is_dir():

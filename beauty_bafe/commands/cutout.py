@@ -1,4 +1,4 @@
-"""Cut products out: beauty-bafe cutout pictures=FOLDER checkpoints='[RUN/checkpoints/best.ckpt]' output_dir=OUT"""
+"""Cut products out of pictures: beauty-bafe cutout pictures=FOLDER checkpoints='[RUN/checkpoints/best.ckpt]' output_dir=OUT"""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BACKGROUNDS = ("transparent", "white")
 
 
 def cutout(cfg: DictConfig) -> int:
-    """Write OUT/ID.png for every picture that lacks one, skipped.csv and cutout.json; returns how many it wrote.
+    """Write OUT/ID.png for every picture that has none yet, skipped.csv and cutout.json; returns how many it wrote.
 
-    Raises ValueError for wrong settings, a folder that other settings filled, or too many unreadable pictures.
+    Raises ValueError for wrong settings, a folder made with other settings, or too many unreadable pictures.
     """
     if OmegaConf.is_missing(cfg, "pictures") or not cfg.checkpoints:
-        raise ValueError("cutout needs pictures=FOLDER and checkpoints='[RUN/checkpoints/best.ckpt]', what train.py wrote")
+        raise ValueError("cutout needs pictures=FOLDER and checkpoints='[RUN/checkpoints/best.ckpt]', written by train.py")
     if cfg.background not in BACKGROUNDS:
         raise ValueError(f"background={cfg.background}: type {' or '.join(BACKGROUNDS)}")
     recipe.resolve_auto(cfg, CONF)
@@ -46,8 +46,8 @@ def cutout(cfg: DictConfig) -> int:
 
     output, catalog, skipped = Path(cfg.output_dir), open_catalog(cfg.pictures), Skipped()
     if outside := [name for name in catalog.ids if name in ("", ".", "..") or Path(name).name != name or "\\" in name]:
-        raise ValueError(f"the id '{outside[0]}' cannot be a file's name; use ids without / and \\")
-    # The mask comes from the network alone; some pooling must ask for it.
+        raise ValueError(f"the id '{outside[0]}' cannot be a file name; use ids without / and \\")
+    # Only the mask is needed, which requires a pooling that uses it.
     members = load_members(list(cfg.checkpoints), {"pooling": Pooling(spoc, saliency=True)}, size=cfg.size)
     view = instantiate(cfg.query.view)
     made = {
@@ -93,16 +93,16 @@ def cutout(cfg: DictConfig) -> int:
             described = engine(stack([fit(rgb, engine.canvases) for _, rgb in good]))
             masks = np.mean([one.masks for one in described if one.masks is not None], axis=0)
             rows, pictures = zip(*good, strict=True)
-            list(threads.map(write, rows, pictures, masks))  # a list, so that what goes wrong is raised here
+            list(threads.map(write, rows, pictures, masks))  # a list, so that errors are raised here
     skipped.write(output / "skipped.csv")
     written = len(lacking) - len(skipped.rows)
-    log.info(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(lacking)} were there: {output}")
+    log.info(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(lacking)} existed already: {output}")
     skipped.check(len(catalog), cfg.max_skipped, "pictures", "max_skipped")
     return written
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask of a letterboxed picture, float (M, M), 0 to 255, on the picture itself: uint8 (H, W)."""
+    """Resize the mask of a letterboxed picture, float (M, M), 0 to 255, to the picture: uint8 (H, W)."""
     import cv2
 
     side = max(height, width)
@@ -120,7 +120,7 @@ def _save(rgb: np.ndarray, mask: np.ndarray, white: bool, file: Path) -> None:
         pixels = (rgb * share + 255 * (1 - share) + 0.5).astype(np.uint8)
     else:
         pixels = np.concatenate([rgb, alpha], axis=2)
-    Image.fromarray(pixels).save(file, format="PNG", compress_level=3)  # pictures of full size wait for it
+    Image.fromarray(pixels).save(file, format="PNG", compress_level=3)  # for speed at full size
 
 
 def _is_newer(file: Path, source: Path) -> bool:

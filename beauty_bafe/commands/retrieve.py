@@ -19,7 +19,7 @@ log = logging.getLogger("beauty_bafe")
 
 
 def retrieve(cfg: DictConfig) -> dict[str, Any]:
-    """Retrieve as configured; writes submission.csv, answers.csv, report.html, with truth metrics.json. Returns these."""
+    """Retrieve as configured; writes submission.csv, answers.csv, report.html and metrics.json, and returns the metrics."""
     cli.require_retrieval_inputs(cfg)
     recipe.resolve_auto(cfg, CONF)
     from beauty_bafe.data.catalog import Skipped, open_catalog

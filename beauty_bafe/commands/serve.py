@@ -17,9 +17,9 @@ log = logging.getLogger("beauty_bafe")
 
 
 def serve(cfg: DictConfig) -> None:
-    """Serve as configured, until SIGTERM or Ctrl-C; requests that are under way then are answered first.
+    """Serve as configured, until SIGTERM or Ctrl-C; requests in progress are answered first.
 
-    Where index_dir holds nothing, it is made from `checkpoints` and `gallery`. Raises ValueError for a bad setting or a
+    If index_dir is empty, the retriever is built from `checkpoints` and `gallery`. Raises ValueError for a bad setting or a
     folder that holds no retriever.
     """
     if OmegaConf.is_missing(cfg, "index_dir"):
@@ -36,14 +36,14 @@ def serve(cfg: DictConfig) -> None:
     host = choose_host(cfg.host, token)
     limits = Limits(**{**cfg.limits, "kinds": tuple(cfg.limits.kinds)})
     if not 0 <= cfg.known_at <= 1:
-        raise ValueError(f"known_at={cfg.known_at}: type the share of unknown products that may pass for known, from 0 to 1")
+        raise ValueError(f"known_at={cfg.known_at}: type the share of unknown products to accept as known, from 0 to 1")
     access, batch = Access(token, cfg.private), cfg.batch
     settings = Settings(access, limits, cfg.k, cfg.threshold, cfg.known_at, cfg.thumbnail, batch.size, batch.wait_ms)
     empty = Versions(Path(cfg.index_dir)).current() is None
     if empty and not (cfg.checkpoints and cfg.gallery):
         raise ValueError(
-            f"'{cfg.index_dir}' holds no retriever; to make it, type checkpoints='[RUN/checkpoints/best.ckpt]' gallery=GALLERY "
-            f"or write it with Retriever.save('{cfg.index_dir}')"
+            f"'{cfg.index_dir}' holds no retriever; to build one, type checkpoints='[RUN/checkpoints/best.ckpt]' "
+            f"gallery=GALLERY, or write one with Retriever.save('{cfg.index_dir}')"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     failures: list[BaseException] = []
@@ -63,13 +63,13 @@ def serve(cfg: DictConfig) -> None:
     )
     if token is None:
         log.info(
-            f"no token, so anybody on this machine may change the catalogue; listening at {host} only. "
-            f"Set {VARIABLE} or token_file=FILE to serve others.",
+            f"no token, so anybody on this machine may change the catalogue; listening on {host} only. "
+            f"Set {VARIABLE} or token_file=FILE to serve other machines.",
         )
     if cfg.gallery and not empty:
-        log.info(f"'{cfg.index_dir}' holds a catalogue already, so {cfg.gallery} is not read")
+        log.info(f"'{cfg.index_dir}' already holds a catalogue, so {cfg.gallery} is not read")
     log.info(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}")
-    with suppress(KeyboardInterrupt):  # raised after the requests under way were answered
+    with suppress(KeyboardInterrupt):  # raised after the requests in progress have been answered
         server.run()
     if failures:
         raise failures[0]

@@ -16,7 +16,7 @@ from beauty_bafe.config import CONF
 
 log = logging.getLogger("beauty_bafe")
 
-MISSING = {  # what to type for what conf/data leaves open
+MISSING = {  # what to type for required settings of conf/data
     "data.root": "data.root=GALLERY, a folder of catalogue photos or a csv with the columns id,path",
     "data.titles": "data.titles=TITLES.csv, the challenge's file of image ids and titles",
 }
@@ -35,9 +35,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.models.precision import keep_memory, trainer_settings
     from beauty_bafe.models.resuming import KeepRunSettings, check_resumable, run_settings
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips and device lists; it sets INFO on import
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # the frozen backbone, on purpose
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own business
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides tips and device lists; importing it sets INFO
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # intended: the backbone keeps its statistics
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # internal to Lightning
     settings = trainer_settings(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
     output = Path(cfg.output_dir)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -48,20 +48,20 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     network = module.extractor
     if network.frozen and network.backbone.patch is not None and cfg.retrieval.pooling == "attention_gem":
         raise ValueError(
-            f"retrieval.pooling=attention_gem cuts off negative values, and maps of the transformer {cfg.model.name} have them "
-            "where it stays as pretrained; type retrieval.pooling=attention"
+            f"retrieval.pooling=attention_gem cuts off negative values, which the maps of the pretrained transformer "
+            f"{cfg.model.name} have; type retrieval.pooling=attention"
         )
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     run = run_settings(plain, settings["precision"])
     if cfg.ckpt_path is not None:
         check_resumable(module, run, cfg.ckpt_path)
-    writes = getattr(rank_zero_only, "rank", 0) == 0  # of processes that train together, one
+    writes = getattr(rank_zero_only, "rank", 0) == 0  # only one of several processes
     if writes:
-        OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now: a refused run's stays as it was
+        OmegaConf.save(cfg, output / "config.yaml", resolve=True)  # only now, so that a rejected run leaves it unchanged
     data = instantiate(cfg.data, augmentation=instantiate(cfg.augmentation), size=cfg.model.size, seed=cfg.seed)
     try:
         data.setup()
-    finally:  # also where too little is left to train on
+    finally:  # also if too few photos are left to train on
         if writes:
             data.skipped.write(output / "skipped.csv")
     data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")

@@ -66,7 +66,7 @@ class PhotoCache:
     def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
         """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
 
-        A photo is listed once its pixels are on disk, so that a killed run goes on where it was. Processes take turns.
+        A photo is listed once its pixels are on disk, so that a killed run continues where it was. Processes take turns.
         Raises OSError where the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ SIDE = 640  # pixels of a street view; what looks at it from close by needs more
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is asked of a gallery before anybody else asks: `views` of its photos, drawn by `augmentation` on `backgrounds`.
+    """Practice queries for a gallery: street views of `views` of its photos, drawn by `augmentation` on `backgrounds`.
 
     `views`: how many, 0 for none. `backgrounds`: a folder of photographs, None for drawn scenes.
     """

@@ -1,4 +1,4 @@
-"""Whether probabilities can be believed: known products against those that the gallery lacks."""
+"""How reliable the probabilities are, for products in the gallery and for unknown ones."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ RECALL = 0.9
 
 @dataclass(frozen=True)
 class Certainty:
-    """The best answer of each query, and of each query once its true products are taken out of the answers.
+    """The best answer to each query, with its true products in the gallery (known) and without them (unknown).
 
-    `known`: float (Q,), its probability. `right`: bool (Q,). `unknown`: float (Q,), the probability of the best that is left.
-    `threshold`: the probability from which a product counts as known.
+    `known`: float (Q,), the probability of the best answer; `right`: bool (Q,), whether it is right. `unknown`: float (Q,), the
+    probability of the best answer that is left when the true products are removed. `threshold`: the probability from which
+    a product counts as known.
     """
 
     known: np.ndarray
@@ -34,26 +35,26 @@ class Certainty:
     def judge(
         cls, shortlist: Ranking, truth: Mapping[str, Collection[str]], calibration: Calibration, threshold: float
     ) -> Self:
-        """`shortlist`: SHORTLIST answers a query, or all. Queries that `truth` does not name do not count."""
+        """`shortlist`: at least SHORTLIST answers per query, or all. Queries that are not in `truth` are ignored."""
         rows = [row for row, query in enumerate(shortlist.query_ids) if query in truth]
         names = np.array(shortlist.gallery_ids)[shortlist.positions[rows, :SHORTLIST]]
         scores = shortlist.scores[rows, :SHORTLIST]
         hit = np.array(
             [np.isin(answers, list(truth[shortlist.query_ids[row]])) for row, answers in zip(rows, names, strict=True)]
         )
-        # Where no true product is among them the last answer goes, so that both lists are as long.
+        # If no true product is among the answers, the last one is removed, so that all lists have the same length.
         hit_or_last = hit.copy()
         hit_or_last[~hit.any(axis=1), -1] = True
         left = [calibration.probabilities(row[~gone][None])[0, 0] for row, gone in zip(scores, hit_or_last, strict=True)]
         return cls(calibration.probabilities(scores)[:, 0], hit[:, 0], np.array(left), threshold)
 
     def summary(self) -> dict[str, float | list[float] | None]:
-        """Means over queries of which half show products that the gallery lacks, with 95 % intervals (bootstrap, seed 0).
+        """Metrics over the queries with known and as many with unknown products, with 95 % intervals (bootstrap, seed 0).
 
-        `auroc`: the chance that a known product's best answer has the higher probability. `calibration_error`: expected
-        calibration error in BINS bins (Naeini et al., AAAI 2015). `precision_at_90`: of the answers above the probability
-        that 90 % of the known products' right answers reach, the share that is right; None where fewer are right at all.
-        `false_acceptance` and `recognised`: unknown and known products whose best answer reaches `threshold`.
+        `auroc`: the chance that the best answer has a higher probability for a known product than for an unknown one.
+        `calibration_error`: expected calibration error in BINS bins (Naeini et al., AAAI 2015). `precision_at_90`: the share of
+        right answers at the threshold at which 90 % of the known products are found; None if there is none.
+        `false_acceptance`, `recognised`: share of unknown and known products whose best answer reaches `threshold`.
         """
         measures = {
             "auroc": self._auroc,
@@ -72,7 +73,7 @@ class Certainty:
         return result
 
     def bins(self) -> list[tuple[float, float, int]]:
-        """Mean probability, share that is right and number of answers, for each of BINS bins that holds any."""
+        """Mean probability, share of right answers and number of answers of each non-empty bin, of BINS."""
         return self._bins(np.arange(len(self.known)))
 
     def _bins(self, rows: np.ndarray) -> list[tuple[float, float, int]]:

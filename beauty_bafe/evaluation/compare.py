@@ -12,7 +12,7 @@ from .metrics import evaluate, interval, read_truth
 
 
 class Comparison(NamedTuple):
-    """One metric of two submissions a and b over the same queries; `interval`: 95 %, of b - a, paired over queries."""
+    """One metric of two submissions a and b for the same queries. `interval`: 95 % interval of b - a, paired over queries."""
 
     metric: str
     a: float
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 def compare(
     a: Mapping[str, Sequence[str]], b: Mapping[str, Sequence[str]], truth: Mapping[str, Collection[str]], k: int
 ) -> list[Comparison]:
-    """Each metric of `evaluate`: b against a by a paired bootstrap (2,000 samples, seed 0); queries b won and lost."""
+    """Compare each metric of `evaluate` by a paired bootstrap (2,000 samples, seed 0), and count queries b won and lost."""
     first, second = evaluate(a, truth, k), evaluate(b, truth, k)
     results = []
     for metric in first.values:

@@ -1,4 +1,4 @@
-"""The hybrid paper's table, ours beside its own: networks x distances down, poolings across, without -> with SIFT."""
+"""The table of the hybrid paper with our results beside its own: network and distance by pooling, without -> with SIFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAPER: dict[tuple[str, str], Sequence[tuple[float, float]]] = {
     ("SENet", "L2"): [(0.2923, 0.3728), (0.2964, 0.3401), (0.3329, 0.3653), (0.2674, 0.3010)],
     ("SENet", "cos"): [(0.2923, 0.3787), (0.2964, 0.3406), (0.3329, 0.3703), (0.2674, 0.3001)],
 }
-FAMILIES = {"vgg": "VGG", "seresn": "SENet", "resnext": "ResNeXt", "resnet": "ResNet"}  # what a model's name begins with
+FAMILIES = {"vgg": "VGG", "seresn": "SENet", "resnext": "ResNeXt", "resnet": "ResNet"}  # by the beginning of a model's name
 
 
 class HybridGrid(Callback):
@@ -43,9 +43,9 @@ class HybridGrid(Callback):
 
 
 def as_grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of a sweep's summary (model, pooling, index.metric, rerank, mAP@k_by_matches) -> the paper's table in markdown.
+    """The paper's table in markdown, from the summary of a sweep (model, pooling, index.metric, rerank, mAP@k_by_matches).
 
-    A cell is ours, then the paper's in brackets where it has the network; "–" stands for a job that gave no figure.
+    Our value comes first, then in brackets that of the paper, if it has the network; "–": a job without a result.
     """
     ours: dict[tuple[str, str, str, str], float] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Rankings and truth -> numbers."""
+"""Metrics of rankings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BOOTSTRAP = 2000
 
 
 def average_precision(answers: Sequence[str], matches: Collection[str], k: int, division: str = "min") -> float:
-    """AP@k: the sum of P(i) over the ranks i <= k that hold a match, divided by one of three numbers.
+    """AP@k: the sum of P(i) over the ranks i <= k of matches, divided by one of three numbers; 0 without a match.
 
-    `division`: "hits", the matches found within k (what the challenge's teams printed, the most lenient: missing
-    matches cost nothing); "matches", all true matches R (k < R makes 1 unreachable); "min", min(R, k), today's usual
-    definition. P(i) is the share of matches among the first i answers. 0 where nothing is found.
+    P(i) is the share of matches among the first i answers. `division`: "hits", the number of matches found within k (used
+    by the teams of the challenge; most lenient, as missing matches cost nothing); "matches", the number of all true matches
+    R (cannot reach 1 if k < R); "min", min(R, k), the usual definition today.
 
     >>> answers, matches = ["a", "x", "b", "y"], {"a", "b", "c"}  # P(1) = 1, P(3) = 2/3
     >>> [round(average_precision(answers, matches, k=4, division=d), 4) for d in ("hits", "matches", "min")]
@@ -39,7 +39,7 @@ def average_precision(answers: Sequence[str], matches: Collection[str], k: int, 
 class Evaluation:
     """Per-query values and their means. `values`: metric name -> float (Q,), in the order of `query_ids`.
 
-    `ranks`: float (Q,), the rank of each query's first match, counted from 1; infinite where none was answered.
+    `ranks`: float (Q,), the rank of each query's first match, counted from 1; infinite if there is none.
     """
 
     query_ids: tuple[str, ...]
@@ -48,9 +48,9 @@ class Evaluation:
     unanswered: tuple[str, ...]
 
     def summary(self) -> dict[str, float | list[float] | None]:
-        """Every metric's mean, and under `NAME_interval` its 95 % interval: 2,000 bootstrap samples over queries, seed 0.
+        """The mean of each metric, and as `NAME_interval` its 95 % interval (2,000 bootstrap samples over queries, seed 0).
 
-        `median_rank` is that of the first match, None where half of the queries or more have none among their answers.
+        `median_rank`: of the first match; None if at least half of the queries have no match among their answers.
         """
         median = float(np.median(self.ranks))
         result: dict[str, float | list[float] | None] = {
@@ -64,7 +64,7 @@ class Evaluation:
         return result
 
     def write_per_query(self, file: str | Path) -> None:
-        """A csv with a row a query: its id, the rank of its first match (empty for none), every metric's value."""
+        """Write a csv with one row per query: id, rank of the first match (empty if there is none), and all metrics."""
         with Path(file).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["query", "rank", *self.values])
@@ -76,7 +76,7 @@ class Evaluation:
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of float (Q,): 2,000 bootstrap samples over queries, seed 0.
 
-    Two systems of as many queries meet the same samples, so that of their differences it is the paired one.
+    The samples depend only on Q, so that for differences of two systems this is the paired bootstrap.
     """
     rows = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP, len(values)))
     low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
@@ -84,10 +84,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collection[str]], k: int) -> Evaluation:
-    """mAP@k in the three divisions of `average_precision`, recall@1 and recall@k (share of queries with a match that high).
+    """mAP@k in the three divisions of `average_precision`, and recall@1 and recall@k (share of queries with a match by then).
 
-    Every query of `truth` counts; one without an answer (an unreadable picture) scores 0 and is listed. Answers to
-    queries that `truth` does not know are ignored. Raises ValueError where the two have no query in common.
+    All queries in `truth` count; those without answers (unreadable pictures) score 0 and are listed. Answers to other
+    queries are ignored. Raises ValueError if the two have no query in common.
     """
     if not any(query in answers for query in truth):
         some = ", ".join(list(truth)[:2]), ", ".join(list(answers)[:2])
@@ -111,10 +111,10 @@ def evaluate(answers: Mapping[str, Sequence[str]], truth: Mapping[str, Collectio
 
 
 def read_truth(file: str | Path) -> dict[str, set[str]]:
-    """Query id -> ids of all its matches: `query,product` rows, or the challenge's ragged file (BOM, CRLF, 1 to 6 answers).
+    """Query id -> ids of all its matches, from `query,product` rows or the challenge's file (rows with 1 to 6 products).
 
-    A query may take several rows; file suffixes of pictures (`.jpg`) are dropped. Raises ValueError for a row without
-    an answer or a file without rows.
+    A query may have several rows; picture suffixes (`.jpg`) are removed. Raises ValueError for a row without a product or
+    a file without rows.
     """
     truth: dict[str, set[str]] = {}
     path = Path(file)

@@ -1,4 +1,4 @@
-"""A retrieval run as one html file that needs no network: pictures, masks, answers, metrics, configuration."""
+"""A retrieval run as one self-contained html file: pictures, masks, answers, metrics, configuration."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ def write_report(
     threshold: float | None = None,
     certainty: Certainty | None = None,
 ) -> None:
-    """Write the page; with truth the worst queries come first. `catalogs`: "gallery" and "queries".
+    """Write the report; with truth, the worst queries come first. `catalogs`: "gallery" and "queries".
 
-    `threshold`: the probability from which a query's product counts as one of the gallery's. `certainty` adds the
-    reliability diagram.
+    `threshold`: the probability from which a product counts as known. `certainty`: adds a reliability diagram.
     """
     from rich.progress import track
 
@@ -55,7 +54,7 @@ def write_report(
         by_min = next(values for name, values in evaluation.values.items() if name.endswith("_by_min"))
         precision = dict(zip(evaluation.query_ids, by_min.tolist(), strict=True))
     rows = range(len(ranking.query_ids))
-    # Worst first; among equals the surest mistake first. Without truth the least sure answer first.
+    # Worst first, of equal ones the most confident mistake; without truth, the least confident answer first.
     sign = -1 if precision else 1
     sure = ranking.scores if ranking.probabilities is None else ranking.probabilities
     order = sorted(rows, key=lambda row: (precision.get(ranking.query_ids[row], 2.0), sign * float(sure[row, 0])))
@@ -117,7 +116,7 @@ def _entry(
 
 
 def _cards(metrics: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
-    """The metrics as the page shows them: name, value, interval, explanation."""
+    """The metrics to show: name, value, interval, explanation."""
     cards = [
         {"name": f"mAP@{k} / {division}", "key": f"mAP@{k}_by_{division}", "note": METRIC_NAMES[division]}
         for division in reversed(DIVISIONS)
@@ -127,12 +126,12 @@ def _cards(metrics: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
         for n in dict.fromkeys((1, k))
     ]
     cards += [
-        {"name": "AUROC", "key": "auroc", "note": "a known product's answer is surer than an unknown one's"},
-        {"name": "calibration error", "key": "calibration_error", "note": "mean gap of probability and truth"},
-        {"name": "recognised", "key": "recognised", "note": "known products taken for known"},
-        {"name": "falsely accepted", "key": "false_acceptance", "note": "unknown products taken for known"},
+        {"name": "AUROC", "key": "auroc", "note": "a known product's answer is more probable than an unknown one's"},
+        {"name": "calibration error", "key": "calibration_error", "note": "mean gap between probability and accuracy"},
+        {"name": "recognised", "key": "recognised", "note": "known products accepted as known"},
+        {"name": "falsely accepted", "key": "false_acceptance", "note": "unknown products accepted as known"},
         {"name": "mask IoU", "key": "mask_iou", "note": "predicted against true masks"},
-        {"name": "mask MAE", "key": "mask_mae", "note": "mean absolute difference to the true masks"},
+        {"name": "mask MAE", "key": "mask_mae", "note": "mean absolute difference from the true masks"},
         {"name": "mask F-beta", "key": "mask_f_beta", "note": "beta² = 0.3"},
     ]
     return [
@@ -143,7 +142,7 @@ def _cards(metrics: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
 
 
 def _overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What the network ignores fades to grey; the 0.5 contour is drawn."""
+    """Fade what the network ignores to grey, and draw the contour at 0.5."""
     weight = cv2.resize(mask, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     grey = np.repeat(picture.mean(axis=2, keepdims=True) * 0.35 + 140, 3, axis=2)
     share = weight[..., None] / 255

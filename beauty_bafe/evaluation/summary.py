@@ -1,4 +1,4 @@
-"""One table over the jobs of a sweep."""
+"""A table of the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SweepSummary(Callback):
-    """Keeps RUN/summary.csv up to date while a multirun goes on (a stopped sweep has its rows), prints it at the end."""
+    """Updates RUN/summary.csv after each job of a multirun, also of one that is stopped later, and prints it at the end."""
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if config.hydra.mode.name == "MULTIRUN":
@@ -25,7 +25,7 @@ class SweepSummary(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         rows = write_summary(folder)
-        # What all jobs have in common is in the csv; the table shows what differs.
+        # The csv has all columns; the table shows those that differ between jobs.
         columns = [c for c in rows[0] if len(rows) == 1 or len({row[c] for row in rows}) > 1] if rows else []
         table = Table()
         for column in columns:
@@ -33,12 +33,12 @@ class SweepSummary(Callback):
         for row in rows:
             table.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else escape(str(row[c])) for c in columns))
         console = Console()
-        (console if console.is_terminal else Console(width=200)).print(table)  # a log has no width to respect
+        (console if console.is_terminal else Console(width=200)).print(table)  # a log has no fixed width
         print(folder / "summary.csv")
 
 
 def write_summary(folder: Path) -> list[dict[str, Any]]:
-    """A row a job: its number, what it overrides, and the flat numbers of its metrics.json ("failed" where it has none)."""
+    """Write one row per job: number, overrides, and the scalars of its metrics.json ("failed" if it has none)."""
     rows: list[dict[str, Any]] = []
     jobs = [path for path in folder.iterdir() if path.name.isdigit() and (path / ".hydra").is_dir()]
     for job in sorted(jobs, key=lambda path: int(path.name)):

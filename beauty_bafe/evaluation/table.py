@@ -1,4 +1,4 @@
-"""Retrieval runs side by side, printed and written as csv, markdown and html, and accuracy against time as a picture.
+"""Compare retrieval runs in a table, printed and written as csv, markdown and html, and plot accuracy against time.
 
 python -m beauty_bafe.evaluation.table RUN RUN ... [--against RUN] [--output TABLE]
 """
@@ -33,14 +33,14 @@ COLUMNS = {
 }
 NOTE = (
     "mAP with AP divided by min(matches, k); / hits and / matches: by the matches found, by all matches. "
-    "ms/query: search and re-ranking. * the 95 % interval of the paired difference excludes 0."
+    "ms/query: search and re-ranking. *: the 95 % interval of the paired difference excludes 0."
 )
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """What a retrieval run's folder says of it, and under "ap" the AP (by min) of each query by id.
+    """The metrics of a retrieval run, and as "ap" the AP (by min) of each query id.
 
-    Raises ValueError where it holds no metrics.
+    Raises ValueError if the folder holds no metrics.
     """
     files = Path(folder) / "metrics.json", Path(folder) / "per_query.csv"
     if not all(file.is_file() for file in files):
@@ -54,16 +54,16 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 def difference(run: dict[str, Any], against: dict[str, Any]) -> tuple[float, float, float]:
     """Mean difference in AP over the queries, and its 95 % interval by a paired bootstrap (2,000 samples, seed 0).
 
-    Raises ValueError where the runs answered other queries.
+    Raises ValueError if the runs have different queries.
     """
     if run["ap"].keys() != against["ap"].keys():
-        raise ValueError("runs over different queries cannot be compared; leave --against out, or name runs of one truth file")
+        raise ValueError("runs with different queries cannot be compared; leave out --against, or use one truth file")
     change = np.array([value - against["ap"][query] for query, value in run["ap"].items()])
     return float(change.mean()), *interval(change)
 
 
 def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, str]]:
-    """A row a run with every column of COLUMNS, as text; the first row holds the headings. A sweep's folder is its jobs."""
+    """One row per run with the columns of COLUMNS, as text, after a row of headings. A sweep's folder counts as its jobs."""
     named = _named_runs(folders)
     folders, names = list(named), list(named.values())
     chosen = None if against is None else read_run(against)
@@ -80,7 +80,7 @@ def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, st
             mean, low, high = difference(run, chosen)
             row["difference"] = "" if Path(folder) == Path(str(against)) else f"{mean:+.3f}{'' if low <= 0 <= high else ' *'}"
         row["iou"] = f"{run['mask_iou']:.3f}" if "mask_iou" in run else ""
-        if "index_bytes" in run:  # older runs did not tell
+        if "index_bytes" in run:  # older runs lack it
             row |= {"dimensions": str(run["dimensions"]), "ms": f"{run['ms_per_query']:.2f}"}
             row["size"] = f"{run['index_bytes'] / 1e6:.1f}"
         rows.append(row)
@@ -91,7 +91,7 @@ def make_table(folders: Sequence[str], against: str | None) -> list[dict[str, st
 
 
 def _named_runs(folders: Sequence[str]) -> dict[str, str]:
-    """Runs by folder, each with a short name: a sweep's jobs by the overrides in which they differ, runs by their folders."""
+    """Folder of each run -> a short name: for jobs of a sweep with the overrides in which they differ."""
     named: dict[str, str] = {}
     for folder, name in zip(folders, _short_names(folders), strict=True):
         jobs = sorted(Path(folder).glob("*/.hydra/overrides.yaml"), key=lambda file: (len(file.parts[-3]), file.parts[-3]))
@@ -105,7 +105,7 @@ def _named_runs(folders: Sequence[str]) -> dict[str, str]:
 
 
 def _short_names(folders: Sequence[str]) -> list[str]:
-    """The folders' names, with as many parents as tell them apart."""
+    """The folders' names, with as many parents as needed to make them unique."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -120,7 +120,7 @@ def as_markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def as_html(rows: Sequence[dict[str, str]]) -> str:
-    """A page that needs no network."""
+    """A self-contained page."""
     from jinja2 import Environment, FileSystemLoader
 
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("table.html.j2")
@@ -128,7 +128,7 @@ def as_html(rows: Sequence[dict[str, str]]) -> str:
 
 
 def draw_plot(rows: Sequence[dict[str, str]], file: Path) -> None:
-    """mAP with its interval against the milliseconds that a query's search and re-ranking take."""
+    """Plot mAP with its interval against the milliseconds of search and re-ranking per query."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -147,7 +147,7 @@ def draw_plot(rows: Sequence[dict[str, str]], file: Path) -> None:
 
 
 def write_table(rows: Sequence[dict[str, str]], stem: Path) -> list[Path]:
-    """`stem`.csv, `stem`.md and `stem`.html, and where the runs tell their time `stem`.png; gives the files."""
+    """Write `stem`.csv, .md and .html, and `stem`.png if all runs have times; returns the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(row.values() for row in rows)
@@ -171,7 +171,7 @@ def show(rows: Sequence[dict[str, str]]) -> None:
     for row in rows[1:]:
         table.add_row(*row.values())
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)  # a log has no width to respect
+    (console if console.is_terminal else Console(width=200)).print(table)  # a log has no fixed width
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, prog="python -m beauty_bafe.evaluation.table", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", help="folders that retrieve.py wrote with truth=...")
-    parser.add_argument("--against", help="the run that the others are compared with; its queries must be theirs")
+    parser.add_argument("--against", help="the run that the others are compared with, which must have the same queries")
     parser.add_argument("--output", type=Path, help="where to write: OUTPUT.csv, OUTPUT.md, OUTPUT.html, OUTPUT.png")
     given = parser.parse_args(arguments)
     try:

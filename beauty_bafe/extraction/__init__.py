@@ -1,1 +1,1 @@
-"""Pictures in, descriptors and masks out: in memory, on disk, on several machines."""
+"""From pictures to descriptors and masks: in memory, on disk, on several machines."""

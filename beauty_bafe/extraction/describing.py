@@ -1,4 +1,4 @@
-"""One pass over pictures: each is decoded once, for every network, and every descriptor goes into its store."""
+"""Describe pictures in one pass: each is decoded once for all networks, and each descriptor is written to its store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,68 +32,77 @@ from .store import Picture, Store
 
 log = logging.getLogger("beauty_bafe")
 
-CHUNK = 32  # pictures that travel together from a loader to the network, or a whole batch where that is more
+CHUNK = 32  # pictures that a loader hands to the network at once; a whole batch if that is more
 
 
 class Settings(EngineSettings, Protocol):
-    """What of `FeatureExtraction` a pass needs."""
+    """The settings of `FeatureExtraction` that a pass over the pictures needs."""
 
     num_workers: int | None
     shard: int
     dtype: np.dtype
 
 
+@dataclass(frozen=True)
 class ExtractionJob:
-    """Describe the pictures numbered `lacking` for every store that lacks them, a shard at a time.
+    """The pictures numbered `lacking`, to be described for every store that lacks them.
 
-    `requested`: network and pooling of each store, in its order. `view`: see Describer. Raises ValueError
-    where disk or memory will not do.
+    `requested`: network and pooling of each store, in the order of `stores`. `pictures`: id and stamp of every picture of
+    `catalog`. `what` names them in messages. `masks`, `view`: see FeatureExtraction.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        lacking: Sequence[int],
-        what: str,
-        masks: bool,
-        view: View | None = None,
-    ) -> None:
-        self.settings, self.stores, self.catalog, self.pictures = settings, stores, catalog, pictures
-        self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
-        self.poolings = [pooling for _, pooling in requested]
+    settings: Settings
+    requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
+    stores: Sequence[Store]
+    catalog: Catalog
+    pictures: Sequence[Picture]
+    lacking: Sequence[int]
+    what: str
+    masks: bool
+    view: View | None
+
+    def lacks(self, number: int, rows: Sequence[int]) -> bool:
+        """Whether store `number` lacks any of the pictures numbered `rows`."""
+        return any(self.pictures[row] not in self.stores[number] for row in rows)
+
+
+class LocalRun:
+    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk or memory will not suffice."""
+
+    def __init__(self, job: ExtractionJob) -> None:
+        self.job, settings = job, job.settings
         numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
-        for number, (extractor, _) in enumerate(requested):
+        for number, (extractor, _) in enumerate(job.requested):
             numbers.setdefault(extractor, []).append(number)
         # A network all of whose stores are complete has nothing to do.
-        members = {number: requested[number] for same in numbers.values() if self._lack(lacking, same) for number in same}
-        begun = {number: store.plan(pictures) for number, store in enumerate(stores)}
-        engine = EnsembleEngine(settings, members, masks, view, begun)
+        members = {
+            number: job.requested[number]
+            for same in numbers.values()
+            if any(job.lacks(one, job.lacking) for one in same)
+            for number in same
+        }
+        begun = {number: store.plan(job.pictures) for number, store in enumerate(job.stores)}
+        engine = EnsembleEngine(settings, members, job.masks, job.view, begun)
         self.networks, self.canvases = engine.networks, engine.canvases
-        # On a CPU the network has every core; processes beside it make both wait for each other (measured: a fifth slower
-        # than threads that decode between its batches).
+        # On a CPU the network uses every core, and loading processes would compete with it (measured: a fifth slower than
+        # threads that decode between its batches).
         automatic = 0 if settings.device == "cpu" else default_workers()
         self.workers = automatic if settings.num_workers is None else settings.num_workers
 
-    def _lack(self, rows: Sequence[int], numbers: Sequence[int]) -> bool:
-        return any(self.pictures[row] not in self.stores[number] for row in rows for number in numbers)
-
     def run(self) -> None:
-        """Plan, forecast, compile where it pays, describe, and say how long it took."""
-        count, shard = len(self.lacking), self.settings.shard
+        """Plan, print a forecast, compile if that saves time, describe, and print how long it took."""
+        job = self.job
+        count, shard = len(job.lacking), job.settings.shard
         forecast = self._plan()
         if not count:
             return
-        shards = [self.lacking[at : at + shard] for at in range(0, count, shard)]
+        shards = [job.lacking[at : at + shard] for at in range(0, count, shard)]
         chunk = max([CHUNK, *(network.engine.batch for network in self.networks)])
         chunks = [list(shard_rows[at : at + chunk]) for shard_rows in shards for at in range(0, len(shard_rows), chunk)]
         start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
-        loaded = iter(track(self._load(chunks), f"describing {count} {self.what}", total=len(chunks)))
+        loaded = iter(track(self._load(chunks), f"describing {count} {job.what}", total=len(chunks)))
         for shard_rows in shards:
-            wanted = [network for network in self.networks if self._lack(shard_rows, network.numbers)]
+            wanted = [net for net in self.networks if any(job.lacks(number, shard_rows) for number in net.numbers)]
             outputs: list[list[list[Tensor]]] = [[] for _ in wanted]
             reasons: list[str] = []
             for _ in range(0, len(shard_rows), chunk):
@@ -112,22 +122,22 @@ class ExtractionJob:
         network_time = sum(network.engine.seconds for network in self.networks)
         expected = f" (forecast {forecast:.0f} s)" if forecast else ""
         log.info(
-            f"described {count} {self.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
+            f"described {count} {job.what} in {time.perf_counter() - start:.1f} s: network {network_time:.1f} s{expected}, "
             f"decoding {decoding:.1f} s in {f'{self.workers} processes' if self.workers else 'threads'}, "
             f"writing {writing:.1f} s; {size / 1e6:.1f} MB on disk, peak memory {peak_memory() / 1e9:.2f} GB"
         )
 
     def _plan(self) -> float:
-        """Begin every store, after the forecast; returns the seconds that the networks should take, 0 for few pictures."""
-        count = len(self.lacking)
+        """Print the forecast and prepare every store; returns the expected seconds of the networks, 0 for few pictures."""
+        job, count = self.job, len(self.job.lacking)
         seconds = sum(network.engine.plan(count) for network in self.networks)
         if count > FEW:
             self._forecast(seconds)
         plans = {number: network.engine for network in self.networks for number in network.numbers}
-        for number, store in enumerate(self.stores):
+        for number, store in enumerate(job.stores):
             engine = plans.get(number)
             plan = {key: store.manifest[key] for key in ("compiled", "batch")} if engine is None else engine.describe()
-            store.begin(self.pictures, plan)
+            store.begin(job.pictures, plan)
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
             seconds = sum(network.engine.plan(count) for network in self.networks)
@@ -137,21 +147,21 @@ class ExtractionJob:
         return seconds
 
     def _forecast(self, seconds: float) -> None:
-        """Print what the work will take, and stop it where disk or memory will not do."""
-        widths = [width for network in self.networks for width in network.engine.widths()]
-        count, masks = len(self.lacking), len(widths) * MASK_SIZE**2 if self.masks else 0
-        # To search: the descriptors, the ensemble of them, and its rounded copy.
-        disk = count * (sum(widths) * self.settings.dtype.itemsize + masks + 64)
-        memory = 10 * sum(widths) * len(self.pictures)
-        how = ", less compiled" if any(network.engine.compiled for network in self.networks) else ""
+        """Print the time and space needed. Raises ValueError if disk or memory will not suffice."""
+        job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
+        count, masks = len(job.lacking), len(widths) * MASK_SIZE**2 if job.masks else 0
+        # To search: the descriptors, their ensemble, and its rounded copy.
+        disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
+        memory = 10 * sum(widths) * len(job.pictures)
+        how = ", less when compiled" if any(network.engine.compiled for network in self.networks) else ""
         log.info(
-            f"forecast for {count} {self.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
-            f"{memory / 1e9:.1f} GB of memory to search them in"
+            f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
+            f"{memory / 1e9:.1f} GB of memory to search them"
         )
-        check_room(disk, memory, self.stores[0].folder, len(self.pictures), self.what)
+        check_room(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
 
     def _load(self, chunks: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
-        pictures = Canvases(self.catalog, self.canvases)
+        pictures = Canvases(self.job.catalog, self.canvases)
         if self.workers:
             yield from DataLoader(
                 pictures,
@@ -159,7 +169,7 @@ class ExtractionJob:
                 num_workers=self.workers,
                 collate_fn=stack_items,
                 worker_init_fn=quiet_worker,
-                pin_memory=self.settings.device.startswith("cuda"),
+                pin_memory=self.job.settings.device.startswith("cuda"),
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:
@@ -167,18 +177,19 @@ class ExtractionJob:
                 yield stack_items(list(threads.map(pictures.__getitem__, chunk)))
 
     def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
-        """Append to the network's stores what each lacks of these rows; returns the bytes written."""
-        pictures = list(zip([self.pictures[row] for row in shard_rows], reasons, strict=True))
+        """Append to each of the network's stores the rows that it lacks; returns the bytes written."""
+        job = self.job
+        pictures = list(zip([job.pictures[row] for row in shard_rows], reasons, strict=True))
         good = [picture for picture, reason in pictures if not reason]
         size = 0
         for place, number in enumerate(network.numbers):
-            store = self.stores[number]
+            store = job.stores[number]
             new = [row for row, picture in enumerate(good) if picture not in store]
             bad = {picture: reason for picture, reason in pictures if reason and picture not in store}
             if not new and not bad:
                 continue
-            drawn = self.masks and self.poolings[number].saliency
-            arrays = stored_arrays(outputs, place, new, drawn, self.settings.dtype)
+            drawn = job.masks and job.requested[number][1].saliency
+            arrays = stored_arrays(outputs, place, new, drawn, job.settings.dtype)
             size += store.append([good[row] for row in new], arrays, bad)
         return size
 
@@ -186,7 +197,7 @@ class ExtractionJob:
 def stored_arrays(
     outputs: Sequence[np.ndarray], place: int, rows: Sequence[int], masks: bool, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """What a store keeps of a Describer's outputs: these rows of output `place`, and of the masks; nothing where none is."""
+    """The arrays to store: these rows of output `place` of a Describer, and of the masks; empty without rows."""
     if not rows:
         return {}
     arrays = {"vectors": outputs[place][list(rows)].astype(dtype)}
@@ -194,7 +205,7 @@ def stored_arrays(
 
 
 def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
-    """Those of the pictures numbered `rows` that can be read, shrunk to about `size`."""
+    """Which of the pictures numbered `rows` can be read (at about `size` pixels, to save time)."""
 
     def readable(row: int) -> bool:
         try:
@@ -207,7 +218,7 @@ def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
 
 
 class Canvases(Dataset[tuple[list[Tensor], str, float]]):
-    """Item i: picture i, decoded once, letterboxed once per canvas (size, pad); why it cannot be read, if so; seconds."""
+    """Item i: picture i, letterboxed once per canvas (size, pad); the reason if it cannot be read, else ""; seconds."""
 
     def __init__(self, catalog: Catalog, canvases: Sequence[Canvas]) -> None:
         self.catalog, self.canvases = catalog, canvases
@@ -225,7 +236,7 @@ class Canvases(Dataset[tuple[list[Tensor], str, float]]):
 
 
 def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
-    """Items of `Canvases` -> a batch a canvas of those that can be read, a reason each, and the seconds of all."""
+    """Items of `Canvases` -> one batch per canvas of the readable pictures, all reasons, and the total seconds."""
     return (
         stack([views for views, reason, _ in items if not reason]),
         [reason for _, reason, _ in items],
@@ -234,7 +245,7 @@ def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tens
 
 
 def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
-    """Raise ValueError where `disk` or `memory` bytes are more than this machine has left."""
+    """Raise ValueError if this machine has fewer bytes left than `disk` or `memory`."""
     place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
     if disk > free:
@@ -244,13 +255,13 @@ def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -
         )
     if memory > available:
         raise ValueError(
-            f"{pictures} {what} need about {memory / 1e9:.1f} GB of memory to be searched, {available / 1e9:.1f} GB are free; "
+            f"searching {pictures} {what} needs about {memory / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
             "use fewer checkpoints or poolings at once, or a larger machine"
         )
 
 
 def peak_memory() -> int:
-    """Bytes of memory this process held at most (its loading processes not counted)."""
+    """Peak memory of this process in bytes, without its loading processes."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""The networks of an ensemble: uint8 pictures in, every member's descriptors and masks out. Knows no files."""
+"""The networks of an ensemble, from uint8 pictures to the descriptors and masks of every member. Reads and writes no files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """One network: `numbers` of the members it serves, which canvas it takes, and how it is run."""
+    """One network: `numbers` of the members that use it, the number of the canvas that it takes, and its engine."""
 
     numbers: list[int]
     canvas: int
@@ -47,10 +47,10 @@ class Described(NamedTuple):
 
 
 class EnsembleEngine:
-    """Built once, then called from any number of threads; a picture's descriptors depend on that picture alone.
+    """The networks of all members: built once, safe to call from several threads. Descriptors depend on their picture alone.
 
-    `members`: network and pooling by the member's number. `masks`: whether to return masks of members whose pooling takes
-    them. `view`: see Describer. `begun`: by member, the batch size and compilation of a run that is being resumed.
+    `members`: network and pooling by the number of the member. `masks`: whether to return the masks of members whose pooling
+    uses them. `view`: see Describer. `begun`: by member, the batch size and compilation of a run that is being resumed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EnsembleEngine:
             shared.setdefault(extractor, []).append(number)
         engines = []
         for extractor, numbers in shared.items():
-            # A resumed run continues as it began: the other way the rest would differ in its last bits.
+            # A resumed run keeps its settings, as others would change the last bits of its vectors.
             plan = next((begun[number] for number in numbers if begun and begun.get(number)), {})
             poolings = [self.poolings[number] for number in numbers]
             drawn = masks and any(pooling.saliency for pooling in poolings)
@@ -94,7 +94,7 @@ class EnsembleEngine:
 
 
 def longest(canvases: Sequence[Canvas]) -> int:
-    """The side, in pixels, that pictures are needed at."""
+    """The largest side in pixels; pictures can be decoded at this size."""
     return max(side for side, _ in canvases)
 
 
@@ -104,5 +104,5 @@ def fit(rgb: np.ndarray, canvases: Sequence[Canvas]) -> list[Tensor]:
 
 
 def stack(pictures: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What `fit` made of each of N pictures -> one uint8 (N, 3, S, S) per canvas."""
+    """The outputs of `fit` for N pictures -> one uint8 (N, 3, S, S) per canvas."""
     return [torch.stack(views) for views in zip(*pictures, strict=True)]

@@ -1,4 +1,4 @@
-"""Descriptors of pictures, and what must hold of them."""
+"""Descriptors of pictures, checked when they are made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TOLERANCE = 1e-3  # of a vector's length: extraction.dtype=float16 rounds it
 
 @dataclass(frozen=True)
 class Features:
-    """`vectors`: float32 (N, D), one row a picture. `ids`: N names. `masks`: uint8 (N, M, M) saliency, 0 to 255, or None.
+    """`vectors`: float32 (N, D), one row per picture. `ids`: N names. `masks`: uint8 (N, M, M) saliency, 0 to 255, or None.
 
-    Every vector has length 1, or 0 where a picture showed nothing to describe, unless `any_length` says otherwise: the
-    ensemble of BAFE's code (`ensemble.normalize=false`) leaves them as they are. Whoever needs length 1 then calls `unit`.
+    Every vector has length 1, or 0 if there was nothing to describe in the picture, unless `any_length` is true: the
+    ensemble of BAFE's code (`ensemble.normalize=false`) does not normalise them. Call `unit` where length 1 is needed.
 
-    Raises ValueError where rows and ids differ, a vector is not finite or has another length.
+    Raises ValueError if the numbers of rows and ids differ, or a vector is not finite or has another length.
     """
 
     vectors: np.ndarray
@@ -38,17 +38,17 @@ class Features:
             if len(other) and not self.any_length:
                 raise ValueError(
                     f"the descriptor of '{self.ids[start + other[0]]}' has length {lengths[other[0]]:.6g}, not 1; "
-                    "bring it there by `unit`, or say any_length=True"
+                    "pass `unit(vectors)`, or any_length=True"
                 )
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., D) at length 1; one of zeros stays as it is."""
+    """Vectors (..., D) scaled to length 1; zero vectors stay zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def mean_masks(members: Sequence[Features]) -> Features:
-    """What an ensemble looks at: the first member's features with the mean of the masks of those that take one."""
+    """The first member's features with the mean mask of all members that have masks."""
     masks = [features.masks for features in members if features.masks is not None]
     if not masks:
         return replace(members[0], masks=None)

@@ -1,4 +1,4 @@
-"""From pictures to descriptors on disk: one pass over a catalogue feeds every checkpoint and every pooling."""
+"""From pictures to descriptors on disk, for all checkpoints and poolings in one pass over the catalogue."""
 
 from __future__ import annotations
 
@@ -14,31 +14,29 @@ from ..data.catalog import Catalog, Skipped, stamp
 from ..data.images import Pictures
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
-from ..models.descriptor import Pooling
-from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE
 from ..models.precision import fastest_precision, pick_devices
 from ..models.views import View
-from .describing import ExtractionJob, readable_now
+from .describing import ExtractionJob, LocalRun, readable_now
 from .features import Features
 from .members import Member
-from .sharing import SharedJob, on_devices
+from .sharing import SharedRun, on_devices
 from .store import Picture, Store
 
-PREPROCESSING = "letterbox 1"  # counts up when the same file gives other pixels
+PREPROCESSING = "letterbox 1"  # to be increased when the same file gives other pixels
 PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
 
 
 class FeatureExtraction:
-    """How descriptors are made and where they are kept (conf/retrieve.yaml, `extraction`).
+    """Describes pictures and keeps the descriptors on disk (conf/extraction).
 
-    `features`: folder of the stores. `scales`, `flip`: sizes (shares of the network's own) and mirror images whose
-    descriptors are added. `batch_size`: pictures a network batch, None for the device's own. `num_workers`:
-    loading processes, 0 for threads that take turns with the network, None for what suits the device. `device`: see
-    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: torch.compile, None where it pays. `shard`: pictures a
-    file, what a kill loses at most. `dtype`: float32 or float16, on disk. `max_skipped`: share of unreadable pictures
-    above which to stop. `devices`: all for every GPU of this machine, or a list of devices, which then share the pictures;
-    None for `device` alone. Raises ValueError for a device that is not there or an unknown dtype.
+    `features`: folder of the stores. `scales`: sizes as multiples of the network's own; `flip`: also the mirror image; their
+    descriptors are summed. `batch_size`: pictures per batch, None for a default of the device. `num_workers`: loading
+    processes, 0 for threads that take turns with the network, None for a default of the device. `device`: see
+    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: whether to use torch.compile, None if it saves time.
+    `shard`: pictures per file, which is the most that an interruption loses. `dtype`: float32 or float16, on disk.
+    `max_skipped`: largest share of unreadable pictures. `devices`: all for every GPU of this machine, or a list of devices,
+    which share the pictures; None for `device` alone. Raises ValueError for an unavailable device or an unknown dtype.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class FeatureExtraction:
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
-        """A folder for pictures to be described, kept from other runs meanwhile; it stays, for the next run."""
+        """A folder for pictures to be described, locked against other runs meanwhile, and kept for the next one."""
         with locked([self.root / name]):
             yield self.root / name
 
@@ -83,27 +81,26 @@ class FeatureExtraction:
         masks: bool = False,
         view: View | None = None,
     ) -> list[Features]:
-        """Features of each member over files, from disk where they are there; unreadable pictures go to `skipped`.
+        """Features of each member for picture files, read from disk if they were stored; unreadable pictures go to `skipped`.
 
-        `source` is where the pictures came from: its stores are found again by it. `what` names the pictures in messages.
-        With `masks` the saliency is kept of members whose pooling takes it. `view`: see Describer.
-        Raises ValueError where too many pictures cannot be read, or the work will not fit on disk or in memory.
+        `source`: where the pictures came from, by which their stores are found again. `what` names them in messages. `masks`:
+        whether to keep the masks of members whose pooling uses them. `view`: see Describer. Raises ValueError if too many
+        pictures cannot be read, or disk or memory will not suffice.
         """
         catalog = pictures.files
         if len(catalog) < len(pictures):
-            raise ValueError(f"{len(pictures) - len(catalog)} {what} are not files, and descriptors are stored by file")
+            raise ValueError(f"{len(pictures) - len(catalog)} {what} are not files, but descriptors are stored by file")
         stamped = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
-            opened = {folder: Store(folder, key) for folder, key in places}  # one for members that are the same
+            opened = {folder: Store(folder, key) for folder, key in places}  # identical members share one
             stores = [opened[folder] for folder, _ in places]
             self._retry(members, stores, catalog, stamped)
             lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
             if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
+                requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    self._describe(
-                        [(m.extractor, m.pooling) for m in members], stores, catalog, stamped, lacking, what, masks, view
-                    )
+                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view))
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -117,33 +114,21 @@ class FeatureExtraction:
         ids = tuple(name for name, _ in readable)
         return [Features(found["vectors"], ids, found.get("masks")) for found in arrays]
 
-    def _describe(
-        self,
-        requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]],
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        lacking: Sequence[int],
-        what: str,
-        masks: bool,
-        view: View | None,
-    ) -> None:
-        """Describe the pictures numbered `lacking` for every store that lacks them."""
-        work = requested, stores, catalog, pictures, lacking, what, masks, view
+    def _describe(self, job: ExtractionJob) -> None:
         if len(self.devices) > 1:
-            SharedJob(self, *work).run(on_devices(self.devices))
+            SharedRun(job).run(on_devices(self.devices))
         else:
-            ExtractionJob(self, *work).run()
+            LocalRun(job).run()
 
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
-        """Let stores forget what they could not read and can be read now: a network drive's errors leave the stamp as it is."""
+        """Let stores forget unreadable pictures that can be read now: after a network error the stamp is still the same."""
         doubtful = [row for row, picture in enumerate(pictures) if any(picture in store.unreadable for store in stores)]
         for row in readable_now(catalog, doubtful, max(member.extractor.size for member in members)):
             for store in stores:
                 store.unreadable.pop(pictures[row], None)
 
     def _place(self, member: Member, source: str, masks: bool, view: View | None) -> tuple[Path, dict[str, Any]]:
-        """A member's store: its folder and its key."""
+        """Folder and key of a member's store."""
         key = {
             "checkpoint": member.source,
             "size": member.extractor.size,

@@ -1,4 +1,4 @@
-"""The members of an ensemble: a network with a pooling each."""
+"""The members of an ensemble, each a network with a pooling."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger("beauty_bafe")
 
 @dataclass(frozen=True)
 class Member:
-    """One descriptor of an ensemble: a network and a pooling. `name` tells which; `source` hashes the weights.
+    """One descriptor of an ensemble. `name`: for messages. `source`: a hash of the weights.
 
-    `trained`: whether the network has learned to make masks.
+    `trained`: whether the network was trained to predict masks.
     """
 
     name: str
@@ -41,12 +41,12 @@ def load_members(
     pairs: Mapping[Any, Sequence[str]] | None = None,
     size: int | None = None,
 ) -> list[Member]:
-    """Each network with each pooling: trained ones from `checkpoints`, others with their published weights from `models`.
+    """Every network with every pooling: trained networks from `checkpoints`, networks with published weights from `models`.
 
-    `models`: plain arguments of BackgroundAgnosticExtractor by name. `pairs`: the poolings, by name, of a network (a model's
-    name, a checkpoint's number from 0); one that is not named takes all. A pooling of the picture itself is made once.
-    `size`: pixels of the square that trained networks look at, None for what each checkpoint asks for.
-    Raises ValueError for a file that is not a checkpoint, unknown names, or saliency asked of a network that learned none.
+    `models`: arguments of BackgroundAgnosticExtractor, by name. `pairs`: names of the poolings of a network, by the name of
+    a model or the number of a checkpoint from 0; networks not listed take all. A pooling of the picture itself is used once.
+    `size`: side in pixels of the trained networks' input, None for the size stored in each checkpoint.
+    Raises ValueError for a file that is not a checkpoint, unknown names, or saliency of a network without trained masks.
     """
     models = models or {}
     pairs = {str(name): names for name, names in (pairs or {}).items()}
@@ -72,7 +72,7 @@ def load_members(
                 continue
             if pooling.saliency and key in models:
                 raise ValueError(
-                    f"pooling '{pooling}' needs masks, and {name} was never trained to make any; "
+                    f"pooling '{pooling}' needs masks, but {name} was not trained to predict any; "
                     "type checkpoints='[RUN/checkpoints/best.ckpt]' instead, or a pooling without masks, such as pooling=gem"
                 )
             members.append(Member(f"{name}: {pooling}", source, extractor, pooling, key not in models))
@@ -80,13 +80,13 @@ def load_members(
 
 
 def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
-    """A checkpoint's network at `size`, or at the size that the checkpoint was made to be described at."""
+    """A checkpoint's network at `size`, or at the size that its recipe asks for."""
     extractor = load_extractor(file)
     recipe = read_checkpoint(file).get("retrieval")
     times = check_enlarge(recipe.get("enlarge", 1), f"checkpoint '{file}'") if isinstance(recipe, Mapping) else 1
     own = extractor.size
     if size is not None and size < 1:
-        raise ValueError(f"size={size}: type pixels, or null for what the checkpoint asks for")
+        raise ValueError(f"size={size}: type a number of pixels, or null for the size that the checkpoint asks for")
     patch = extractor.backbone.patch or 1
     patch = patch if own % patch == 0 else 1
     extractor.size = size or max(1, round(own * times / patch)) * patch
@@ -97,11 +97,11 @@ def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
             extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))
     except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
         raise ValueError(
-            f"'{file}' cannot look at {extractor.size} px ({error}); type size={own}, as it was trained"
+            f"'{file}' does not take pictures of {extractor.size} px ({error}); type size={own}, the size of training"
         ) from error
     return extractor
 
 
 def describe_members(members: Sequence[Member]) -> list[Mapping[str, Any]]:
-    """What an index made from these members must share with its queries: checkpoint, size and pooling, plain values."""
+    """Checkpoint, size and pooling of each member, plain values: queries must be described by the same ones."""
     return [{"checkpoint": member.source, "size": member.extractor.size, "pooling": str(member.pooling)} for member in members]

@@ -1,4 +1,4 @@
-"""Describe pictures in memory, with networks that are kept between calls."""
+"""Describe pictures in memory, with networks that stay loaded between calls."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .features import Features
 from .local import FeatureExtraction
 from .members import Member
 
-CHUNK = 32  # pictures decoded before the network sees them
+CHUNK = 32  # pictures decoded together before they go to the network
 
 
 class MemoryExtraction:
-    """As FeatureExtraction, but nothing is stored and each engine is built once, at its first use. Safe to call from threads.
+    """Like FeatureExtraction, but nothing is stored, and each engine is built once, at its first use. Thread-safe.
 
-    `settings`: how to describe. Networks are compiled only where `settings.compiled` says so. `root`: a temporary folder for
-    re-rankers and descriptors that keep files (SIFT, VLAD); made by the first that does, removed with this object.
+    `settings`: how to describe. Networks are compiled only if `settings.compiled` is true. `root`: a temporary folder for
+    re-rankers and descriptors that keep files (SIFT, VLAD), created when needed and removed with this object.
     """
 
     def __init__(self, settings: FeatureExtraction) -> None:
@@ -43,18 +43,18 @@ class MemoryExtraction:
         self.root = Path(tempfile.gettempdir()) / f"beauty_bafe-{uuid.uuid4().hex}"
         weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         self._engines: dict[tuple[bool, str], EnsembleEngine] = {}
-        # One call at a time reaches the networks: each already takes every core, and threads that share cores wait for
-        # each other at every layer.
+        # Only one call at a time runs the networks: each already uses every core, and threads that share cores wait for each
+        # other at every layer.
         self._networks = threading.RLock()
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
-        """A folder for pictures to be described, removed afterwards."""
+        """A temporary folder for pictures to be described."""
         with tempfile.TemporaryDirectory(prefix=f"beauty_bafe-{name}-") as folder:
             yield Path(folder)
 
     def engine(self, members: Sequence[Member], masks: bool, view: View | None) -> EnsembleEngine:
-        """The engine for pictures described like this; the same members at every call."""
+        """The engine for these settings, built at the first call; `members` must be the same at every call."""
         with self._networks:
             key = (masks, str(view))
             if key not in self._engines:
@@ -75,7 +75,7 @@ class MemoryExtraction:
         masks: bool = False,
         view: View | None = None,
     ) -> list[Features]:
-        """Features of each member, see FeatureExtraction; `source` is not needed here."""
+        """Features of each member, see FeatureExtraction; `source` is not used here."""
         engine = self.engine(members, masks, view)
         parts: list[list[Described]] = []
         ids: list[str] = []
@@ -107,6 +107,6 @@ class MemoryExtraction:
     def _features(self, parts: Sequence[Described], ids: tuple[str, ...]) -> Features:
         vectors = np.concatenate([part.vectors for part in parts])
         drawn = [part.masks for part in parts if part.masks is not None]
-        # As a store would round them.
+        # Rounded as in a store.
         vectors = vectors.astype(self.settings.dtype).astype(np.float32)
         return Features(vectors, ids, np.concatenate(drawn) if drawn else None)

@@ -1,4 +1,4 @@
-"""Describing on a Ray cluster, or on several engines of one machine."""
+"""Describe pictures on a Ray cluster, or by several processes of one machine."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.catalog import Skipped
-from ..data.images import Pictures
 from ..models.precision import fastest_precision
-from ..models.views import View
+from .describing import ExtractionJob
 from .features import Features
 from .local import FeatureExtraction
-from .members import Member
-from .sharing import Shard, SharedJob, Worker
+from .sharing import Shard, SharedRun, Worker
 
 
 class RayExtraction(FeatureExtraction):
     """FeatureExtraction whose shards are described and written by Ray actors (`extraction=ray`).
 
-    `address`: None starts Ray on this machine for the time of a pass; auto, or HOST:PORT, joins a running cluster, all of whose
-    machines must have this package and see pictures and `features` under the same paths. `workers`: actors at once, None for as
-    many as fit. `cpus`, `gpus`: of each actor; gpus is None for 1 where `device` is a GPU, else 0, and may be a share such
-    as 0.5. With `device` at auto the actors take GPUs where the cluster has any. Other settings: see FeatureExtraction.
+    `address`: None starts Ray on this machine for the duration of a pass; auto, or HOST:PORT, joins a running cluster, all
+    machines of which need this package, and the pictures and `features` under the same paths. `workers`: number of actors,
+    None for as many as fit. `cpus`, `gpus`: of each actor; gpus may be a fraction such as 0.5, None for 1 if `device` is a
+    GPU, else 0. With device=auto the actors use GPUs if the cluster has any. Other settings: see FeatureExtraction.
 
-    Vectors are those of one process on the same kind of device to the bit. A worker that dies is started again, and its shard
-    with it; where this process dies, the same command goes on with the shards that are not there. Raises ConnectionError where
-    no cluster answers, ValueError where a share is not above 0.
+    Vectors are bit for bit those of one process on the same kind of device. A worker that dies is restarted, and its shard
+    described again; if this process dies, the same command continues with the missing shards. Raises ConnectionError if
+    no cluster answers, ValueError if a number is not above 0.
     """
 
     def __init__(
@@ -49,23 +46,14 @@ class RayExtraction(FeatureExtraction):
             if value is not None and value <= 0:
                 raise ValueError(f"extraction.{name}={value}: type a number above 0")
         if settings.pop("devices", None) is not None:
-            raise ValueError("extraction.devices is of one machine; with extraction=ray type extraction.workers=N instead")
-        # Whether there are GPUs is the cluster's to say (`_choose_device`); until then, and in memory, this machine's.
+            raise ValueError("extraction.devices applies to one machine; with extraction=ray type extraction.workers=N instead")
+        # Whether there are GPUs, the cluster decides in `_choose_device`; until then, and in memory, this machine.
         here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
         super().__init__(features, device=here, precision=precision, **settings)
         self.wanted, self.wanted_precision = device, precision
         self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
 
-    def __call__(
-        self,
-        members: Sequence[Member],
-        pictures: Pictures,
-        source: str,
-        what: str,
-        skipped: Skipped,
-        masks: bool = False,
-        view: View | None = None,
-    ) -> list[Features]:
+    def __call__(self, *arguments: Any, **options: Any) -> list[Features]:
         """See FeatureExtraction."""
         import ray
 
@@ -74,7 +62,7 @@ class RayExtraction(FeatureExtraction):
             self._connect()
         try:
             self._choose_device()
-            return super().__call__(members, pictures, source, what, skipped, masks, view)
+            return super().__call__(*arguments, **options)
         finally:
             if started:
                 ray.shutdown()
@@ -82,16 +70,16 @@ class RayExtraction(FeatureExtraction):
     def _connect(self) -> None:
         import ray
 
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at the start; it would report over the network
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what actors without a GPU see is not Ray's to hide
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts; it would send usage statistics
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors that request no GPU may see them
         local: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
         address = "local" if self.address is None else self.address
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-        except Exception as error:  # a start that takes too long has no class of its own
+        except Exception as error:  # a start that takes too long raises no special class
             if self.address is None:
                 raise ConnectionError(
-                    f"Ray did not start on this machine ({error}); type the same command again, or extraction=local"
+                    f"Ray did not start on this machine ({error}); run the same command again, or type extraction=local"
                 ) from error
             raise ConnectionError(
                 f"no Ray cluster answers at extraction.address={self.address} ({error}); type ray start --head on one of its "
@@ -115,27 +103,27 @@ class RayExtraction(FeatureExtraction):
     def _gpus(self) -> float:
         return (1 if self.device.startswith("cuda") else 0) if self.gpus is None else self.gpus
 
-    def _describe(self, *work: Any) -> None:
-        SharedJob(self, *work).run(self._run)
+    def _describe(self, job: ExtractionJob) -> None:
+        SharedRun(job).run(self._run)
 
     def _run(self, worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
         import ray
         import ray.data
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # ours counts pictures
+        context.enable_progress_bars = False  # ours shows pictures
         there = ray.cluster_resources()
         fitting = int(there.get("CPU", 0) / self.cpus)
         if self._gpus:
             fitting = min(fitting, int(there.get("GPU", 0) / self._gpus))
         size = min(self.workers or max(1, fitting), len(shards))
-        if size > fitting:  # Ray would wait for ever
+        if size > fitting:  # Ray would wait forever
             raise ValueError(
                 f"{size} workers with {self.cpus} cores and {self._gpus} GPUs each do not fit into the cluster's "
                 f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; type extraction.workers={max(1, fitting)}, "
                 "or smaller extraction.cpus and extraction.gpus"
             )
-        # Bytes, as Arrow has no type for what a shard is made of; a block each, so that workers take them one by one.
+        # Bytes, as Arrow has no type for a shard; one block per shard, so that workers take them one by one.
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
@@ -151,7 +139,7 @@ class RayExtraction(FeatureExtraction):
 
 
 class _Actor:
-    """A ShardDescriber in a process of Ray's."""
+    """A ShardDescriber in a Ray process."""
 
     def __init__(self, worker: Any, device: str, threads: int) -> None:
         import ray

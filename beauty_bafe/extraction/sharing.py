@@ -1,4 +1,4 @@
-"""One pass over pictures shared out among several workers, each of which describes whole shards and writes them itself."""
+"""Describe pictures by several workers, each of which describes and writes whole shards."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import MASK_SIZE, Describer, suitable_batch
 from ..models.views import View
-from .describing import CHUNK, Canvases, Settings, check_room, stack_items, stored_arrays
+from .describing import CHUNK, Canvases, ExtractionJob, Settings, check_room, stack_items, stored_arrays
 from .engine import EnsembleEngine
-from .store import Picture, Store, holds, write_shard
+from .store import Picture, holds, write_shard
 
 log = logging.getLogger("beauty_bafe")
 
-Requested = Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
-
 
 class Shard(NamedTuple):
-    """Pictures that are described together. For each store that lacks some of them, its number -> file to write, their rows."""
+    """Pictures that are described together. `files`: number of each store that lacks some -> the file to write, their rows."""
 
     number: int
     pictures: Sequence[Picture]
@@ -40,26 +38,26 @@ class Shard(NamedTuple):
 
 
 class Worker(NamedTuple):
-    """What a worker needs to describe shards, plain values and networks: it may be sent to another machine.
+    """What a worker needs to describe shards; can be pickled and sent to another machine.
 
-    `begun`: by number of a store that lacks pictures, the batch size and compilation in its manifest.
+    `begun`: number of each store that lacks pictures -> the batch size and compilation in its manifest.
     """
 
     settings: Settings
-    requested: Requested
+    requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
     masks: bool
     view: View | None
     begun: Mapping[int, Mapping[str, Any]]
 
     def start(self, device: str, threads: int) -> ShardDescriber:
-        """The networks on a device, which decodes in so many threads."""
+        """Load the networks on a device; pictures are decoded in so many threads."""
         settings = copy.copy(self.settings)
         settings.device = device
         return ShardDescriber(self, settings, threads)
 
 
 class ShardDescriber:
-    """Describes one shard after the other, decoding the next pictures while the network is busy."""
+    """Describes one shard after another, decoding the next pictures while the network is busy."""
 
     def __init__(self, worker: Worker, settings: Settings, threads: int) -> None:
         self.worker, self.settings, self.threads = worker, settings, threads
@@ -69,7 +67,7 @@ class ShardDescriber:
             network.engine.compile()
 
     def __call__(self, shard: Shard) -> int:
-        """Describe a shard and write its files; returns their bytes. What another worker wrote of it before it died stays."""
+        """Describe a shard and write its files; returns their size in bytes. Files of a worker that died are kept."""
         left = {
             number: (file, rows)
             for number, (file, rows) in shard.files.items()
@@ -115,80 +113,70 @@ class ShardDescriber:
 Run = Callable[[Worker, Sequence[Shard]], Iterable[tuple[int, int]]]
 
 
-class SharedJob:
-    """As ExtractionJob, by several workers. Networks are compiled only where `settings.compiled` says so."""
+class SharedRun:
+    """Runs an ExtractionJob by several workers. Networks are compiled only if `settings.compiled` is true."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        requested: Requested,
-        stores: Sequence[Store],
-        catalog: Catalog,
-        pictures: Sequence[Picture],
-        lacking: Sequence[int],
-        what: str,
-        masks: bool,
-        view: View | None = None,
-    ) -> None:
-        self.settings, self.requested, self.stores, self.catalog, self.pictures = settings, requested, stores, catalog, pictures
-        self.lacking, self.what, self.masks, self.view = lacking, what, masks, view
+    def __init__(self, job: ExtractionJob) -> None:
+        self.job = job
 
     def run(self, run: Run) -> None:
-        """Begin every store and let `run` go through the shards; it yields the number of each one done, and its bytes."""
-        plans = self._begin()
-        if not self.lacking:
+        """Prepare every store and let `run` describe the shards; it yields the number and the bytes of each finished shard."""
+        job, plans = self.job, self._begin()
+        if not job.lacking:
             return
-        count, start, size = len(self.lacking), time.perf_counter(), 0
+        count, start, size = len(job.lacking), time.perf_counter(), 0
         shards = {shard.number: shard for shard in self._shards(sorted(plans))}
-        done = run(Worker(self.settings, self.requested, self.masks, self.view, plans), list(shards.values()))
-        for number, written in track(done, f"describing {count} {self.what}", total=len(shards)):
+        done = run(Worker(job.settings, job.requested, job.masks, job.view, plans), list(shards.values()))
+        for number, written in track(done, f"describing {count} {job.what}", total=len(shards)):
             size += written
             for store, (file, _) in shards.pop(number).files.items():
-                self.stores[store].note(int(file.stem))
+                job.stores[store].note(int(file.stem))
         if shards:
-            raise RuntimeError(f"{len(shards)} shards of {self.what} were not described; type the same command again")
-        log.info(f"described {count} {self.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk")
+            raise RuntimeError(f"{len(shards)} shards of {job.what} were not described; run the same command again")
+        log.info(f"described {count} {job.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk")
 
     def _begin(self) -> dict[int, dict[str, Any]]:
-        """Begin every store, after a look at the room for them; the plans of those that lack pictures, by number."""
+        """Check the free space and prepare every store; returns the plans of those that lack pictures, by number."""
+        job, settings = self.job, self.job.settings
         plans: dict[int, dict[str, Any]] = {}
-        for number, (store, (extractor, pooling)) in enumerate(zip(self.stores, self.requested, strict=True)):
-            side = Describer(extractor, [pooling], False, self.settings.scales, self.settings.flip, self.view).canvas
-            batch = self.settings.batch_size or suitable_batch(self.settings.device, side)
-            plan = {"compiled": bool(self.settings.compiled), "batch": batch}
-            plan |= {key: value for key, value in store.plan(self.pictures).items() if key in plan}
-            if any(self.pictures[row] not in store for row in self.lacking):
+        for number, (store, (extractor, pooling)) in enumerate(zip(job.stores, job.requested, strict=True)):
+            side = Describer(extractor, [pooling], False, settings.scales, settings.flip, job.view).canvas
+            batch = settings.batch_size or suitable_batch(settings.device, side)
+            plan = {"compiled": bool(settings.compiled), "batch": batch}
+            plan |= {key: value for key, value in store.plan(job.pictures).items() if key in plan}
+            if job.lacks(number, job.lacking):
                 plans[number] = plan
-            store.begin(self.pictures, plan)
-        drawn = MASK_SIZE**2 if self.masks else 0
-        check_room(len(self.lacking) * len(plans) * (64 + drawn), 0, self.stores[0].folder, len(self.pictures), self.what)
+            store.begin(job.pictures, plan)
+        drawn = MASK_SIZE**2 if job.masks else 0
+        check_room(len(job.lacking) * len(plans) * (64 + drawn), 0, job.stores[0].folder, len(job.pictures), job.what)
         return plans
 
     def _shards(self, numbers: Sequence[int]) -> list[Shard]:
-        following = {number: self.stores[number].next_shard for number in numbers}
+        job = self.job
+        following = {number: job.stores[number].next_shard for number in numbers}
         shards: list[Shard] = []
-        for at in range(0, len(self.lacking), self.settings.shard):
-            rows = self.lacking[at : at + self.settings.shard]
-            pictures = [self.pictures[row] for row in rows]
+        for at in range(0, len(job.lacking), job.settings.shard):
+            rows = job.lacking[at : at + job.settings.shard]
+            pictures = [job.pictures[row] for row in rows]
             files: dict[int, tuple[Path, Sequence[int]]] = {}
             for number in numbers:
-                store = self.stores[number]
+                store = job.stores[number]
                 new = [place for place, picture in enumerate(pictures) if picture not in store]
-                same = next((other for other in files if self.stores[other] is store), None)  # members that are the same
+                same = next((other for other in files if job.stores[other] is store), None)  # identical members
                 if new and same is None:
                     files[number] = store.file(following[number]), new
                     following[number] += 1
-            shards.append(Shard(len(shards), pictures, [self.catalog.paths[row] for row in rows], files))
+            shards.append(Shard(len(shards), pictures, [job.catalog.paths[row] for row in rows], files))
         return shards
 
 
 def on_devices(devices: Sequence[str]) -> Run:
-    """Workers that are threads of this process, one a device; each takes the next shard when it is done with one."""
+    """Workers as threads of this process, one per device; each takes the next shard when it has finished one."""
 
     def run(worker: Worker, shards: Sequence[Shard]) -> Iterator[tuple[int, int]]:
         threads = max(1, default_workers() // len(devices))
         free: queue.SimpleQueue[ShardDescriber] = queue.SimpleQueue()
-        for device in devices:  # one after the other: compiling is no work for several threads
+        for device in devices:  # one after another: torch.compile is not thread-safe
             free.put(worker.start(device, threads))
 
         def describe(shard: Shard) -> tuple[int, int]:

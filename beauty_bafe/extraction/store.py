@@ -1,4 +1,4 @@
-"""Descriptors on disk: numbered shards that are there whole or not at all, and a manifest of how they were made."""
+"""Descriptors on disk: numbered shards, each written atomically, and a manifest that says how they were made."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 from ..manifest import check_manifest, digest, replace_file
 
-Picture = tuple[str, str]  # id and stamp: size and time of the file, so that a changed picture is a new one
+Picture = tuple[str, str]  # id and stamp (size and time of the file), so that a changed picture counts as a new one
 
 
 class Store:
     """The descriptors of one checkpoint and pooling over one catalogue, in `folder`.
 
-    `key`: plain values that every vector depends on; they are the manifest, beside the catalogue's fingerprint and what
-    `begin` adds. Open, write and read it inside `manifest.locked`, or other runs can write into the same folder meanwhile.
-    Raises ValueError where the folder was made with another key (named), or a shard is damaged (named).
+    `key`: plain values that every vector depends on; they go into the manifest, with the catalogue's fingerprint and what
+    `begin` adds. Open, write and read it inside `manifest.locked`, or other runs can write to the same folder meanwhile.
+    Raises ValueError, with its name, for a key whose value differs from the folder's, or a damaged shard.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Store:
         self.rows: dict[Picture, tuple[int, int]] = {}  # where a picture's vector lies: shard, row
         self.unreadable: dict[Picture, str] = {}
         self.manifest: dict[str, Any] = {}
-        self._shards: dict[int, list[Picture]] = {}  # the pictures of each
+        self._shards: dict[int, list[Picture]] = {}  # their pictures
         self._mapped: dict[int, dict[str, Any]] = {}
         if (folder / "manifest.json").is_file():
             self.manifest = check_manifest(
@@ -46,11 +46,11 @@ class Store:
         return picture in self.rows or picture in self.unreadable
 
     def plan(self, pictures: Sequence[Picture]) -> dict[str, Any]:
-        """What `begin` was told for this very catalogue; empty where it was not begun."""
+        """The plan that `begin` was given for exactly this catalogue; empty if there was none."""
         return self.manifest if self.manifest.get("catalogue") == _fingerprint(pictures) else {}
 
     def begin(self, pictures: Sequence[Picture], plan: Mapping[str, Any]) -> None:
-        """Prepare for this catalogue: rows of pictures it no longer holds are dropped, and the manifest is written."""
+        """Prepare for this catalogue: drop the rows of pictures that are no longer in it, and write the manifest."""
         manifest = {**self.key, **plan, "catalogue": _fingerprint(pictures), "pictures": len(pictures)}
         if self.manifest == manifest:
             return
@@ -82,7 +82,7 @@ class Store:
         return max(self._shards, default=-1) + 1
 
     def append(self, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]) -> int:
-        """One more shard: `arrays` have a row a picture. Returns its size in bytes."""
+        """Write another shard; `arrays` have one row per picture. Returns its size in bytes."""
         shard = self.next_shard
         file = self.file(shard)
         _write(file, arrays, pictures, unreadable)
@@ -90,22 +90,22 @@ class Store:
         return file.stat().st_size
 
     def note(self, shard: int) -> None:
-        """Take in a shard that another process has written by `write_shard`."""
+        """Add a shard that another process has written by `write_shard`."""
         self._note(shard, *_about(self.file(shard)))
 
     def file(self, shard: int) -> Path:
-        """Where a shard lies, or will."""
+        """The path of a shard, written or not."""
         return self.folder / f"{shard:06d}.safetensors"
 
     def _checked(self, shard: int) -> Path:
-        """A shard's file. Raises ValueError where its rows are no longer those that were noted."""
+        """The path of a shard. Raises ValueError if another run has changed its rows."""
         file = self.file(shard)
         if _about(file)[0] != self._shards[shard]:
-            raise ValueError(f"another run has changed '{file}' since this one opened it; type the same command again")
+            raise ValueError(f"another run has changed '{file}' since this one opened it; run the same command again")
         return file
 
     def map(self, pictures: Iterable[Picture]) -> None:
-        """Map the shards of these pictures for `row`; what is mapped stays as it is, whatever other runs write later."""
+        """Memory-map the shards of these pictures for `row`; what other runs write later does not change them."""
         from safetensors import safe_open
 
         for shard in {self.rows[picture][0] for picture in pictures}.difference(self._mapped):
@@ -118,7 +118,7 @@ class Store:
         return {name: array[row] for name, array in self._mapped[shard].items()}
 
     def read(self, pictures: Iterable[Picture]) -> dict[str, np.ndarray]:
-        """The arrays of these pictures, in their order; vectors as float32. Raises ValueError for what is not finite."""
+        """The arrays of these pictures, in this order; vectors as float32. Raises ValueError if a vector is not finite."""
         places = np.array([self.rows[picture] for picture in pictures], np.int64).reshape(-1, 2)
         result: dict[str, np.ndarray] = {}
         for shard in np.unique(places[:, 0]):
@@ -132,7 +132,7 @@ class Store:
                     if len(broken):
                         raise ValueError(
                             f"'{file}', row {broken[0]} ('{_about(file)[0][broken[0]][0]}') is not finite; "
-                            "delete the file and type the same command: its pictures are described again"
+                            "delete the file and run the same command again to describe its pictures"
                         )
                 if name not in result:
                     result[name] = np.zeros((len(places), *array.shape[1:]), array.dtype)
@@ -141,22 +141,22 @@ class Store:
 
 
 def holds(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
-    """Whether a shard is there, with these pictures. Raises ValueError where it is there with others, or damaged."""
+    """Whether a shard was written. Raises ValueError if it holds other pictures than these, or is damaged."""
     if not file.exists():
         return False
     found, reasons = _about(file)
     if {*found, *reasons} != {*pictures, *unreadable}:
-        raise ValueError(f"another run has written '{file}' since this one began; type the same command again")
+        raise ValueError(f"another run has written '{file}' since this one began; run the same command again")
     return True
 
 
 def write_shard(
     file: Path, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]
 ) -> int:
-    """Write a shard that a run has numbered in advance, for another process than the one that holds the store.
+    """Write a shard from a worker process, under a number that the process with the store has given it.
 
-    A shard that is there with the same pictures stays: a worker that was taken for dead may have written it. Raises ValueError
-    where it has others. Returns its size in bytes.
+    A shard with the same pictures is kept, as a worker believed dead may have written it. Raises ValueError if it has
+    other pictures. Returns its size in bytes.
     """
     if not holds(file, pictures, unreadable):
         _write(file, arrays, pictures, unreadable)
@@ -172,7 +172,7 @@ def _write(
 ) -> None:
     from safetensors.numpy import save_file
 
-    # One metadata entry: several would be written in no fixed order.
+    # One metadata entry, as several would be written in no fixed order.
     about = json.dumps({"pictures": list(pictures), "unreadable": [[*key, reason] for key, reason in unreadable.items()]})
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     replace_file(file, lambda part: save_file(whole, part, {"about": about}))
@@ -201,4 +201,4 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"'{file}' is damaged ({error}); delete it and type the same command: its pictures are described again")
+    return ValueError(f"'{file}' is damaged ({error}); delete it and run the same command again to describe its pictures")

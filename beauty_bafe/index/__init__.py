@@ -1,1 +1,1 @@
-"""Where the gallery's descriptors are kept and searched."""
+"""Indexes: the gallery's descriptors, and nearest-neighbour search among them."""

@@ -1,4 +1,4 @@
-"""What every index can do, wherever its vectors lie; memory_index.py has what those in this process share."""
+"""The base class of all indexes; see memory_index.py for those whose vectors are in this process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..manifest import check_manifest, replace_file
 from .ranking import Ranking, check_k
 
 METRICS = ("ip", "l2", "l1")
-BLOCK = 1 << 14  # rows compared at once
+BLOCK = 1 << 14  # rows compared at a time
 
 
 class Index(ABC):
-    """Descriptors of a gallery -> the nearest ones of each query: fit, add, remove, search, get, save and load.
+    """Nearest-neighbour search among the descriptors of a gallery.
 
-    `metric`: "ip" (inner product; cosine, as descriptors have length 1), "l2" (squared) or "l1". Scores rise with
-    likeness, so distances come with a minus. `ids`: the names of the rows, in their order; `row_of`: where each stands
-    among them. `dimensions`: D.
+    `metric`: "ip" (inner product, which is the cosine for descriptors of length 1), "l2" (squared) or "l1". Higher scores
+    are better, so distances are negated. `ids`: the names of the rows, in order; `row_of`: the row of each id.
+    `dimensions`: D.
 
-    This class checks what comes in and keeps the ids. A subclass keeps the vectors: it fills in the methods at the end of
-    this class, which are called with what has been checked, before `ids` and `row_of` change.
+    This class checks the arguments and keeps the ids. A subclass keeps the vectors: it implements the abstract methods at
+    the end, which get checked arguments and are called before `ids` and `row_of` change.
     """
 
     def __init__(self, metric: str) -> None:
@@ -41,9 +41,9 @@ class Index(ABC):
         return len(self.ids)
 
     def fit(self, vectors: np.ndarray, ids: Sequence[str]) -> Self:
-        """Take the gallery: float32 (N, D) and its N ids. A copy of this object made before keeps the rows it had.
+        """Index a gallery, float32 (N, D), by its N ids. Replaces earlier rows; copies of this object keep theirs.
 
-        Raises ValueError where vectors and ids do not fit each other.
+        Raises ValueError if vectors and ids do not match.
         """
         _check_rows(vectors, ids)
         self.dimensions = vectors.shape[1]
@@ -52,20 +52,20 @@ class Index(ABC):
         return self
 
     def clone(self) -> Self:
-        """An index of the same rows; adding to it or removing from it leaves this one as it is."""
+        """An index of the same rows; adding to it or removing from it does not change this one."""
         return copy.copy(self)
 
     def for_view(self, number: int, about: dict[str, Any]) -> Self:
-        """An index for one view of a gallery; `about`, plain values, says what made its vectors."""
+        """An empty index for one view of a gallery; `about`, plain values, says how its vectors are made."""
         return copy.copy(self)
 
     def get(self, ids: Sequence[str]) -> np.ndarray:
-        """The vectors of these ids, float32 (len(ids), D), in their order. Raises ValueError for an id that is not there."""
+        """The vectors of these ids, float32 (len(ids), D), in this order. Raises ValueError for an unknown id."""
         self._check_known(ids)
         return self._get(ids)
 
     def add(self, vectors: np.ndarray, ids: Sequence[str]) -> None:
-        """Append rows. Raises ValueError for an id that is already there or another width."""
+        """Append rows. Raises ValueError for an id that the index already holds, or vectors of another width."""
         _check_rows(vectors, ids)
         if vectors.shape[1] != self.dimensions:
             raise ValueError(f"vectors have {vectors.shape[1]} dimensions, the index {self.dimensions}")
@@ -78,7 +78,7 @@ class Index(ABC):
         self.row_of = self.row_of | {name: row for row, name in enumerate(ids, start=before)}
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Drop rows; the others keep their order. Raises ValueError for an id that is not there."""
+        """Remove rows; the others keep their order. Raises ValueError for an unknown id."""
         self._check_known(ids)
         gone = set(ids)
         keep = np.ones(len(self.ids), bool)
@@ -87,7 +87,7 @@ class Index(ABC):
         self._name([name for name in self.ids if name not in gone])
 
     def sync(self, vectors: np.ndarray, ids: Sequence[str]) -> tuple[int, int, int]:
-        """Change as little as needed to hold exactly these rows; how many were removed, added and kept."""
+        """Update the index to exactly these rows, changing as few as possible; returns how many it removed, added and kept."""
         shared = [row for row, name in enumerate(ids) if name in self.row_of]
         same: set[str] = set()
         for start in range(0, len(shared), BLOCK):
@@ -104,7 +104,7 @@ class Index(ABC):
         return len(gone), int(new.sum()), len(same)
 
     def search(self, vectors: np.ndarray, query_ids: tuple[str, ...], k: int) -> Ranking:
-        """The k best of every query, float32 (Q, D). Equal scores are in the gallery's order. Raises ValueError for a bad k."""
+        """The k best rows for each query, float32 (Q, D); ties are in the gallery's order. Raises ValueError for a bad k."""
         check_k(k, len(self.ids))
         if vectors.ndim != 2 or vectors.shape[1] != self.dimensions:
             raise ValueError(f"queries are {vectors.shape}, the index holds vectors of {self.dimensions} dimensions")
@@ -112,17 +112,17 @@ class Index(ABC):
         return Ranking(query_ids, self.ids, positions, scores)
 
     def save(self, folder: str | Path, about: dict[str, Any]) -> None:
-        """Write ids, what the index itself needs, and last the manifest with `about` (plain values)."""
+        """Write the ids, the data of the index, and last the manifest with `about` (plain values)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").unlink(missing_ok=True)  # a folder without one is not an index
+        (folder / "manifest.json").unlink(missing_ok=True)  # without it, the folder does not count as an index
         replace_file(folder / "ids.json", lambda part: part.write_text(json.dumps(self.ids), encoding="utf-8"))
         self._save(folder)
         manifest = self.describe() | about | {"rows": len(self.ids), "dimensions": self.dimensions}
         replace_file(folder / "manifest.json", lambda part: part.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
 
     def load(self, folder: str | Path, about: dict[str, Any]) -> Self:
-        """Read what `save` wrote. Raises ValueError naming the key that differs from `about`."""
+        """Read a saved index. Raises ValueError with the name of a key that differs from `about`."""
         folder = Path(folder)
         remedy = "type another index_dir, or delete this one"
         manifest = check_manifest(folder / "manifest.json", self.describe() | about, remedy)
@@ -141,44 +141,44 @@ class Index(ABC):
     def _check_known(self, ids: Sequence[str]) -> None:
         unknown: Set[str] = {name for name in ids if name not in self.row_of}
         if unknown:
-            raise ValueError(f"the index holds no '{min(unknown)}'; it has {len(self.ids)} ids, the first '{self.ids[:1]}'")
+            raise ValueError(f"the index holds no '{min(unknown)}'; it has {len(self.ids)} ids, the first {self.ids[:1]}")
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of memory that answering needs: the vectors and what the index makes of them."""
+        """Bytes of memory that searching needs: the vectors and the data derived from them."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What a saved index must share with this one, plain values."""
+        """Plain values that must be the same in a saved index for this one to load it."""
 
     @abstractmethod
     def _replace(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
-        """Hold these rows, float32 (N, D), instead of all others."""
+        """Replace all rows by these, float32 (N, D)."""
 
     @abstractmethod
     def _append(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
-        """Hold these rows, float32 (N, D), behind the others."""
+        """Append these rows, float32 (N, D)."""
 
     @abstractmethod
     def _delete(self, keep: np.ndarray) -> None:
-        """Drop the rows where `keep`, bool (rows,), is false."""
+        """Remove the rows for which `keep`, bool (rows,), is false."""
 
     @abstractmethod
     def _get(self, ids: Sequence[str]) -> np.ndarray:
-        """Rows by their ids, float32 (len(ids), D); an id may come twice."""
+        """Rows by their ids, float32 (len(ids), D); ids may repeat."""
 
     @abstractmethod
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 (Q, k) and positions int64 (Q, k), best first, equal scores by position."""
+        """Scores float32 (Q, k) and positions int64 (Q, k), best first, ties by position."""
 
     @abstractmethod
     def _save(self, folder: Path) -> None:
-        """Write what `_load` needs beside ids and manifest."""
+        """Write what `_load` needs besides ids and manifest."""
 
     @abstractmethod
     def _load(self, folder: Path) -> int:
-        """Take what `_save` wrote; how many rows it has."""
+        """Read what `_save` wrote; returns the number of rows."""
 
 
 def _check_rows(vectors: np.ndarray, ids: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Exact search in torch: a fast, rounded first pass finds the few rows that matter, and a bound proves that none is missed."""
+"""Exact search in torch: a fast first pass in low precision finds candidates, and a bound proves that none is missed."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ..models.precision import fastest_precision, pick_device
 from ..process import HeldSetting
 from .memory_index import MemoryIndex
 
-QUERIES = 1024  # searched together
-CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores held at once: on a CPU what stays in its caches
-GROUP = 32  # scores looked at through their maximum first
-PAIRS = 1 << 19  # float64 numbers of a re-scoring held at once
+QUERIES = 1024  # per batch
+CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores of a block; on a CPU they fit its caches
+GROUP = 32  # scores of which first only the maximum is compared
+PAIRS = 1 << 19  # float64 numbers per block of re-scoring
 UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
 
 
 def search_device(device: str) -> str:
-    """`pick_device`, but the CPU beside Apple's GPUs: they have no float64."""
+    """`pick_device`, but the CPU instead of Apple's GPUs, which have no float64."""
     picked = pick_device(device)
     return "cpu" if picked == "mps" else picked
 
 
 class ExactIndex(MemoryIndex):
-    """The result of comparing every query with every row, in less time than that takes.
+    """Exact nearest neighbours, faster than by comparing every query with every row in full precision.
 
     The first pass computes all scores block by block from rounded copies (`first_pass`: bfloat16, float32, or auto for
-    bfloat16 where the device multiplies it fast). Rows whose rounded score, with the largest possible error added,
-    reaches the k-th best exact score so far are scored again in float64; no other row can belong to the answer. Scores
-    are those float64 values rounded to float32, equal ones in the gallery's order, whatever the device or batch.
+    bfloat16 if the device is fast at it). Rows whose rounded score plus the largest possible error reaches the k-th best
+    exact score so far are scored again in float64; no other row can be among the k best. Scores are these float64 values
+    rounded to float32, ties in the gallery's order, whatever the device or batch.
 
-    Memory: 4 bytes a dimension and row for the vectors (mapped from disk where they lie there), 2 more for bfloat16.
+    Memory per row and dimension: 4 bytes for the vectors (after loading they are mapped from disk), 2 more for bfloat16.
     """
 
     def __init__(self, metric: str = "ip", device: str = "auto", first_pass: str = "auto") -> None:
@@ -42,7 +42,7 @@ class ExactIndex(MemoryIndex):
         if first_pass not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"index.first_pass={first_pass}: type auto, bfloat16 or float32")
         half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
-        # L1 has no form as a matrix product; what is left of bfloat16 is its rounding.
+        # L1 is no matrix product, so bfloat16 would only round it.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
     @property
@@ -63,13 +63,13 @@ class ExactIndex(MemoryIndex):
         self._round(0)
 
     def _placed(self) -> Tensor:
-        """The vectors where candidates are scored again: on the GPU where they fit beside all else, else in memory."""
+        """The vectors for re-scoring: on the GPU if they fit there beside everything else, otherwise in main memory."""
         rows = torch.from_numpy(self.vectors)
         roomy = self.device != "cpu" and torch.cuda.mem_get_info(self.device)[0] > 3 * rows.nbytes
         return rows.to(self.device) if roomy else rows
 
     def _round(self, start: int) -> None:
-        """Fill the rounded copies, the rows' lengths and how far rounding moved them, from row `start` on."""
+        """Compute rounded copies, lengths and rounding errors of the rows from `start` on."""
         for first in range(start, len(self._rows), 1 << 14):
             part = slice(first, min(first + (1 << 14), len(self._rows)))
             rows = self._rows[part].to(self.device)
@@ -97,15 +97,15 @@ class ExactIndex(MemoryIndex):
         found = []
         with _PLAIN_ARITHMETIC:
             for start in range(0, len(queries), QUERIES):
-                asked = torch.from_numpy(queries[start : start + QUERIES]).to(self._rows.device)
-                found.append(self._search_together(asked, k))
+                batch = torch.from_numpy(queries[start : start + QUERIES]).to(self._rows.device)
+                found.append(self._search_together(batch, k))
         if not found:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         scores, positions = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
         return scores, positions
 
     def _search_together(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Queries float32 (B, D) -> scores float32 (B, k) and positions int64 (B, k), where the queries are."""
+        """Queries float32 (B, D) -> scores float32 (B, k) and positions int64 (B, k), on the device of the queries."""
         bound = _Bound(queries.to(self.device), self._coarse, self._norms, self._errors, self.metric)
         best = queries.new_full((len(queries), k), -torch.inf)
         positions = torch.full((len(queries), k), len(self._rows), device=queries.device)
@@ -114,7 +114,7 @@ class ExactIndex(MemoryIndex):
             part = slice(start, min(start + rows, len(self._rows)))
             scores = bound.scores(part)
             if start == 0:
-                # The k rows that look best give a first floor; they are found again below.
+                # The k best rounded scores give a first threshold; their rows are found again below.
                 likely = scores.topk(min(k, scores.shape[1])).indices.to(queries.device)
                 who = torch.arange(len(queries), device=queries.device).repeat_interleave(likely.shape[1])
                 exact = self._score(queries, who, likely.flatten()).view(len(queries), -1)
@@ -126,7 +126,7 @@ class ExactIndex(MemoryIndex):
         return best, positions
 
     def _score(self, queries: Tensor, who: Tensor, row: Tensor) -> Tensor:
-        """Pairs of query and row, int64 (P,) each -> their scores, float32 (P,), summed in float64."""
+        """Scores of pairs of a query and a row, int64 (P,) each: float32 (P,), summed in float64."""
         scores = queries.new_empty(len(who))
         step = max(1, PAIRS // queries.shape[1])
         for start in range(0, len(who), step):
@@ -142,7 +142,7 @@ class ExactIndex(MemoryIndex):
 
 
 class _Bound:
-    """Rounded scores of a batch of queries, and the rounded score below which an exact score is certainly too low."""
+    """Rounded scores for a batch of queries, and the rounded score below which the exact one must be too low."""
 
     def __init__(self, queries: Tensor, coarse: Tensor, norms: Tensor, errors: Tensor, metric: str) -> None:
         self.queries, self.coarse, self.metric = queries.to(coarse.dtype), coarse, metric
@@ -159,7 +159,7 @@ class _Bound:
         self.sum = length + largest
 
     def scores(self, part: slice) -> Tensor:
-        """(B, R) of the first pass, bfloat16 or float32."""
+        """Scores of the first pass, bfloat16 or float32 (B, R)."""
         if self.metric == "l1":
             return -torch.cdist(self.queries, self.coarse[part], p=1)
         products = self.queries @ self.coarse[part].T
@@ -168,7 +168,7 @@ class _Bound:
         return 2 * products.float() - self.row_squares[part] - self.squares[:, None]
 
     def floor(self, kth: Tensor) -> Tensor:
-        """k-th best exact scores, (B,) -> what a rounded score must reach for its row to be able to beat or equal them."""
+        """k-th best exact scores, (B,) -> the least rounded score of a row that can still equal or beat them."""
         kth = kth.double()
         if self.metric == "l1":  # sums of D terms of one sign: the error is relative
             floor = kth - (self.width + 8) * 2.0**-22 * kth.abs()
@@ -182,9 +182,9 @@ class _Bound:
 
 
 def _at_least(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Where scores (B, R) reach floor (B,): queries and rows, int64 (P,), by query and then by row.
+    """The pairs of query and row, int64 (P,) each, whose scores (B, R) reach floor (B,), ordered by query, then by row.
 
-    Maxima over groups of strided columns are looked at first: reading them is the whole cost where hardly any is hit.
+    Maxima over groups of strided columns are compared first, as few groups reach the floor.
     """
     width = scores.shape[1] // GROUP
     groups = scores[:, : width * GROUP].unflatten(1, (GROUP, width)) if width else scores.new_empty(len(scores), GROUP, 0)
@@ -197,7 +197,7 @@ def _at_least(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best of a running (B, k) and of new pairs, sorted by query and row, whose rows lie behind all earlier ones."""
+    """Merge new pairs, ordered by query and row, into the k best so far (B, k); new rows come after all earlier ones."""
     touched, group, count = who.unique_consecutive(return_inverse=True, return_counts=True)
     if not len(touched):
         return best, positions
@@ -207,7 +207,7 @@ def _merge(best: Tensor, positions: Tensor, who: Tensor, row: Tensor, scores: Te
     wide_positions = positions.new_zeros(wide.shape)
     wide[:, :k], wide_positions[:, :k] = best[touched], positions[touched]
     wide[group, place], wide_positions[group, place] = scores, row
-    # Earlier rows stand before later ones, so a stable sort leaves equal scores in the gallery's order.
+    # Earlier rows come first, so a stable sort leaves ties in the gallery's order.
     order = wide.sort(dim=1, descending=True, stable=True)
     best[touched] = order.values[:, :k]
     positions[touched] = wide_positions.gather(1, order.indices[:, :k])
@@ -224,9 +224,9 @@ def _read_arithmetic() -> Arithmetic:
 
 def _write_arithmetic(values: Arithmetic) -> None:
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    # Not torch.set_float32_matmul_precision: it fails in a process that has used these newer settings.
+    # Not torch.set_float32_matmul_precision, which fails in a process that has used these newer settings.
     cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision = values
 
 
-# Products summed in float32 and float32 products unrounded, whatever the process was set to: the bound counts on it.
+# bfloat16 products summed in float32, and float32 products not rounded, whatever the process has set: the bound needs it.
 _PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

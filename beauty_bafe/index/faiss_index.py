@@ -1,4 +1,4 @@
-"""FAISS indexes, exact and approximate. The only file that imports faiss, and after torch."""
+"""FAISS indexes, exact and approximate. The only file that imports faiss, always after torch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .memory_index import MemoryIndex
 log = logging.getLogger("beauty_bafe")
 
 GPU_MOST = 2048  # faiss's largest k, and nprobe, on a GPU
-GPU_TABLES = 48 << 10  # bytes of shared memory that faiss may take a block
-SAMPLES = 200  # gallery rows that stand for queries when an approximate index is tuned
+GPU_TABLES = 48 << 10  # bytes of shared memory that faiss may use per block
+SAMPLES = 200  # gallery rows that serve as queries when an approximate index is tuned
 
 
 class FaissIndex(MemoryIndex):
     """Any FAISS index by its factory string ("Flat", "IVF4096,Flat", "IVF4096,PQ64np", "HNSW32"), on CPU or GPUs.
 
-    `device`: auto for all GPUs that faiss sees, else the CPU; gpu, cuda or cuda:N for one; cpu, as does mps, which faiss
-    does not know.
+    `device`: auto for all GPUs that faiss sees, or the CPU if there are none; gpu, cuda or cuda:N for one GPU; cpu (also
+    for mps, which faiss does not support).
 
-    In `factory`, `{lists}` becomes a number of lists that suits the gallery, `{bytes}` a PQ code size that divides its
-    width. `target_recall` (0 to 1) sets nprobe / efSearch: the smallest that finds this share of the `tune_k` true
-    neighbours of gallery samples; None leaves faiss's own. `float16` halves GPU memory, and product
-    quantisers of more than 48 parts take it by themselves; `temp_memory` is its scratch
-    space in MiB a GPU. Equal scores are in the gallery's order among those faiss returns.
+    In `factory`, `{lists}` stands for a number of lists that suits the gallery, `{bytes}` for a PQ code size that divides
+    its width. `target_recall` (0 to 1): nprobe or efSearch becomes the smallest value that finds this share of the `tune_k`
+    true neighbours of gallery samples; None for faiss's default. `float16`: halves the memory on GPUs; product quantisers
+    with more than 48 parts always use it. `temp_memory`: scratch space per GPU, in MiB. Ties among the rows that faiss
+    returns are in the gallery's order.
 
-    Raises ValueError for a GPU that faiss does not see, or a factory string that faiss refuses.
+    Raises ValueError for a GPU that faiss does not see, or a factory string that faiss rejects.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class FaissIndex(MemoryIndex):
 
         metrics = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2, "l1": faiss.METRIC_L1}
         rows, width = self.vectors.shape
-        # As many lists as faiss recommends at least (4 times the root), but with 39 rows or more to learn each from.
+        # The least number of lists that faiss recommends (4 times the root), but at least 39 training rows per list.
         lists = 1 << max(0, int(np.log2(max(1, min(4 * rows**0.5, rows / 39)))))
         codes = next(size for size in range(max(1, min(64, width // 4)), 0, -1) if width % size == 0)
         text = self.factory.format(lists=lists, bytes=codes)
@@ -93,19 +93,19 @@ class FaissIndex(MemoryIndex):
             if not index.is_trained:
                 for part in (index, getattr(index, "pq", None)):
                     if (clustering := getattr(part, "cp", None)) is not None:
-                        clustering.min_points_per_centroid = 1  # small galleries are fine: no warning for each list
+                        clustering.min_points_per_centroid = 1  # no warning for small galleries
                 if (lists_from := getattr(index, "cp", None)) is not None:
-                    # A quarter of faiss's points and 10 of its 25 rounds: half a million rows in minutes, not a quarter hour.
+                    # A quarter of faiss's points and 10 of its 25 iterations: half a million rows in minutes instead of 15.
                     lists_from.max_points_per_centroid, lists_from.niter = 64, 10
                 index.train(self.vectors)
-            # Labels that survive a removal; inverted lists have them, other kinds need a map.
+            # Labels that stay the same when rows are removed: inverted lists have them, other kinds need a map.
             self._index = index if "IVF" in text else faiss.IndexIDMap2(index)
             self._grown(0)
-            self._index.search(self.vectors[:1], 1)  # some kinds find out only now that they do not know the metric
+            self._index.search(self.vectors[:1], 1)  # some kinds check the metric only when searched
         except RuntimeError as error:
             reason = str(error).rpartition(": ")[2].strip()
             raise ValueError(
-                f"faiss refuses index.factory={text} for {rows} x {width} rows, {self.metric}: {reason}"
+                f"faiss rejects index.factory={text} for {rows} x {width} vectors, {self.metric}: {reason}"
             ) from error
         if self.target_recall is not None:
             self._tune()
@@ -119,7 +119,7 @@ class FaissIndex(MemoryIndex):
 
     def _grown(self, before: int) -> None:
         new = np.arange(self._next, self._next + len(self.vectors) - before, dtype=np.int64)
-        for start in range(0, len(new), 1 << 16):  # faiss keeps a copy of what it is given
+        for start in range(0, len(new), 1 << 16):  # in parts, as faiss copies its input
             part = slice(start, start + (1 << 16))
             self._index.add_with_ids(np.ascontiguousarray(self.vectors[before:][part]), new[part])
         self._labels = np.concatenate([self._labels, new])
@@ -129,7 +129,7 @@ class FaissIndex(MemoryIndex):
     def _shrunk(self, keep: np.ndarray) -> None:
         gone, self._labels = self._labels[~keep], self._labels[keep]
         if "HNSW" in self.factory:
-            log.info("index: an HNSW graph cannot lose rows; it is built anew")
+            log.info("index: rows cannot be removed from an HNSW graph, so it is built again")
             self._build()
             return
         self._index.remove_ids(gone)
@@ -150,19 +150,19 @@ class FaissIndex(MemoryIndex):
         self._on_gpu = faiss.index_cpu_to_gpu_multiple_py(resources, self._index, co=options, gpus=self.gpus)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        # A GPU index answers at most GPU_MOST; the CPU one beside it has the same rows.
+        # A GPU index returns at most GPU_MOST rows; its CPU counterpart has the same rows.
         index = self._on_gpu if self._on_gpu is not None and k <= GPU_MOST else self._index
         with self._one_at_a_time if index is self._on_gpu else nullcontext():
             scores, labels = index.search(queries, k)
         missing = (labels < 0).any(axis=1)
         if missing.any():
-            # An approximate index may look at fewer than k rows; those queries are answered by looking at all.
+            # An approximate index may visit fewer than k rows; such queries are compared with all rows.
             scores[missing], positions = self._exactly(queries[missing], k, "cpu")
             scores[missing] *= 1 if self.metric == "ip" else -1
             labels[missing] = self._labels[positions]
         positions = np.searchsorted(self._labels, labels)
         scores = scores if self.metric == "ip" else -scores
-        order = np.lexsort((positions, -scores), axis=1)  # faiss leaves the order of equal scores open
+        order = np.lexsort((positions, -scores), axis=1)  # faiss returns ties in any order
         return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
 
     def _exactly(self, queries: np.ndarray, k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +171,7 @@ class FaissIndex(MemoryIndex):
         return exact._search(queries, k)
 
     def _tune(self) -> None:
-        """Walk nprobe / efSearch up its powers of two until the target is met, printing the curve."""
+        """Raise nprobe or efSearch through the powers of two until the target is met, printing the recall of each."""
         rows = np.random.default_rng(0).choice(len(self.vectors), min(SAMPLES, len(self.vectors)), replace=False)
         k = min(self.tune_k, len(self.vectors) - 1)
         samples = self.vectors[rows]
@@ -179,14 +179,14 @@ class FaissIndex(MemoryIndex):
         for value, set_to in self._steps():
             set_to(value)
             found = self._search(samples, k + 1)[1]
-            # Every sample finds itself; only its neighbours tell something.
+            # Every sample finds itself, so only its neighbours count.
             hits = [len((set(a) & set(b)) - {r}) for a, b, r in zip(found, true, rows, strict=True)]
             recall = sum(hits) / sum(len(set(b) - {r}) for b, r in zip(true, rows, strict=True))
             log.info(f"index: {self._knob} {value}: recall@{k} {recall:.4f} of {len(rows)} gallery samples")
             if self.target_recall is not None and recall >= self.target_recall:
                 return
         raise ValueError(
-            f"index.target_recall={self.target_recall} is beyond {self.factory}: {recall:.4f} at {self._knob} {value}; "
+            f"{self.factory} does not reach index.target_recall={self.target_recall}: {recall:.4f} at {self._knob} {value}; "
             "lower it, or type index=ivf_flat or index=exact"
         )
 
@@ -230,7 +230,7 @@ class FaissIndex(MemoryIndex):
 
 
 def needs_half_tables(index: Any) -> bool:
-    """Whether a GPU has no room for a product quantiser's tables in float32: 4 bytes for each part's every centre."""
+    """Whether the tables of a product quantiser, 4 bytes per centre and part in float32, exceed the shared memory of a GPU."""
     import faiss
 
     lists = faiss.try_extract_index_ivf(index)
@@ -239,7 +239,7 @@ def needs_half_tables(index: Any) -> bool:
 
 
 def kmeans(vectors: np.ndarray, count: int) -> np.ndarray:
-    """`count` centres of float32 (N, D), the same ones every time: float32 (count, D)."""
+    """`count` cluster centres, float32 (count, D), of float32 (N, D); always the same for the same input."""
     import faiss
 
     clustering = faiss.Kmeans(vectors.shape[1], count, niter=20, seed=0, min_points_per_centroid=1, verbose=False)

@@ -1,4 +1,4 @@
-"""The quickest of the exact indexes for a gallery's size and device."""
+"""The fastest exact index for the size of the gallery and the device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from .exact import ExactIndex, search_device
 from .faiss_index import FaissIndex
 from .memory_index import MemoryIndex
 
-SMALL = 1 << 22  # numbers (rows x dimensions) below which faiss's one plain pass was quicker, benchmarks/retrieval.md
+SMALL = 1 << 22  # numbers (rows x dimensions) below which faiss was faster, see benchmarks/retrieval.md
 
 
 class FastestIndex(MemoryIndex):
-    """`ExactIndex`, or faiss's flat index for small galleries on a CPU, where proving costs more than comparing.
+    """`ExactIndex`, or faiss's flat index for small galleries on a CPU, for which the bound costs more than it saves.
 
-    Both compare every query with every row. The choice is made anew whenever the gallery grows or shrinks; printing the
-    index tells it.
+    Both are exact. The choice is made again whenever the gallery grows or shrinks; `str(index)` says which was made.
     """
 
     def __init__(self, metric: str = "ip", device: str = "auto") -> None:

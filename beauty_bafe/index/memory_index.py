@@ -1,4 +1,4 @@
-"""What the indexes share whose vectors are one array, in memory or mapped from disk."""
+"""The base class of indexes whose vectors are one array, in memory or mapped from disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .base import Index
 
 
 class MemoryIndex(Index):
-    """An index beside `vectors`, float32 (N, D), which no other class reads: ask `get`.
+    """An index with the array `vectors`, float32 (N, D). Other classes call `get` instead of reading it.
 
-    A subclass makes what it searches with from the array, in `_build`, and follows its changes in `_grown` and `_shrunk`.
+    A subclass builds its search structure from the array in `_build`, and updates it in `_grown` and `_shrunk`.
     """
 
     def __init__(self, metric: str) -> None:
@@ -46,7 +46,7 @@ class MemoryIndex(Index):
         replace_file(folder / "vectors.npy", lambda part: _save_npy(part, self.vectors))
 
     def _load(self, folder: Path) -> int:
-        """Vectors stay on disk, mapped; what is searched with is made again, unless a subclass can read it sooner."""
+        """Map the vectors from disk and build the search structure again; a subclass may load a saved one instead."""
         self._map(folder)
         self._build()
         return len(self.vectors)
@@ -56,15 +56,15 @@ class MemoryIndex(Index):
 
     @abstractmethod
     def _build(self) -> None:
-        """Make what is searched with from all of `vectors`."""
+        """Build the search structure from all of `vectors`."""
 
     @abstractmethod
     def _grown(self, before: int) -> None:
-        """Follow `vectors`, which got more rows behind its first `before`."""
+        """Update the search structure: `vectors` has got new rows after its first `before`."""
 
     @abstractmethod
     def _shrunk(self, keep: np.ndarray) -> None:
-        """Follow `vectors`, which lost the rows where `keep`, bool (rows before,), is false."""
+        """Update the search structure: the rows for which `keep`, bool (rows before,), is false have been removed."""
 
 
 def _save_npy(part: Path, vectors: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""One collection of a Milvus server: rows by label, and errors that say what to do. The only file that imports pymilvus."""
+"""One collection on a Milvus server: rows by label, and errors that say what to do. The only file that imports pymilvus."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-MOST = 16384  # rows that Milvus returns at most, to a query or a request for rows
-BYTES = 8 << 20  # of vectors in one message; the server refuses 64 MiB
-SILENT = 5000  # rows below which no progress is shown
-SEALED = 10_000  # new rows from which on the server is told to seal and index them; it takes fewer badly
-KINDS: dict[str, tuple[str, float]] = {  # -> Milvus's name, bytes of memory a dimension
+MOST = 16384  # rows that Milvus returns at most, per query and per request
+BYTES = 8 << 20  # of vectors per message; the server rejects 64 MiB
+SILENT = 5000  # rows up to which no progress bar is shown
+SEALED = 10_000  # new rows from which the server is told to seal and index them; many small segments slow it down
+KINDS: dict[str, tuple[str, float]] = {  # -> Milvus's name, bytes of memory per dimension
     "hnsw": ("HNSW", 4),
     "diskann": ("DISKANN", 1),
     "ivf_sq8": ("IVF_SQ8", 1),
@@ -27,14 +27,16 @@ KINDS: dict[str, tuple[str, float]] = {  # -> Milvus's name, bytes of memory a d
 
 
 class Server:
-    """Where a Milvus server is. Connects when first asked; may be asked by several threads at once.
+    """A connection to a Milvus server, made at the first request. Thread-safe.
 
-    Raises ValueError where `uri` is none, or pymilvus is not installed.
+    Raises ValueError for a bad `uri` or `timeout`, or if pymilvus is not installed.
     """
 
     def __init__(self, uri: str, token: str | None, timeout: float) -> None:
         if not uri.startswith(("http://", "https://")):
-            raise ValueError(f"index.uri={uri}: type http://HOST:19530 (milvus-lite's files cannot be used beside faiss-gpu)")
+            raise ValueError(
+                f"index.uri={uri}: type http://HOST:19530 (milvus-lite is not supported: it cannot run beside faiss-gpu)"
+            )
         if timeout <= 0:
             raise ValueError(f"index.timeout={timeout}: type a number of seconds above 0")
         if find_spec("pymilvus") is None:
@@ -44,8 +46,8 @@ class Server:
         self._connecting = threading.Lock()
 
     @contextmanager
-    def asked(self, what: str) -> Iterator[Any]:
-        """The client. Raises ConnectionError where the server does not do `what`, which it names."""
+    def client(self, what: str) -> Iterator[Any]:
+        """Yields the client. Raises ConnectionError, with `what` in its message, if the server fails."""
         from pymilvus.exceptions import MilvusException
 
         try:
@@ -53,27 +55,28 @@ class Server:
                 if self._client is None:
                     from pymilvus import MilvusClient
 
-                    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it logs, it raises as well
+                    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it also raises what it logs
                     self._client = MilvusClient(self.uri, token=self._token or "", timeout=self.timeout)
             yield self._client
         except Exception as error:
-            # grpc's own errors come through as well.
+            # grpc's own errors come through unchanged.
             if not isinstance(error, MilvusException) and not type(error).__module__.startswith("grpc"):
                 raise
             details = getattr(error, "details", None)
             reason = details() if callable(details) else getattr(error, "message", error)
             reason = " ".join(str(reason).split())[:200]
             raise ConnectionError(
-                f"Milvus at {self.uri} failed to {what}: {reason}; what it already took stays there: see to the server "
-                f"(or raise index.timeout={self.timeout:g} seconds where it is only slow) and give the same command again"
+                f"Milvus at {self.uri} failed to {what}: {reason}; the rows it has taken are kept. Check the server "
+                f"(or raise index.timeout={self.timeout:g} seconds if it is only slow) and run the same command again"
             ) from error
 
 
 class Collection:
-    """Rows of a collection: label (int64, the row's name for good), id, a hash of the category, and vector.
+    """A collection whose rows have a label (int64, never changed), an id, a hash of the category, and a vector.
 
-    `metric`: IP or L2. `options`: of the index; `wide`: search parameters that find the most, used where the usual `search`
-    found too little. `about`, plain values, is kept in the collection's description: it says what its vectors are.
+    `metric`: IP or L2. `options`: of the index. `search`: parameters of a search; `wide`: those with the highest recall, used
+    if `search` found too few rows. `about`: plain values, stored in the collection's description, that say what its vectors
+    are.
     """
 
     def __init__(
@@ -99,8 +102,8 @@ class Collection:
         return f"collection '{self.name}' at {self.server.uri}"
 
     def open(self, dimensions: int, create: bool) -> bool:
-        """Make it ready to take rows; whether it was there. Raises ValueError where it holds other vectors than ours."""
-        with self.server.asked(f"open the collection '{self.name}'") as client:
+        """Whether the collection exists; if not, `create` creates it. Raises ValueError if it holds vectors of another kind."""
+        with self.server.client(f"open the collection '{self.name}'") as client:
             there = client.has_collection(self.name, timeout=self.server.timeout)
             if there:
                 self._check(client, dimensions)
@@ -108,7 +111,7 @@ class Collection:
                 self._create(client, dimensions)
             else:
                 return False
-            if not client.list_indexes(self.name):  # a kill may have come before it
+            if not client.list_indexes(self.name):  # a run may have been killed before this
                 parameters = client.prepare_index_params()
                 milvus_kind = KINDS[self.kind][0]
                 parameters.add_index("vector", index_type=milvus_kind, metric_type=self.metric, params=self.options)
@@ -116,24 +119,24 @@ class Collection:
         return bool(there)
 
     def load(self) -> None:
-        """Make it ready to be asked."""
+        """Load the collection for searching."""
         from pymilvus.exceptions import MilvusException
 
         until = time.monotonic() + self.server.timeout
-        with self.server.asked(f"load the collection '{self.name}'") as client:
+        with self.server.client(f"load the collection '{self.name}'") as client:
             while True:
                 try:
                     client.load_collection(self.name, replica_number=self.replicas, _async=True, timeout=self.server.timeout)
                     while str(client.get_load_state(self.name, timeout=self.server.timeout)["state"]) != "Loaded":
                         if time.monotonic() > until + 10 * self.server.timeout:
                             raise ConnectionError(
-                                f"the {self} is not loaded after {11 * self.server.timeout:g} seconds; have its query nodes "
-                                "the memory for it (docs/scale.md)? else raise index.timeout"
+                                f"the {self} is not loaded after {11 * self.server.timeout:g} seconds; do its query nodes "
+                                "have enough memory (docs/scale.md)? otherwise raise index.timeout"
                             )
                         time.sleep(0.1)
                     return
                 except MilvusException:
-                    # A server that was killed and started again asks for a while the node that is gone.
+                    # After a restart, the server keeps asking for a while for a node that no longer exists.
                     if time.monotonic() > until:
                         raise
                     time.sleep(1)
@@ -141,17 +144,17 @@ class Collection:
     def settle(self, alone: bool) -> None:
         """Have all rows written to storage and indexed, which takes a while.
 
-        `alone`: nobody else is asking, so it is loaded anew: Milvus goes on for a while with the interim index of what was
-        new, 16 of 128 lists, which found half of the true neighbours of random vectors.
+        `alone`: nobody else is searching, so release the collection to load it again: otherwise Milvus keeps using the interim
+        index of new rows for a while (16 of 128 lists), which found half of the true neighbours of random vectors.
         """
-        with self.server.asked("write and index its rows") as client:
+        with self.server.client("write and index its rows") as client:
             client.flush(self.name, timeout=10 * self.server.timeout)
             if self.kind != "flat":
                 until = time.monotonic() + 10 * self.server.timeout
                 pending = before = None
                 while pending != 0 and time.monotonic() < until:
                     pending = client.describe_index(self.name, "vector", timeout=self.server.timeout)["pending_index_rows"]
-                    if pending != before:  # as long as it goes on
+                    if pending != before:  # there is progress
                         before, until = pending, time.monotonic() + 10 * self.server.timeout
                     time.sleep(0.2)
                 if pending:
@@ -190,65 +193,65 @@ class Collection:
                 )
 
     def drop(self) -> None:
-        """Remove it from the server, if it is there."""
-        with self.server.asked(f"drop the collection '{self.name}'") as client:
+        """Remove the collection from the server, if it exists."""
+        with self.server.client(f"drop the collection '{self.name}'") as client:
             client.drop_collection(self.name, timeout=self.server.timeout)
 
     def count(self) -> int:
-        """Rows that it holds at this moment."""
-        with self.server.asked("count rows") as client:
+        """The current number of rows."""
+        with self.server.client("count rows") as client:
             return int(self._query(client, "", ["count(*)"], "Strong")[0]["count(*)"])
 
     def insert(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, categories: Sequence[str]) -> None:
-        """Add rows; those whose label is there already are replaced. Labels int64 (N,), vectors float32 (N, D)."""
+        """Add rows, replacing those with the same label. Labels int64 (N,), vectors float32 (N, D)."""
         step = min(MOST, max(1, BYTES // (4 * vectors.shape[1])))
         starts: Any = range(0, len(labels), step)
         for start in track(starts, f"sending {len(labels)} vectors to Milvus") if len(labels) > SILENT else starts:
             part = slice(start, start + step)
             rows = [
-                # An id that is no Unicode, as file names may be, is only told: rows are found by their label.
+                # The id is only for people to read, so invalid Unicode is escaped: rows are found by their label.
                 {"label": label, "id": name.encode("utf-8", "backslashreplace").decode(), "vector": vector}
                 for label, name, vector in zip(labels[part].tolist(), ids[part], vectors[part], strict=True)
             ]
             if self.partitioned:
                 for row, category in zip(rows, categories[part], strict=True):
                     row["category"] = category
-            with self.server.asked(f"take vectors {start} to {start + len(rows)} of {len(labels)}") as client:
+            with self.server.client(f"take vectors {start} to {start + len(rows)} of {len(labels)}") as client:
                 if self.partitioned:
-                    # Milvus 2.3.5 upserts rows into wrong partitions, where a search by category does not find them.
+                    # Milvus 2.3.5 upserts rows into the wrong partition, in which a search by category does not find them.
                     client.delete(self.name, ids=labels[part].tolist(), timeout=self.server.timeout)
                     client.insert(self.name, rows, timeout=self.server.timeout)
                 else:
                     client.upsert(self.name, rows, timeout=self.server.timeout)
 
     def delete(self, labels: Sequence[int]) -> None:
-        """Remove rows; labels that it does not hold are no error."""
+        """Remove rows; unknown labels are ignored."""
         for start in range(0, len(labels), MOST):
-            with self.server.asked("delete rows") as client:
+            with self.server.client("delete rows") as client:
                 client.delete(self.name, ids=list(labels[start : start + MOST]), timeout=self.server.timeout)
 
     def present(self, labels: np.ndarray) -> np.ndarray:
-        """Which of these labels, int64 (N,), it holds at this moment: bool (N,)."""
+        """Which of these labels, int64 (N,), the collection holds now: bool (N,)."""
         found = np.zeros(len(labels), bool)
         starts: Any = range(0, len(labels), MOST)
         for start in track(starts, f"looking for {len(labels)} vectors in Milvus") if len(labels) > 20 * MOST else starts:
             part = labels[start : start + MOST]
-            with self.server.asked("say which rows it holds") as client:
+            with self.server.client("say which rows it holds") as client:
                 rows = self._query(client, f"label in {part.tolist()}", ["label"], "Strong")
             found[start : start + MOST] = np.isin(part, np.array([row["label"] for row in rows], np.int64))
         return found
 
     def fetch(self, labels: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors of different labels, int64 (N,): float32 (N, D), and bool (N,): whether each is there."""
+        """Vectors of N different labels: float32 (N, D), and bool (N,), whether each was found."""
         vectors, found = np.zeros((len(labels), dimensions), np.float32), np.zeros(len(labels), bool)
         order = np.argsort(labels)
         step = min(MOST, max(1, BYTES // (4 * dimensions)))
-        # What a search returned can be read at once; what a lagging replica lacks is asked for again.
+        # Rows that a search returned can be read at once; what a lagging replica lacks is requested again.
         for level in ("Eventually", "Strong"):
             missing = np.flatnonzero(~found)
             for start in range(0, len(missing), step):
                 part = labels[missing[start : start + step]].tolist()
-                with self.server.asked("read vectors") as client:
+                with self.server.client("read vectors") as client:
                     rows = self._query(client, f"label in {part}", ["label", "vector"], level)
                 if rows:
                     got = np.array([row["label"] for row in rows], np.int64)
@@ -257,11 +260,11 @@ class Collection:
         return vectors, found
 
     def near(self, queries: np.ndarray, count: int, filter: str, wide: bool) -> list[np.ndarray]:
-        """Labels near each query, float32 (Q, D), best first: Q of int64, `count` each or as many as it finds."""
+        """Labels of up to `count` rows near each query, float32 (Q, D), best first: Q arrays of int64."""
         found: list[np.ndarray] = []
         step = max(1, min(1024, (1 << 20) // count))
         for start in range(0, len(queries), step):
-            with self.server.asked("answer queries") as client:
+            with self.server.client("answer queries") as client:
                 answers = client.search(
                     self.name,
                     data=list(queries[start : start + step]),
@@ -275,7 +278,7 @@ class Collection:
         return found
 
     def _at_least(self, count: int, wide: bool) -> dict[str, Any]:
-        """The search parameters; a list of candidates cannot be shorter than what is asked for."""
+        """The search parameters; the list of candidates must hold at least `count`."""
         parameters = dict(self.wide if wide else self.search)
         return {name: max(value, count) if name in ("ef", "search_list") else value for name, value in parameters.items()}
 

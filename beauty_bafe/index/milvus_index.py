@@ -1,4 +1,4 @@
-"""A gallery whose vectors lie on a Milvus server: for catalogues that outgrow one machine."""
+"""A gallery whose vectors are on a Milvus server, for catalogues that outgrow one machine."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..manifest import digest, replace_file
+from ..manifest import digest
 from .base import Index
-from .labels import category_code, make_labels, read_categories
+from .labels import Labels, category_code, make_labels, read_categories
 from .milvus_collection import KINDS, MOST, SEALED, Collection, Server
 
 CONSISTENCIES = ("strong", "bounded", "session", "eventually")
-NUMBERS = 1 << 26  # of candidates' vectors held at once
+NUMBERS = 1 << 26  # of candidate vectors in memory at a time
 
 
 class MilvusIndex(Index):
-    """Searches by Milvus, scored again here: each query's first `rescore` candidates (k where that is more) are ordered by
-    their exact scores, so that `kind` decides which rows are found, never how they are scored.
+    """Search by Milvus, with exact scores: each query's first `rescore` candidates (k if that is more) are scored again here,
+    so that `kind` decides which rows are found, but not how they are scored.
 
-    `kind`: "hnsw" (`m` links, `ef` candidates), "diskann" (`ef` candidates; wants NVMe disks), "ivf_sq8" (`lists`, of which
-    `probes` are searched) or "flat". Each view of a gallery has its own collection, `collection`_viewN, which must belong to
-    one index_dir. `shards` and `replicas` as in Milvus. `consistency`: what a search is sure to see: "strong" all that was
-    written before it, "session" what this process wrote, "bounded" and "eventually" less. `categories`: csv of id,category;
-    its categories become partitions, and `only` names those to search. `overwrite`: whether building a gallery may replace
-    rows of another one. `timeout`: seconds that one request may take.
+    `kind`: "hnsw" (`m` links, `ef` candidates), "diskann" (`ef` candidates; needs NVMe disks), "ivf_sq8" (`lists`, of which
+    `probes` are searched) or "flat". Each view of a gallery has a collection of its own, `collection`_viewN, which must
+    belong to one index_dir only. `shards`, `replicas`: as in Milvus. `consistency`: what a search is guaranteed to see:
+    "strong" everything written before it, "session" what this process wrote, "bounded" and "eventually" less.
+    `categories`: csv of id,category, whose categories become partitions; `only`: the categories to search. `overwrite`:
+    whether building a gallery may replace the rows of another one. `timeout`: seconds that one request may take.
 
-    A row's label is a hash of its id and vector. So a row never changes, what was sent twice is there once, and an index and
-    its clones share a collection without seeing each other's changes: additions are sent at once but unknown to the others,
-    whose searches leave them out; a removed row is forgotten here, and deleted on the server when the state after the one
-    that forgot it is saved. What a kill interrupts is completed by the same command.
+    The label of a row is a hash of its id and vector. So rows never change, sending a row twice stores it once, and an index
+    and its clones share a collection without seeing each other's changes: rows added by one are left out of the searches of
+    the others, and a removed row is deleted on the server only at the second save after its removal, as an index saved before
+    may still be in use. After an interruption, the same command completes the work.
 
-    Raises ValueError for settings that Milvus does not know; ConnectionError, in all methods, where the server fails.
+    Raises ValueError for settings that Milvus does not support; ConnectionError, in all methods, if the server fails.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class MilvusIndex(Index):
             if value not in allowed:
                 raise ValueError(f"index.{name}={value}: type {', '.join(allowed)}")
         if not collection.isidentifier() or not collection.isascii():
-            raise ValueError(f"index.collection={collection}: type a name of letters, digits and _, no digit first")
+            raise ValueError(f"index.collection={collection}: type a name of letters, digits and _, not beginning with a digit")
         if not 0 <= rescore <= MOST:
             raise ValueError(f"index.rescore={rescore}: type a number from 0 to {MOST}")
         if only is not None and categories is None:
-            raise ValueError(f"index.only={list(only)} needs index.categories=CSV, of id,category")
+            raise ValueError(f"index.only={list(only)} needs index.categories=CSV, a csv with the columns id,category")
         self.rescore, self.overwrite = rescore, overwrite
         self._category = {} if categories is None else read_categories(categories)
         # Hashes, as Milvus's expressions misread some quotes and backslashes.
@@ -97,11 +97,7 @@ class MilvusIndex(Index):
             wide,
             {},
         )
-        self._label(np.zeros(0, np.int64))
-        # Arrays and sets are replaced and never changed: clones share them.
-        self._forgotten: frozenset[int] = frozenset()  # since the state was saved or loaded
-        self._doomed: frozenset[int] = frozenset()  # before that: nobody can need them any more
-        self._strangers: frozenset[int] = frozenset()  # rows on the server that are not ours, as far as we met them
+        self._labels = Labels(np.zeros(0, np.int64))
         self._checked = False
 
     @property
@@ -127,15 +123,15 @@ class MilvusIndex(Index):
         return twin
 
     def sync(self, vectors: np.ndarray, ids: Sequence[str]) -> tuple[int, int, int]:
-        """As `Index.sync`, from whatever state the server is in: rows that it lost are sent again and count as added.
+        """See `Index.sync`. Rows that the server has lost are sent again and count as added.
 
-        A vector that differs in any bit is another one; nothing is read back to compare.
+        Vectors are compared by their labels, so any difference counts, and none is read back.
         """
         self._collection.open(self.dimensions, create=True)
         self._collection.load()
         self._checked = True
         labels = make_labels(vectors, ids)
-        before = dict(zip(self.ids, self._labels.tolist(), strict=True))
+        before = dict(zip(self.ids, self._labels.rows.tolist(), strict=True))
         kept = np.array([before.get(name) == label for name, label in zip(ids, labels.tolist(), strict=True)], bool)
         rows = np.flatnonzero(kept)
         lost = rows[~self._collection.present(labels[rows])]
@@ -150,7 +146,7 @@ class MilvusIndex(Index):
     def _replace(self, vectors: np.ndarray, ids: tuple[str, ...]) -> None:
         labels = make_labels(vectors, ids)
         if len(self._labels):
-            # A copy of an index in use: its collection stays what it is.
+            # This is a copy of an index in use, whose collection must not change.
             self._collection = copy.copy(self._collection)
             self._collection.name += f"_{digest(labels.tobytes())}"
             weakref.finalize(self._collection, copy.copy(self._collection).drop)
@@ -167,17 +163,15 @@ class MilvusIndex(Index):
         new = np.flatnonzero(~there)
         self._send(labels[new], [ids[row] for row in new], vectors[new], alone=True)
         collection.load()
-        self._label(labels)
-        self._forgotten = self._doomed = self._strangers = frozenset()
-        self._checked = True
+        self._labels, self._checked = Labels(labels), True
 
     def _known(self, labels: np.ndarray) -> np.ndarray:
-        """Which rows of a gallery the collection has, bool (N,), as a killed run left them. Raises ValueError for others."""
+        """Which rows of a gallery a killed run has already sent, bool (N,). Raises ValueError if there are other rows."""
         self._collection.load()
         there = self._collection.present(labels)
         if (strangers := self._collection.count() - int(there.sum())) > 0:
             raise ValueError(
-                f"the {self._collection} holds {strangers} rows that are not of this gallery; type "
+                f"the {self._collection} holds {strangers} rows that are not in this gallery; type "
                 "index.collection=ANOTHER_NAME, or index.overwrite=true to replace them"
             )
         return there
@@ -186,16 +180,10 @@ class MilvusIndex(Index):
         self._check_complete()
         labels = make_labels(vectors, ids)
         self._send(labels, ids, vectors)
-        self._label(np.concatenate([self._labels, labels]))
-        back = set(labels.tolist())
-        self._forgotten, self._doomed, self._strangers = (
-            rows - back for rows in (self._forgotten, self._doomed, self._strangers)
-        )
+        self._labels = self._labels.with_added(labels)
 
     def _delete(self, keep: np.ndarray) -> None:
-        gone = frozenset(self._labels[~keep].tolist())
-        self._label(self._labels[keep])
-        self._forgotten, self._strangers = self._forgotten | gone, self._strangers | gone
+        self._labels = self._labels.without(keep)
 
     def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, alone: bool = False) -> None:
         if len(labels):
@@ -205,10 +193,10 @@ class MilvusIndex(Index):
 
     def _get(self, ids: Sequence[str]) -> np.ndarray:
         self._check_complete()
-        return self._fetch(self._labels[[self.row_of[name] for name in ids]])
+        return self._fetch(self._labels.rows[[self.row_of[name] for name in ids]])
 
     def _fetch(self, labels: np.ndarray) -> np.ndarray:
-        """Vectors of labels of ours, int64 (N,), which may repeat: float32 (N, D)."""
+        """Vectors of labels of this index, int64 (N,), which may repeat: float32 (N, D)."""
         unique, place = np.unique(labels, return_inverse=True)
         vectors, found = self._collection.fetch(unique, self.dimensions)
         if not found.all():
@@ -217,7 +205,7 @@ class MilvusIndex(Index):
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if k > MOST:
-            raise ValueError(f"{k} answers a query: Milvus gives at most {MOST}; lower k, or the depth of re-ranking")
+            raise ValueError(f"Milvus returns at most {MOST} results per query, not {k}; lower k, or the depth of re-ranking")
         self._check_complete()
         depth = min(max(k, self.rescore), len(self))
         scores, positions = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
@@ -226,7 +214,7 @@ class MilvusIndex(Index):
             block = queries[start : start + step]
             candidates = self._candidates(block, depth, k)
             rows, place = np.unique(np.concatenate(candidates), return_inverse=True)
-            vectors = self._fetch(self._labels[rows]).astype(np.float64)
+            vectors = self._fetch(self._labels.rows[rows]).astype(np.float64)
             ends = np.cumsum([len(found) for found in candidates])
             for number, (query, end) in enumerate(zip(block, ends, strict=True)):
                 mine = place[end - len(candidates[number]) : end]
@@ -240,23 +228,21 @@ class MilvusIndex(Index):
         return np.asarray(scores, np.float32)
 
     def _candidates(self, queries: np.ndarray, depth: int, k: int) -> list[np.ndarray]:
-        """Positions of at least k rows for each query. Rows that are not ours are left out by the server, once known."""
+        """Positions of at least k rows for each query. Once rows are known to be foreign, the server leaves them out."""
         candidates = [np.zeros(0, np.int64)] * len(queries)
         todo, wide = np.arange(len(queries)), False
         while len(todo):
             known = [self._only] if self._only else []
-            if self._strangers:
-                known.append(f"label not in {sorted(self._strangers)}")
+            if self._labels.foreign:
+                known.append(f"label not in {sorted(self._labels.foreign)}")
             new: set[int] = set()
             for row, labels in zip(todo, self._collection.near(queries[todo], depth, " and ".join(known), wide), strict=True):
-                place = np.minimum(np.searchsorted(self._labels, labels, sorter=self._order), len(self) - 1)
-                found = self._order[place]
-                ours = self._labels[found] == labels
+                found, ours = self._labels.find(labels)
                 new.update(labels[~ours].tolist())
                 candidates[row] = found[ours]
             todo = np.array([row for row in todo if len(candidates[row]) < k], np.int64)
             if new:
-                self._strangers = self._strangers | new
+                self._labels = self._labels.with_foreign(new)
             elif len(todo) and wide:
                 raise ValueError(
                     f"Milvus found {min(len(candidates[row]) for row in todo)} rows for a query, k={k}; "
@@ -266,37 +252,26 @@ class MilvusIndex(Index):
                 wide = True
         return candidates
 
-    def _label(self, labels: np.ndarray) -> None:
-        self._labels, self._order = labels, np.argsort(labels)
-        ordered = labels[self._order]
-        if (ordered[1:] == ordered[:-1]).any():
-            raise ValueError("two rows have the same hash, a matter of one in 2,000 at 10^8 rows; rename one of the ids")
-
     def _check_complete(self) -> None:
-        """Once after loading: is what was saved still on the server?"""
+        """Check, once after loading, that the saved rows are still on the server."""
         if self._checked:
             return
         if not self._collection.open(self.dimensions, create=False):
-            raise ValueError(self._incomplete(f"is not there; it should hold {len(self)} rows"))
+            raise ValueError(self._incomplete(f"does not exist; it should hold {len(self)} rows"))
         self._collection.load()
         if (count := self._collection.count()) < len(self):
             raise ValueError(self._incomplete(f"holds {count} rows of {len(self)}"))
         self._checked = True
 
     def _incomplete(self, what: str) -> str:
-        return f"the {self._collection} {what}; give gallery=DIR_OR_CSV with the same index_dir to send what is missing"
+        return f"the {self._collection} {what}; type gallery=DIR_OR_CSV with the same index_dir to send the missing rows"
 
     def _save(self, folder: Path) -> None:
-        """Labels, and what was forgotten since the state before: that state may still be in use, so its rows go next time."""
+        # Rows removed since the last save are deleted next time, as the index saved last may still be in use.
         self._check_complete()
-        self._collection.delete(sorted(self._doomed))
-        replace_file(folder / "labels.npy", lambda part: part.write_bytes(self._labels.tobytes()))
-        forgotten = np.array(sorted(self._forgotten), np.int64)
-        replace_file(folder / "forgotten.npy", lambda part: part.write_bytes(forgotten.tobytes()))
-        self._doomed, self._forgotten = self._forgotten, frozenset()
+        self._collection.delete(sorted(self._labels.obsolete))
+        self._labels = self._labels.save(folder)
 
     def _load(self, folder: Path) -> int:
-        self._label(np.frombuffer((folder / "labels.npy").read_bytes(), np.int64))
-        self._doomed = frozenset(np.frombuffer((folder / "forgotten.npy").read_bytes(), np.int64).tolist())
-        self._forgotten, self._strangers, self._checked = frozenset(), self._doomed, False
+        self._labels, self._checked = Labels.load(folder), False
         return len(self._labels)

@@ -1,4 +1,4 @@
-"""The answer to a set of queries, before it becomes a file or numbers."""
+"""The search results of a set of queries."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ranking:
-    """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), never rising along a row.
+    """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), non-increasing along each row.
 
-    `probabilities`: float32 (Q, k), that each is right, where a gallery has learned them (see Calibration).
+    `probabilities`: float32 (Q, k), that each answer is right; None without a Calibration.
 
-    Raises ValueError where shapes differ, a position is out of range or twice in a row, or scores rise or are not
-    finite.
+    Raises ValueError if shapes differ, a position is out of range or repeated in a row, or scores increase or are not finite.
     """
 
     query_ids: tuple[str, ...]
@@ -32,18 +31,18 @@ class Ranking:
             raise ValueError(f"positions must lie in 0..{len(self.gallery_ids) - 1}")
         ordered = np.sort(self.positions, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise ValueError("a gallery picture stands twice in one query's answer")
+            raise ValueError("a gallery picture occurs twice among the answers to one query")
         broken = np.flatnonzero(~np.isfinite(self.scores).all(axis=1))
         if len(broken):
             raise ValueError(
                 f"the scores of query '{self.query_ids[broken[0]]}' are not finite: {self.scores[broken[0]].tolist()[:7]}; "
-                "type rerank=none to see whether a re-ranking step makes them so"
+                "type rerank=none to see whether a re-ranking step is the cause"
             )
         if (np.diff(self.scores, axis=1) > 0).any():
-            raise ValueError("scores must not rise along a row")
+            raise ValueError("scores must not increase along a row")
 
     def first(self, k: int) -> Ranking:
-        """The k best of each query. Raises ValueError where there are fewer."""
+        """The k best answers to each query. Raises ValueError if there are fewer."""
         if k > self.positions.shape[1]:
             raise ValueError(
                 f"k={k}, but re-ranking or fusion kept {self.positions.shape[1]} answers; raise their depth to k or lower k"
@@ -52,11 +51,11 @@ class Ranking:
         return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k], sure)
 
     def answers(self, query: int) -> list[str]:
-        """The gallery ids of one query, best first."""
+        """The gallery ids that answer one query, best first."""
         return [self.gallery_ids[position] for position in self.positions[query].tolist()]
 
     def certainty(self, query: int) -> list[float] | list[None]:
-        """The probabilities of one query's answers, or as many None."""
+        """The probabilities of the answers to one query; None for each if there are none."""
         return [None] * self.positions.shape[1] if self.probabilities is None else self.probabilities[query].tolist()
 
     def as_answers(self) -> dict[str, list[str]]:
@@ -65,6 +64,6 @@ class Ranking:
 
 
 def check_k(k: int, gallery: int) -> None:
-    """Raise ValueError where k results cannot be had from `gallery` pictures."""
+    """Raise ValueError if k is not between 1 and the number of pictures in the gallery."""
     if not 1 <= k <= gallery:
         raise ValueError(f"k={k}, but the gallery has {gallery} readable pictures; type k= a number from 1 to {gallery}")

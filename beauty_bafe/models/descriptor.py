@@ -1,4 +1,4 @@
-"""From what the network says of a picture to its descriptor: which map, pooled how."""
+"""Poolings: which feature map of a picture becomes its descriptor, and how."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .extractor import Extraction, resize_mask
 
 
 def describe_partial(function: Any) -> str:
-    """A function and the settings it was given, `gem(p=3.0)`; an object's own text where it is one."""
+    """A partial as text, such as `gem(p=3.0)`; other objects by their own `str`."""
     inner = getattr(function, "func", function)
     settings = ", ".join(f"{key}={value}" for key, value in sorted(getattr(function, "keywords", {}).items()))
     return f"{inner.__name__}({settings})" if hasattr(inner, "__name__") else str(inner)
 
 
 class Pooling:
-    """From an extraction to descriptors: which map, which function, weighted by the saliency mask or not (conf/pooling).
+    """Pools a feature map of an Extraction into descriptors (conf/pooling).
 
-    `map`: "last", or the number of a tap, 1 for the shallowest. The weight is that tap's own mask; "last" takes the
-    deepest tap's, resized to the map (paper). "picture" is no map: the function (retrieval/classical.py) gets the uint8
-    picture itself and the fused mask at the picture's size.
+    `function`: see pooling.py. `saliency`: whether to weight the cells by the mask. `map`: "last", or the number of a tap, 1
+    for the shallowest. The weight is the mask of that tap; for "last" that of the deepest tap, resized to the map (paper).
+    With "picture" the function (retrieval/classical.py) gets the uint8 picture and the mask at the picture's size.
     """
 
     def __init__(self, function: Callable[..., Tensor], saliency: bool, map: str | int = "last") -> None:
@@ -31,11 +31,11 @@ class Pooling:
         self.function, self.saliency, self.map = function, saliency, map
 
     def __str__(self) -> str:
-        """What tells its descriptors from another pooling's: `gem(p=3.0) of last under its mask`."""
+        """All settings that its descriptors depend on: `gem(p=3.0) of last under its mask`."""
         return f"{describe_partial(self.function)} of {self.map}{' under its mask' if self.saliency else ''}"
 
     def shallowest(self, taps: int) -> int:
-        """The first of `taps` taps, counted from 0, whose mask (or gate, which takes deeper masks) this pooling needs."""
+        """The shallowest tap, counted from 0, whose mask or gate this pooling needs; `taps` if it needs none of these."""
         if self.map == "picture":
             return 0 if self.saliency else taps
         if self.map == "last":
@@ -43,7 +43,7 @@ class Pooling:
         return max(0, int(self.map) - 1)
 
     def __call__(self, extraction: Extraction) -> Tensor:
-        """Float32 (B, C), not normalised. Raises ValueError for a tap the network does not have."""
+        """Descriptors, float32 (B, C), not normalised. Raises ValueError for a tap that the network does not have."""
         if self.map == "picture":
             size = extraction.pictures.shape[-1]
             return self.function(extraction.pictures, extraction.saliency(size) if self.saliency else None)

@@ -1,4 +1,4 @@
-"""A network as a folder of safetensors and JSON, which loads wherever a checkpoint does."""
+"""A network as a folder with safetensors and JSON, which can be used instead of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PREFIX = "extractor."  # of the network's weights in a checkpoint; an objective may keep more
+PREFIX = "extractor."  # of the network's weights in a checkpoint, which may hold others of the objective
 
 
 def write_network(content: Mapping[str, Any], folder: Path) -> None:
     """Write the network of a checkpoint's `content` (see `read_checkpoint`) and its retrieval recipe to `folder`."""
     from safetensors.torch import save
 
-    # Where pretrained weights came from plays no role any more, and may be a path of somebody's machine.
+    # The source of the pretrained weights no longer matters, and may be a local path.
     model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
     config = {"model": model} | {key: content[key] for key in ("retrieval",) if key in content}
     state = content["state_dict"].items()
     weights = {key.removeprefix(PREFIX): value.contiguous() for key, value in state if key.startswith(PREFIX)}
-    # Not save_file, whose files only their owner may read, whatever the umask says.
+    # Not save_file, whose files can be read by their owner only, whatever the umask.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def read_network(folder: Path) -> dict[str, Any]:
-    """What `write_network` wrote, in the form of a checkpoint's content.
+    """Read an exported network into the form of a checkpoint's content.
 
-    Raises OSError, ValueError, KeyError or SafetensorError where a file is missing or broken.
+    Raises OSError, ValueError, KeyError or SafetensorError if a file is missing or broken.
     """
     from safetensors.torch import load_file
 
@@ -39,6 +39,6 @@ def read_network(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_bytes(checkpoint: str | Path) -> dict[str, bytes]:
-    """The files that make up a checkpoint, by their path below it: itself, "", or the two of an exported folder."""
+    """The content of a checkpoint file, under the name "", or of the two files of an exported folder, by their names."""
     path = Path(checkpoint)
     return {name: (path / name).read_bytes() for name in ((CONFIG, WEIGHTS) if path.is_dir() else ("",))}

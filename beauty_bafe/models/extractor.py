@@ -1,4 +1,4 @@
-"""The background-agnostic feature extractor: saliency masks and feature maps of a picture. Knows no trainer."""
+"""The background-agnostic feature extractor: saliency masks and feature maps of pictures. Independent of the trainer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone
-from .decoder import TopDownDecoder
+from .decoder import TopDownDecoder, make_decoder
 from .pooling import EPSILON, spoc
 
 
 class Extraction(NamedTuple):
-    """What the network says of B pictures.
+    """The output of the network for B pictures.
 
-    `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep; fewer, the deepest ones, from an extractor whose
-    `shallowest` is above 0. `taps`: the maps they were read from (gated).
-    `last`: float (B, C, H, W), the map that descriptors pool. `pictures`: uint8 (B, 3, S, S), what was looked at.
-    `logits`: where a decoder drew one mask from all taps, its logits, float32 (B, 1, H_l, W_l), shallow to deep; `masks` are
-    then the finest one at each tap's size.
+    `masks`: float32 (B, 1, H_l, W_l) in 0..1, one per tap, shallow to deep; only the deepest ones if `shallowest` of the
+    extractor is above 0. `taps`: the (gated) feature maps. `last`: float (B, C, H, W), the map that descriptors pool.
+    `pictures`: uint8 (B, 3, S, S), the input. `logits`: those of the decoder, float32 (B, 1, H, W) each, if there is one;
+    `masks` are then the first of them at the size of each tap.
     """
 
     masks: list[Tensor]
@@ -32,9 +31,9 @@ class Extraction(NamedTuple):
     logits: list[Tensor] | None = None
 
     def saliency(self, size: int | Sequence[int]) -> Tensor:
-        """The mask at the given size (pixels): float32 (B, 1, H, W), 0..1; the decoder's finest, or the taps' as one.
+        """The mask at `size` (pixels): float32 (B, 1, H, W) in 0..1; that of the decoder, or of all taps combined.
 
-        Their logits are added, as evidence from independent witnesses is; measured in benchmarks/dev.md against their mean.
+        The logits of the taps are summed, which is better than their mean (benchmarks/dev.md).
         """
         if self.logits is not None:
             return resize_mask(self.logits[0], size).sigmoid()  # in this order edges stay sharp
@@ -43,7 +42,7 @@ class Extraction(NamedTuple):
 
 
 def resize_mask(mask: Tensor, size: int | Sequence[int]) -> Tensor:
-    """Float (B, 1, H, W) to another size: the mean of the cells when shrinking, bilinear when enlarging."""
+    """Resize float (B, 1, H, W), by area averages when shrinking and bilinearly when enlarging."""
     height, width = (size, size) if isinstance(size, int) else size
     if mask.shape[-2] > height:
         return F.adaptive_avg_pool2d(mask, (height, width))
@@ -51,14 +50,14 @@ def resize_mask(mask: Tensor, size: int | Sequence[int]) -> Tensor:
 
 
 class MaskEncoder(nn.Sequential):
-    """Conv3x3 (C to hidden), ReLU, Conv1x1 (hidden to 1): the logits of one tap's mask (BAFE)."""
+    """Conv3x3 (C to hidden), ReLU, Conv1x1 (hidden to 1): logits of the mask of one tap (BAFE)."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__(nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(hidden, 1, 1))
 
 
 class ChannelGate(nn.Sequential):
-    """A deeper tap's pooled vector -> weights in 0..1 for a shallower tap's channels: `layers` Conv1x1, then sigmoid (BAFE)."""
+    """The pooled vector of a deeper tap -> weights in 0..1 for the channels of a shallower one, by `layers` Conv1x1 (BAFE)."""
 
     def __init__(self, deep: int, shallow: int, layers: int) -> None:
         widths = [deep] + [shallow] * layers
@@ -69,13 +68,15 @@ class ChannelGate(nn.Sequential):
 
 
 class BackgroundAgnosticExtractor(nn.Module):
-    """A backbone whose taps are read for saliency masks, and its last map.
+    """A backbone, and saliency masks predicted from its taps.
 
-    `decoder`: "taps" for BAFE's (2019) mask encoder per tap, attention pooling and channel gates from deep to shallow, or
-    "topdown" for one sharp mask from all taps (decoder.py); `hidden`: its channels. `frozen`: the backbone does not learn.
-    `name`, `taps`, `last`, `pretrained`, `weights` and `options` go to `Backbone`; `size` is the input's side in pixels,
-    `pad` the canvas value around oblong pictures; `mean` and `std` (0..1 scale) default to the backbone's own.
-    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for another decoder.
+    `name`, `taps`, `last`, `pretrained`, `weights` and `options` go to `Backbone`. `size`: the side of the input in pixels;
+    `pad`: the value around oblong pictures; `mean`, `std`: on the scale 0..1, None for the backbone's own. `frozen`: the
+    backbone is not trained. `decoder`: None for BAFE's (2019) mask encoder of `hidden` channels per tap, with attention
+    pooling and channel gates of `gate_layers` layers from deep to shallow; or the `_target_` and settings of a decoder that
+    makes one mask from all taps (decoder.py).
+
+    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for an unknown decoder.
     """
 
     mean: Tensor
@@ -96,18 +97,19 @@ class BackgroundAgnosticExtractor(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
-        decoder: str = "taps",
+        decoder: Mapping[str, Any] | str | None = None,
     ) -> None:
         super().__init__()
-        if decoder not in ("taps", "topdown"):
-            raise ValueError(f"model.decoder={decoder}: type taps (BAFE's, a mask a tap) or topdown (one from all)")
         self.size, self.pad, self.frozen = size, pad, frozen
-        self.shallowest = 0  # the first tap that gets a mask; who needs only the deepest ones saves the others' time
+        self.shallowest = 0  # the first tap that gets a mask; raise it to save time if only the deepest masks are needed
         self.backbone = Backbone(name, taps, last, size, pretrained, weights, options)
         self.register_buffer("mean", torch.tensor(mean or self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self.backbone.std).view(1, 3, 1, 1))
         channels = self.backbone.channels
-        self.decoder = TopDownDecoder(channels, hidden) if decoder == "topdown" else None
+        if isinstance(decoder, str):  # checkpoints of earlier versions say taps or topdown
+            settings = {"_target_": f"{TopDownDecoder.__module__}.TopDownDecoder", "width": hidden}
+            decoder = {"taps": None, "topdown": settings}.get(decoder, {"_target_": decoder})
+        self.decoder = None if decoder is None else make_decoder(decoder, channels)
         if self.decoder is None:
             self.encoders = nn.ModuleList(MaskEncoder(width, hidden) for width in channels)
             pairs = itertools.pairwise(channels)
@@ -118,13 +120,13 @@ class BackgroundAgnosticExtractor(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> BackgroundAgnosticExtractor:
-        """As nn.Module.train, but the backbone keeps its batch statistics: half of a batch is white catalogue photos."""
+        """Like nn.Module.train, but the backbone keeps its batch statistics, as half of a batch is photos on white."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> float (B, 3, S, S) as the backbone takes it."""
+        """uint8 (B, 3, S, S) -> float (B, 3, S, S), the input of the backbone."""
         return ((pictures.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Extraction:

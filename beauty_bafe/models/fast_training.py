@@ -1,4 +1,4 @@
-"""Faster training steps of networks that keep their batch statistics; what was measured is in benchmarks/train.md."""
+"""Faster training steps for networks with fixed batch statistics; measured in benchmarks/train.md."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from .folding import find_norms, is_plain
 
-WIDTH = 3  # cells: the width of the depthwise kernels whose bfloat16 gradients oneDNN computes fast
+WIDTH = 3  # the width of depthwise kernels whose bfloat16 gradients oneDNN computes fast
 
 
 def optimize_for_training(network: nn.Module, example: Tensor) -> None:
-    """Let a network that keeps its batch statistics learn faster, in place; its parameters and what it computes stay.
+    """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
-    Batch norms scale their convolution's weights at every step instead of its output, and depthwise convolutions under
-    bfloat16 autocast on a CPU take their gradients where oneDNN is fast (benchmarks/train.md).
+    Batch norms scale the weights of their convolution at every step instead of its output, and depthwise convolutions under
+    bfloat16 autocast on a CPU compute their gradients in the ways that oneDNN is fast at.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
         if is_plain(layer):
             layer.forward = partial(_convolve, layer, norms.get(layer))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Hardtanh):
-            layer.inplace = False  # what it overwrites is needed for its gradient, so autograd would copy it first
+            layer.inplace = False  # in place, autograd would copy the input first, which the gradient needs
     for norm in norms.values():
         norm.forward = partial(_rest, norm)  # type: ignore[method-assign]
 
@@ -50,11 +50,11 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> 
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution in bfloat16, its gradients by those of oneDNN's ways that are fast.
+    """A depthwise convolution in bfloat16 with fast gradients.
 
-    In bfloat16 the gradient of the inputs is slow at strides above 1 and that of the weights for kernels wider than 3, up
-    to twenty times as slow as in float32; that of the bias costs up to a third of the whole. Hence the first in float32, the
-    second from parts of the kernel three columns wide, the third as the sum that it is.
+    In bfloat16, oneDNN is up to twenty times slower than in float32 at the gradient of the inputs for strides above 1, and
+    at that of the weights for kernels wider than 3; that of the bias takes up to a third of the total time. So the first is
+    computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
     """
 
     @staticmethod
@@ -73,13 +73,13 @@ class _Depthwise(torch.autograd.Function):
         back = change = shift = None
         if ctx.needs_input_grad[0]:
             dtype = torch.bfloat16 if ctx.stride == [1, 1] else torch.float32
-            shape = torch.empty_like(inputs, dtype=dtype)  # of the inputs, this gradient needs no more
+            shape = torch.empty_like(inputs, dtype=dtype)  # this gradient needs only the shape of the inputs
             known = gradient.to(dtype), shape, weight.to(dtype)
             back = _gradients(*known, ctx.stride, ctx.padding, [True, False, False])[0].to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             change = _by_columns(gradient, inputs, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
-            shift = gradient.sum((2, 3)).float().sum(0)  # asked for float32 at once, PyTorch would copy the whole first
+            shift = gradient.sum((2, 3)).float().sum(0)  # with dtype=float32, PyTorch would first convert the whole tensor
         return back, change, shift, None, None
 
 
@@ -106,7 +106,7 @@ def _by_columns(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[i
 
 
 def _rest(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
-    """What timm's norms carry along: dropout and activation."""
+    """The dropout and activation inside timm's norms."""
     for part in norm.children():
         inputs = part(inputs)
     return inputs

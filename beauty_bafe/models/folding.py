@@ -1,4 +1,4 @@
-"""Batch norms with fixed statistics are a scale and a shift, which the convolution before them can do at no cost."""
+"""Fold batch norms with fixed statistics, a scale and a shift, into the convolution before them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether it is a convolution and nothing else: some of timm's change their weights on the way."""
+    """Whether a layer is a plain convolution: some of timm's change their weights in forward."""
     return type(layer) in (nn.Conv2d, Conv2dSame) and layer.padding_mode == "zeros"
 
 
 @torch.no_grad()
 def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """The batch norms that take the output of one convolution, with it.
+    """Pairs of a convolution and the batch norm that takes its output.
 
-    Which convolution that is, is seen by running `example` through the network, not guessed from names. Left out are
-    convolutions that are tapped, as a tap must go on giving what it gives.
+    They are found by running `example` through the network, not by names. Convolutions that are tapped are left out, as
+    their output must not change.
     """
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def remember(layer: nn.Module, _inputs: object, output: Tensor) -> None:
-        made[id(output)] = (layer, output)  # type: ignore[assignment]  # holding the output keeps its id its own
+        made[id(output)] = (layer, output)  # type: ignore[assignment]  # keep the output, so that its id is not reused
 
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if id(inputs[0]) in made:
@@ -44,11 +44,11 @@ def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.
 
 @torch.no_grad()
 def fold_norms(network: nn.Module, example: Tensor) -> None:
-    """Fold batch norms into the weights of their convolutions, in place; the same function, a seventh faster."""
+    """Fold batch norms into the weights of their convolutions, in place. The outputs stay the same; a seventh faster."""
     places = {module: (parent, name) for parent in network.modules() for name, module in parent.named_children()}
     for layer, norm in find_norms(network, example):
         setattr(*places[layer], fuse_conv_bn_eval(layer, norm))
-        # timm's norms carry the activation along; a tap on the norm stays where it is.
+        # timm's norms contain the activation; a tap on the norm is kept.
         rest = nn.Sequential(*(part for part in norm.children()))
         rest._forward_hooks = norm._forward_hooks
         setattr(*places[norm], rest)

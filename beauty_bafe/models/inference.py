@@ -53,12 +53,12 @@ def halve(network: nn.Module) -> None:
             continue
         for name, layer in list(parent.named_children()):
             dense = type(layer) is nn.Linear or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels > 4)
-            if dense and not layer._forward_hooks:  # a tapped one must go on giving what it gives
+            if dense and not layer._forward_hooks:  # the output of a tapped one must not change
                 setattr(parent, name, HalfPrecision(cast(nn.Linear, layer)))
 
 
 class Describer(nn.Module):
-    """An extractor and the poolings asked of it: uint8 (B, 3, S, S) -> one descriptor each, float32 (B, D), length 1.
+    """An extractor and its poolings: uint8 (B, 3, S, S) -> one descriptor per pooling, float32 (B, D), length 1.
 
     `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
     added at length 1. `view` changes what is looked at once the saliency is known.

@@ -1,4 +1,4 @@
-"""Training network, mask and descriptor together, from pairs of a catalogue photo and a street view of the same product."""
+"""Joint training of backbone, mask and descriptor, on pairs of a catalogue photo and a street view of the same product."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ log = logging.getLogger("beauty_bafe")
 
 
 class JointModule(SaliencyModule):
-    """The mask by overlap loss on a top-down decoder, the descriptor by InfoNCE between catalogue photo and street view.
+    """The mask by overlap loss, the descriptor by InfoNCE between catalogue photo and street view.
 
-    The whole network learns, whatever `model.frozen` says. `width`: channels of the decoder. `lr`: of the decoder;
-    `backbone_lr`: of the network; both rise for `warmup` steps, or a tenth of all if those are fewer, then fall along a cosine.
-    `contrast`: weight of InfoNCE at `temperature`, between the products of a batch; the descriptor is GeM of power `p` under
-    the predicted mask. `distill`: weight of keeping the feature map of street views as the pretrained network has it.
-    `average`: share of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): for the last
-    `settle` of the epochs, 0..1, but not for an only one, the backbone is that average, frozen, while the decoder adapts to it.
-    `backbone_lr` of 0 freezes the network from the start: the decoder alone learns, and `contrast` must be 0.
+    `model`: see SaliencyModule; its `frozen` is ignored. `decoder`: see BackgroundAgnosticExtractor. `lr`: learning rate of
+    the decoder; `backbone_lr`: of the backbone; both rise over `warmup` steps, but at most a tenth of all, then follow a
+    cosine to 0. A `backbone_lr` of 0 freezes the backbone, so that only the decoder learns; `contrast` must then be 0.
 
-    Raises ValueError for shares outside 0..1, an `average` without `settle`, a frozen network with a `contrast`, `average` or
+    `contrast`: weight of InfoNCE at `temperature` between the products of a batch; the descriptor is GeM of power `p` under
+    the predicted mask. `distill`: weight of the distance of the street views' feature map to that of the pretrained network.
+    `average`: weight of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): in the last
+    `settle` of the epochs, 0..1 (never the first), the backbone is this average, frozen, while the decoder adapts to it.
+
+    Raises ValueError for shares outside 0..1, `average` without `settle`, `contrast` with a frozen backbone, and `average` or
     `distill` without pretrained weights.
     """
 
@@ -44,7 +45,7 @@ class JointModule(SaliencyModule):
         model: Mapping[str, Any],
         lr: float,
         warmup: int,
-        width: int,
+        decoder: Mapping[str, Any],
         backbone_lr: float,
         contrast: float,
         temperature: float,
@@ -69,24 +70,24 @@ class JointModule(SaliencyModule):
             )
         if not frozen and (average or distill) and not (model.get("pretrained", True) or model.get("weights")):
             raise ValueError(
-                f"objective.average={average} and objective.distill={distill} hold on to the pretrained network, and "
+                f"objective.average={average} and objective.distill={distill} need the pretrained network, but "
                 "model.pretrained=false starts from random weights; type model.pretrained=true, model.weights=FILE, or "
                 "objective.average=0 objective.distill=0"
             )
-        super().__init__({**model, "frozen": frozen, "decoder": "topdown", "hidden": width}, lr, warmup)
-        extra = {"width": width, "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
+        super().__init__({**model, "frozen": frozen, "decoder": decoder}, lr, warmup)
+        extra = {"decoder": dict(decoder), "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
         extra |= {"distill": distill, "average": average, "settle": settle}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
         self.distill, self.average, self.settle = distill, average, settle
         self.register_buffer("averaged", torch.tensor(False))
-        # A tuple hides it from PyTorch, which would save it and ask for its gradients.
+        # In a tuple, so that PyTorch neither saves nor trains it.
         self._pretrained: tuple[Backbone, ...] = (
             (copy.deepcopy(self.extractor.backbone),) if not frozen and (average or distill) else ()
         )
 
     def describe(self, extraction: Extraction) -> Tensor:
-        # Without the gradient: the descriptor must not widen the mask to whatever tells products apart.
+        # Without gradient, or the mask would grow to whatever tells products apart.
         weight = resize_mask(extraction.masks[-1].detach(), extraction.last.shape[-2:])
         return F.normalize(gem(extraction.last.float(), weight, self.p))
 
@@ -96,20 +97,20 @@ class JointModule(SaliencyModule):
         epochs = self.trainer.max_epochs or 0
         if self.average and epochs < 1:
             raise ValueError(
-                f"trainer.max_epochs={self.trainer.max_epochs}, and objective.average={self.average} needs to know the last "
-                "epoch; type trainer.max_epochs=N, or objective.average=0"
+                f"objective.average={self.average} needs a number of epochs, but trainer.max_epochs={self.trainer.max_epochs}; "
+                "type trainer.max_epochs=N, or objective.average=0"
             )
-        begin = max(1, epochs - max(1, round(self.settle * epochs)))  # an only epoch is for learning
+        begin = max(1, epochs - max(1, round(self.settle * epochs)))  # a single epoch trains the backbone
         if self.average and not self.averaged and self.current_epoch >= begin:
             average_weights(self.extractor.backbone, self._pretrained[0], self.average)
             self.averaged.fill_(True)
         if self.averaged and self.current_epoch < begin:
-            log.info("the backbone of this run has been averaged and stays; more epochs train the decoder alone")
-        if self.averaged:  # also where a run goes on from a checkpoint of the averaged network
+            log.info("the backbone of this run has been averaged already; more epochs train only the decoder")
+        if self.averaged:  # also when resumed from a checkpoint of the averaged network
             self.extractor.frozen = True
             self.extractor.backbone.requires_grad_(False)
             self._pretrained = ()
-            for name in ("mask", "contrast", "distill"):  # Lightning would go on showing the last ones
+            for name in ("mask", "contrast", "distill"):  # or Lightning would keep showing the last values
                 self.trainer.callback_metrics.pop(f"train/{name}", None)
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class JointModule(SaliencyModule):
         if self.extractor.frozen:
             return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
-        # Of one step alone: descriptors kept from earlier batches are out of date and mislead (benchmarks/accuracy.md).
+        # Only of this step: descriptors kept from earlier batches are outdated and lower the accuracy (benchmarks/accuracy.md).
         contrast = contrast_loss(gather_rows(street), gather_rows(clean), self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(clean))
@@ -134,7 +135,7 @@ class JointModule(SaliencyModule):
         return self._pretrained[0].to(self.device).eval()
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        assert extraction.logits is not None, "the decoder is topdown"
+        assert extraction.logits is not None
         return overlap_loss(extraction.logits, label)
 
     def configure_optimizers(self) -> Any:
@@ -147,8 +148,8 @@ class JointModule(SaliencyModule):
         trainer = self.trainer
 
         def factor(step: int) -> float:
-            # Asked at every step: trainer.estimated_stepping_batches would make the loader now, before a resumed run knows
-            # its epoch, and so with the first epoch's order.
+            # Computed at every step: trainer.estimated_stepping_batches would create the loader now, before a resumed run
+            # knows its epoch, and so with the order of the first epoch.
             steps = (trainer.max_epochs or 0) * trainer.num_training_batches / trainer.accumulate_grad_batches
             done = min(1.0, step / steps) if steps > 0 else 0.0
             rise = min(self.warmup, steps / 10) if steps > 0 else self.warmup  # small catalogues make few steps
@@ -160,7 +161,7 @@ class JointModule(SaliencyModule):
 
 @torch.no_grad()
 def average_weights(network: nn.Module, other: nn.Module, share: float) -> None:
-    """Every parameter and buffer of `network` becomes (1 - share) times its own plus `share` times the other's."""
+    """Set every parameter and buffer of `network` to (1 - share) x its own value + share x that of `other`."""
     theirs = other.state_dict()
     for name, value in network.state_dict().items():
         if value.is_floating_point():

@@ -1,4 +1,4 @@
-"""The extractor under Lightning: loss, steps, optimiser, logging; and loading it back from a checkpoint."""
+"""The extractor as a Lightning module: loss, steps, optimiser, logging; and loading it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .together import gather_rows
 class SaliencyModule(pl.LightningModule):
     """Trains the mask encoders by mean square error on foreground augmentation (BAFE).
 
-    `model`: the plain arguments of BackgroundAgnosticExtractor. `lr`: Adam's step size, reached after `warmup` steps.
+    `model`: the arguments of BackgroundAgnosticExtractor. `lr`: learning rate of Adam, reached after `warmup` steps.
     """
 
     def __init__(self, model: Mapping[str, Any], lr: float, warmup: int) -> None:
         super().__init__()
-        # Through JSON: a value that is not plain fails here, not when somebody loads the checkpoint.
+        # Through JSON, so that a value that is not plain fails here and not when the checkpoint is loaded.
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
@@ -36,23 +36,23 @@ class SaliencyModule(pl.LightningModule):
         self._others: list[dict[str, Tensor]] = []
 
     def describe(self, extraction: Extraction) -> Tensor:
-        """Descriptors of the kind this objective is for, float (B, D) of length 1."""
+        """The descriptors that validation ranks by, float (B, D) of length 1."""
         weight = resize_mask(extraction.masks[-1], extraction.last.shape[-2:])
         return F.normalize(spoc(extraction.last.float(), weight))
 
     def training_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        """What is minimised, of 2B pictures (photo and street view in turn) and their masks, float (2B, 1, H, W) in 0..1."""
+        """The loss of 2B pictures (photo and street view in turn); `label`: their true masks, float (2B, 1, H, W) in 0..1."""
         return self.validation_loss(extraction, label)
 
     def validation_loss(self, extraction: Extraction, label: Tensor) -> Tensor:
-        """The mask's loss alone, for curves."""
+        """The loss of the masks only."""
         return saliency_loss(extraction.masks, label)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["objective"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError where another class wrote the checkpoint."""
+        """Raise ValueError if another class wrote the checkpoint."""
         written = checkpoint.get("objective", type(self).__name__)  # older checkpoints do not say
         if written != type(self).__name__:
             raise ValueError(
@@ -75,7 +75,7 @@ class SaliencyModule(pl.LightningModule):
         self._held_back, self._others = [], []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Held-back photos and their street views (first loader); photos of the training set to mistake them for (second)."""
+        """Held-back photos and their street views (first loader); training photos as distractors (second loader)."""
         pictures = batch["pictures"]
         extraction = self.extractor(pictures.flatten(0, 1))
         vectors = self.describe(extraction).unflatten(0, pictures.shape[:2])
@@ -85,9 +85,9 @@ class SaliencyModule(pl.LightningModule):
             return
         label = batch["masks"].flatten(0, 1).float() / 255
         found = mask_metrics(extraction.saliency(label.shape[-1]), label)
-        # Of the street views: on a photo the mask is easy.
+        # Of the street views only, as masks of photos are easy.
         kept |= {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean(dim=1) for key, value in found.items()}
-        kept["loss"] = self.validation_loss(extraction, label).expand(len(pictures))  # of rows alike: their mean is the whole's
+        kept["loss"] = self.validation_loss(extraction, label).expand(len(pictures))  # their mean is the batch's
         self._held_back.append(kept)
 
     def on_validation_epoch_end(self) -> None:
@@ -97,19 +97,19 @@ class SaliencyModule(pl.LightningModule):
         gallery = torch.cat([clean, *([_of_all_processes(self._others)["vectors"][:, 0]] if self._others else [])])
         own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
         values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_back
-        for key, value in values.items():  # the same in every process
+        for key, value in values.items():  # the same in all processes
             self.log(f"val/{key}", value.mean(), prog_bar=key == "mAP@7", sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-        # Adam's first steps move thousands of weights per output the same way; at full size they can push a mask so far
-        # below 0 (most cells are background) that the sigmoid's gradient is gone for good.
+        # Adam's first steps move thousands of weights per output in the same direction; without warm-up they can push the
+        # logits of a mask so far below 0 (most cells are background) that the sigmoid has no gradient any more.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches of rows, joined over batches and processes and sorted by `row`, which is left out; each row once."""
+    """Join batches over all processes: each row once, sorted by `row`, which is left out."""
     joined = {key: gather_rows(torch.cat([part[key] for part in parts])) for key in parts[0]}
     rows = joined.pop("row").tolist()
     first = {row: place for place, row in reversed(list(enumerate(rows)))}
@@ -118,10 +118,10 @@ def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """What a checkpoint, or a folder that `beauty-bafe export` wrote, holds; on the CPU. Runs no code of the file.
+    """The content of a checkpoint, or of a folder written by `beauty-bafe export`, on the CPU. Runs no code in the file.
 
-    A checkpoint's tensors are read as they are used; an exported folder holds no optimiser.
-    Raises ValueError where the file is not a checkpoint of ours.
+    Tensors of a checkpoint are memory-mapped; an exported folder has no optimiser state.
+    Raises ValueError if it is not a checkpoint of this project.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -141,13 +141,13 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
-    """The extractor of a checkpoint, on the CPU in evaluation mode; needs no conf and no hub, and runs no code of the file.
+    """The extractor of a checkpoint, on the CPU in evaluation mode. Needs neither conf nor hub, and runs no code in the file.
 
-    Raises ValueError where the file is not a checkpoint of ours.
+    Raises ValueError if the file is not a checkpoint of this project.
     """
     content = read_checkpoint(checkpoint)
     model = {**content["hyper_parameters"]["model"], "pretrained": False, "weights": None}
-    named = content["state_dict"].items()  # an objective may keep more than the network
+    named = content["state_dict"].items()  # may hold more than the network
     state = {key.removeprefix(PREFIX): value for key, value in named if key.startswith(PREFIX)}
     extractor = BackgroundAgnosticExtractor(**model)
     try:

@@ -1,4 +1,4 @@
-"""What training minimises, and what it reports of masks."""
+"""Loss functions, and the metrics of validation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .extractor import resize_mask
 
 
 def saliency_loss(masks: Sequence[Tensor], label: Tensor) -> Tensor:
-    """Sum over the taps of the mean square error between mask and label, the label resized to each tap (BAFE, 2019).
+    """Sum over the taps of the mean squared error between the mask and the label at its size (BAFE, 2019).
 
-    `masks`: float (B, 1, H_l, W_l) in 0..1. `label`: float (B, 1, H, W) in 0..1. Gives a scalar.
+    `masks`: float (B, 1, H_l, W_l) in 0..1. `label`: float (B, 1, H, W) in 0..1. Returns a scalar.
     """
     return sum((F.mse_loss(mask, resize_mask(label, mask.shape[-2:])) for mask in masks), label.new_zeros(()))
 
 
 def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
-    """Cross entropy + Dice (Milletari et al., 3DV 2016): of the finest logits at the label's size, a quarter of the coarser.
+    """Cross entropy + Dice (Milletari et al., 3DV 2016) of the first logits at the label's size, and a quarter of the others.
 
-    `logits`: float32 (B, 1, H_l, W_l), shallow to deep. `label`: float (B, 1, H, W) in 0..1. Gives a scalar.
+    `logits`: float32 (B, 1, H_l, W_l), those of the mask first. `label`: float (B, 1, H, W) in 0..1. Returns a scalar.
     """
     total = label.new_zeros(())
     for level, logit in enumerate(logits):
@@ -37,20 +37,20 @@ def overlap_loss(logits: Sequence[Tensor], label: Tensor) -> Tensor:
 
 
 def contrast_loss(street: Tensor, clean: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (Oord et al., 2018) both ways between float (B, D) of length 1: row i of each shows product i. Gives a scalar."""
+    """InfoNCE (Oord et al., 2018) in both directions between float (B, D) of length 1; row i of each is product i. A scalar."""
     own = torch.arange(len(street), device=street.device)
-    with torch.autocast(street.device.type, enabled=False):  # bfloat16's rounding, divided by 0.05, would move scores by 0.04
+    with torch.autocast(street.device.type, enabled=False):  # bfloat16 rounding, divided by 0.05, would change logits by 0.04
         scores = street.float() @ clean.float().T / temperature
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
 def distillation_loss(maps: Tensor, known: Tensor) -> Tensor:
-    """Mean cosine distance between the cells of a feature map and the frozen network's: float (B, C, H, W) each; a scalar."""
+    """Mean cosine distance between the cells of two feature maps, float (B, C, H, W) each. A scalar."""
     return (1 - F.cosine_similarity(maps.float(), known.float(), dim=1)).mean()
 
 
 def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:
-    """AP@k of each query i whose only match is row own[i] of the gallery: 1 / rank, 0 below rank k; float (N,).
+    """AP@k of queries with a single match, row own[i] of the gallery: 1 / rank, or 0 for ranks beyond k; float (N,).
 
     `queries`: float (N, D), `gallery`: (M, D), both of length 1. `own`: int64 (N,). Ties count against the query.
 
@@ -63,9 +63,9 @@ def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7)
 
 
 def mask_metrics(mask: Tensor, label: Tensor) -> dict[str, Tensor]:
-    """Per picture, float (B,): `mae`, mean |mask - label|; `f_beta` with beta^2 = 0.3 and `iou`, both of the mask cut at 0.5.
+    """Per picture, float (B,): `mae`, mean |mask - label|; `f_beta` with beta^2 = 0.3 and `iou`, both thresholded at 0.5.
 
-    `mask` and `label`: float (B, 1, H, W) in 0..1, the label cut at 0.5 as well. Two empty masks agree: 1.
+    `mask` and `label`: float (B, 1, H, W) in 0..1. Two empty masks have `f_beta` and `iou` 1.
     F-beta as in Achanta et al. (CVPR 2009): (1 + b) precision recall / (b precision + recall).
     """
     predicted, true = mask > 0.5, label > 0.5

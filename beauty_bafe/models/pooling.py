@@ -1,8 +1,8 @@
 """From a feature map to one vector, optionally weighted by a saliency mask.
 
-Every function takes `maps`, float (B, C, H, W), and `weight`, float (B, 1, H, W) in 0..1 or None, and gives
-float (B, C), `scda` (B, 2C). Each row depends on its own picture alone. In the formulas x is a channel of a picture's map,
-w the weight, A the activation: the sum of w x over channels. The result is not normalised unless the formula says so.
+Every function takes `maps`, float (B, C, H, W), and `weight`, float (B, 1, H, W) in 0..1 or None, and returns
+float (B, C), `scda` (B, 2C). Each row depends only on its own picture. In the formulas x is a channel of a picture's map,
+w the weight, and A the activation, the sum of w x over channels. The result is not normalised unless the formula says so.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def gem(maps: Tensor, weight: Tensor | None = None, p: float = 3.0) -> Tensor:
 def rmac(maps: Tensor, weight: Tensor | None = None, levels: int = 3) -> Tensor:
     """Regional maxima (R-MAC, Tolias et al., ICLR 2016): the sum over square regions R of MAC_R / ||MAC_R||.
 
-    With a weight, of w x, each region counted by the mean of w inside it: unit length would lift dim regions again.
+    With a weight, of w x, and each region is multiplied by the mean of w inside it, as normalisation would undo low weights.
 
     >>> maps = torch.tensor([[[[3., 0.], [0., 1.]], [[4., 0.], [0., 0.]]]])  # 2 x 2 has one region a level: itself, its cells
     >>> [round(value, 4) for value in rmac(maps, levels=1)[0].tolist()]  # (3, 4) / 5
@@ -66,9 +66,9 @@ def rmac(maps: Tensor, weight: Tensor | None = None, levels: int = 3) -> Tensor:
 
 
 def ramac(maps: Tensor, weight: Tensor | None = None, levels: int = 3, least: float = 0.0) -> Tensor:
-    """R-MAC with attention (RA-MAC, Lin et al., ACM MM 2018): every region counts by the share of its cells with A > mean(A).
+    """R-MAC with attention (RA-MAC, Lin et al., ACM MM 2018): regions are weighted by their share of cells with A > mean(A).
 
-    `least`: regions whose share is not above it are left out (the authors' code: 1/3), unless that leaves none.
+    `least`: regions whose share is not above it are left out (1/3 in the authors' code), unless none would be left.
 
     >>> maps = torch.tensor([[[[3., 0.], [0., 1.]], [[4., 0.], [0., 0.]]]])  # A = 7, 0, 0, 1; its mean 2
     >>> [round(value, 4) for value in ramac(maps, levels=2)[0].tolist()]  # 1/4 (3, 4) / 5 of all, (3, 4) / 5 of the first cell
@@ -81,7 +81,7 @@ def ramac(maps: Tensor, weight: Tensor | None = None, levels: int = 3, least: fl
 def grmac(maps: Tensor, weight: Tensor | None = None, levels: int = 3, p: float = 3.5, least: float = 1 / 3) -> Tensor:
     """R-MAC with generalised attention (GRMAC, Yu et al., ACM MM 2019): RA-MAC above another threshold.
 
-    A cell is attended to where A - min(A) > mean((A - min(A))^p)^(1/p); a larger p attends to fewer. p = 1 is RA-MAC.
+    Cells with A - min(A) > mean((A - min(A))^p)^(1/p) are attended to, fewer for larger p; p = 1 is RA-MAC.
 
     >>> maps = torch.tensor([[[[3., 0.], [0., 2.]], [[4., 0.], [0., 3.]]]])  # A = 7, 0, 0, 5; its mean for p = 3.5: 5.1
     >>> [round(value, 4) for value in grmac(maps, levels=2)[0].tolist()]  # of the first cell alone: (3, 4) / 5
@@ -110,8 +110,8 @@ def amac(maps: Tensor, weight: Tensor | None = None) -> Tensor:
 def crow(maps: Tensor, weight: Tensor | None = None) -> Tensor:
     """Cross-dimensional weighting (CroW, Kalantidis et al., ECCV workshops 2016); with a weight, of w x.
 
-    Cells weigh S = (A / ||A||)^(1/2), channels log(sum(Q) / Q) with Q the (weighted) share of cells in which a channel is
-    active, so that rare channels count more: I_k sum(S x_k).
+    I_k sum(S x_k): cells are weighted by S = (A / ||A||)^(1/2), channels by I = log(sum(Q) / Q), where Q is the (weighted)
+    share of cells in which a channel is active, so that rare channels count more.
 
     >>> maps = torch.tensor([[[[9., 0.], [0., 0.]], [[7., 12.], [0., 0.]]]])  # A = 16, 12, 0, 0; S = sqrt(0.8), sqrt(0.6)
     >>> [round(value, 2) for value in crow(maps)[0].tolist()]  # Q = 1/4, 2/4; I = log(3), log(1.5)
@@ -119,7 +119,7 @@ def crow(maps: Tensor, weight: Tensor | None = None) -> Tensor:
     """
     activation = _activation(maps, weight).clamp(min=0)
     length = activation.square().sum(dim=(2, 3), keepdim=True).clamp(min=EPSILON**2).sqrt()
-    cells = (activation / length + EPSILON**2).sqrt()  # the slope of a bare root has no bound at 0
+    cells = (activation / length + EPSILON**2).sqrt()  # without EPSILON the slope at 0 is infinite
     share = spoc((maps > 0).to(maps.dtype), weight)
     channels = ((share.sum(dim=1, keepdim=True) + EPSILON) / (share + EPSILON)).log()
     return channels * (maps * cells if weight is None else maps * weight * cells).sum(dim=(2, 3))
@@ -128,8 +128,8 @@ def crow(maps: Tensor, weight: Tensor | None = None) -> Tensor:
 def scda(maps: Tensor, weight: Tensor | None = None) -> Tensor:
     """Selective convolutional descriptor aggregation (SCDA, Wei et al., TIP 2017): (B, 2C).
 
-    Average and maximum, each of length 1, over the largest 8-connected part of the cells with A > mean(A); with a weight,
-    of w x. Of parts of one size the last in reading order is taken.
+    Average and maximum, each of length 1, over the largest 8-connected component of the cells with A > mean(A) (of several
+    equally large ones, the last in reading order); with a weight, of w x.
 
     >>> maps = torch.tensor([[[[8., 0., 6.], [0., 0., 6.], [0., 0., 0.]], [[6., 0., 0.], [0., 0., 8.], [0., 0., 0.]]]])
     >>> [round(value, 3) for value in scda(maps)[0].tolist()]  # the two cells on the right: mean (6, 4), maximum (6, 8)
@@ -149,14 +149,14 @@ def _activation(maps: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _or_all(chosen: Tensor) -> Tensor:
-    """bool (B, 1, H, W); a flat map, of which rounding may choose nothing, keeps all of its cells."""
+    """bool (B, 1, H, W); all cells of a map without any chosen one, as rounding can leave in a constant map."""
     return chosen | ~chosen.any(dim=(2, 3), keepdim=True)
 
 
 def regions(height: int, width: int, levels: int) -> list[tuple[int, int, int]]:
-    """R-MAC's squares as (top, left, side): at level l of side 2 min(H, W) / (l + 1), l by l, neighbours overlapping.
+    """R-MAC's squares as (top, left, side): at level l, l x l overlapping ones of side 2 min(H, W) / (l + 1).
 
-    Along the longer side of an oblong map there are as many more as make the largest squares overlap closest to 40 %.
+    Along the longer side of an oblong map there are more, so many that the largest squares overlap by about 40 %.
 
     >>> regions(3, 3, 2)
     [(0, 0, 3), (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
@@ -178,7 +178,7 @@ def regions(height: int, width: int, levels: int) -> list[tuple[int, int, int]]:
 
 
 def _regional(maps: Tensor, weight: Tensor | None, attended: Tensor | None, levels: int, least: float = 0.0) -> Tensor:
-    """The regions' maxima at length 1, summed by the share of attended cells and the mean weight inside: (B, C)."""
+    """Sum of the regions' normalised maxima, weighted by their share of attended cells and their mean weight: (B, C)."""
     weighted = maps if weight is None else maps * weight
     places = [
         (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
@@ -196,10 +196,10 @@ def _regional(maps: Tensor, weight: Tensor | None, attended: Tensor | None, leve
 
 
 def _largest_part(chosen: Tensor) -> Tensor:
-    """The largest 8-connected part of bool (B, 1, H, W); of several equal ones the last in reading order."""
+    """The largest 8-connected component of bool (B, 1, H, W); of several equally large ones, the last in reading order."""
     height, width = chosen.shape[2:]
     labels = torch.arange(1, height * width + 1, device=chosen.device, dtype=torch.float32).view(1, 1, height, width) * chosen
-    # A label crosses a part in at most half as many steps as there are cells; a fixed number of steps compiles.
+    # A label crosses a component in at most half as many steps as there are cells; a fixed number can be compiled.
     for _ in range((height * width + 1) // 2):
         labels = F.max_pool2d(labels, 3, stride=1, padding=1) * chosen
     flat = labels.flatten(1).long()

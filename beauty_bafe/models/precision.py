@@ -1,4 +1,4 @@
-"""Which device, and bf16 where it multiplies it faster than float32."""
+"""Devices, and bf16 on those that multiply it faster than float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def check_device(device: str, key: str = "device") -> None:
-    """Raise ValueError for a name that no device has."""
+    """Raise ValueError for a name that is not that of a device."""
     if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"{key}={device}: type auto, cpu, gpu, cuda, cuda:1 (or another number) or mps")
 
@@ -20,7 +20,7 @@ def check_device(device: str, key: str = "device") -> None:
 def pick_device(device: str) -> str:
     """The setting `device` -> a torch device: cpu, cuda, cuda:N or mps (Apple's GPU).
 
-    auto is a GPU where there is one, else cpu; gpu insists on one. Raises ValueError for a device that is not there.
+    auto: a GPU if there is one, otherwise cpu; gpu: any GPU. Raises ValueError for a device that is not available.
     """
     check_device(device)
     cuda = ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
@@ -37,27 +37,27 @@ def pick_device(device: str) -> str:
 
 
 def pick_devices(devices: str | Sequence[str] | None, device: str) -> list[str]:
-    """The settings `devices` (all, a list, or None) and `device` -> torch devices. Raises ValueError as `pick_device`."""
+    """The settings `devices` (all, a list, or None) and `device` -> torch devices. Raises ValueError like `pick_device`."""
     if devices is None:
         return [pick_device(device)]
     if isinstance(devices, str):
         if devices != "all":
             raise ValueError(
-                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for device alone"
+                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for the one in device"
             )
         first = pick_device(device)
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if first.startswith("cuda") else [first]
     if not devices:
-        raise ValueError("extraction.devices=[] names no device; type all, or null for device alone")
+        raise ValueError("extraction.devices=[] names no device; type all, or null for the one in device")
     return [pick_device(one) for one in devices]
 
 
 def fastest_precision(device: str) -> str:
-    """Lightning's name of the fastest safe precision of a torch device."""
+    """Lightning's name of the fastest safe precision on a torch device."""
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Without AVX512-BF16 or AMX, oneDNN emulates bf16 and is slower than in float32.
+        # Without AVX512-BF16 or AMX, oneDNN emulates bf16, which is slower than float32.
         fast = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if fast else "32-true"
 
@@ -65,7 +65,7 @@ def fastest_precision(device: str) -> str:
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:
     """Lightning's `accelerator`, `devices` and `precision` for the setting `device` and a precision that may be auto.
 
-    Raises ValueError for a device that is not there, or one GPU's number beside several devices.
+    Raises ValueError for a device that is not available, or the number of one GPU together with several devices.
     """
     device = pick_device(accelerator)
     kind, _, number = device.partition(":")
@@ -79,9 +79,9 @@ def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str
 
 
 def count_devices(accelerator: str, devices: Any) -> Any:
-    """How many processes `trainer.devices` asks for on a machine: a number, a list of GPUs, or -1 for all GPUs that are there.
+    """How many processes per machine `trainer.devices` means: a number, a list of GPUs, or -1 for all available GPUs.
 
-    What Lightning refuses comes back as it is.
+    Values that Lightning rejects are returned unchanged.
     """
     if isinstance(devices, str):  # Lightning takes "2" for two, "0,1" and "1," for lists
         listed = [part for part in devices.split(",") if part.strip()]
@@ -96,10 +96,10 @@ def count_devices(accelerator: str, devices: Any) -> Any:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory for the next step instead of handing it back: new pages cost time (benchmarks/train.md)."""
+    """Let glibc keep freed memory instead of returning it to the system: new pages take time (benchmarks/train.md)."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for large tensors
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor any trimming of the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors in the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is never trimmed

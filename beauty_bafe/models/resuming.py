@@ -1,4 +1,4 @@
-"""Resuming a run to the same result: what decides the result is kept in the checkpoint and compared."""
+"""Resuming a run with the same result: settings that the result depends on are stored in the checkpoint and compared."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pytorch_lightning.callbacks import Callback
 from .module import load_extractor, read_checkpoint
 from .precision import count_devices
 
-# How pictures are read, and where they lie; which they are the data module compares itself.
+# How pictures are read, and where they are; the data module compares which they are.
 FREE = {f"data.{key}" for key in ("_target_", "root", "backgrounds", "titles", "num_workers", "cache", "cache_gb")}
 TRAINER = ("num_nodes", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
 
 
 def run_settings(cfg: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """What decides a run's result beside its hyper-parameters and pictures: key of the configuration -> plain value.
+    """Settings, besides hyper-parameters and pictures, that the result of a run depends on: key -> plain value.
 
-    `cfg`: train.py's configuration as plain values. `precision`: the one it trains in. `trainer.max_epochs` is free: a run
-    may be made longer.
+    `cfg`: train.py's configuration as plain values. `precision`: that of training. `trainer.max_epochs` may differ, so that a
+    run can be extended.
     """
     settings = _flat({key: cfg[key] for key in ("seed", "data", "augmentation")})
     settings = {key: value for key, value in settings.items() if key not in FREE}
@@ -44,22 +44,22 @@ class KeepRunSettings(Callback):
 
 
 def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], checkpoint: str | Path) -> None:
-    """Raise ValueError where continuing `checkpoint` with `module` and `settings` would not give the same result.
+    """Raise ValueError if resuming `checkpoint` with `module` and `settings` would not give the same result.
 
-    That is where the file is not ours, is of another objective, or differs in a key, which is named.
+    That is, if it is not a checkpoint of this project, has another objective, or differs in a key, which the message names.
     """
     if Path(checkpoint).is_dir():
         raise ValueError(
-            f"ckpt_path='{checkpoint}' is an exported network, which has no optimiser to go on with; "
+            f"ckpt_path='{checkpoint}' is an exported network, which has no optimiser state to resume from; "
             "type ckpt_path=RUN/checkpoints/last.ckpt"
         )
     load_extractor(checkpoint)
     content = read_checkpoint(checkpoint)
     objective = content.get("objective", type(module).__name__)  # older checkpoints do not say
-    anew = "or leave out ckpt_path to start anew"
+    anew = "or leave out ckpt_path to start from scratch"
     if objective != type(module).__name__:
         raise ValueError(
-            f"ckpt_path='{checkpoint}' was trained by {objective}, now it is {type(module).__name__}; "
+            f"ckpt_path='{checkpoint}' was trained by {objective}, not by {type(module).__name__}; "
             f"type the objective= that started the run, {anew}"
         )
     old = _hyper_parameters(content["hyper_parameters"]) | content.get("run", {})
@@ -67,13 +67,13 @@ def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], che
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key.startswith("model."), key)):  # objectives change models
         if key not in old:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' is of an older version, which kept no {key} (now {_typed(new[key])}), so the result "
-                f"may not be the same; resume it with the version that started it, {anew}"
+                f"ckpt_path='{checkpoint}' is of an older version, which did not store {key} (now {_typed(new[key])}), so the "
+                f"result may not be the same; resume it with the version that started it, {anew}"
             )
         if key not in new:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {key}={_typed(old[key])}, a setting that is not there now; "
-                f"type the command that started the run, with the version of that day, {anew}"
+                f"ckpt_path='{checkpoint}' was trained with {key}={_typed(old[key])}, a setting that no longer exists; "
+                f"resume it with the command and the version that started it, {anew}"
             )
         if old[key] != new[key]:
             was = f"{key}={_typed(old[key])}"
@@ -83,7 +83,7 @@ def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], che
 
 
 def _hyper_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Under the keys of the configuration: model's are in a section of its own."""
+    """Hyper-parameters by their keys in the configuration: model.NAME and objective.NAME."""
     return {key if key.startswith("model.") else f"objective.{key}": value for key, value in _flat(values).items()}
 
 
@@ -95,5 +95,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _typed(value: Any) -> str:
-    """As it is typed on the command line."""
+    """A value as typed on the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

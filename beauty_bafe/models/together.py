@@ -1,4 +1,4 @@
-"""What processes that train together must share so that they learn what one process would: negatives and batch statistics."""
+"""What the processes of a distributed training share to learn what one process would: negatives and batch statistics."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 def processes() -> int:
-    """How many processes train together; 1 where no group of them was started."""
+    """The number of processes that train together; 1 without distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (N, ...) of this process -> (P N, ...) of all P, in the order of their ranks; each passes the same N.
+    """Rows (N, ...) of this process -> (P N, ...) of all P, in the order of their ranks; N must be the same in each.
 
-    Gradients flow back to the process that a row came from: the sum of what every process asks of it. DDP then takes the mean
-    over processes, so a loss that all of them compute from all rows has the gradient that one process would give it.
+    A row's gradient is the sum of its gradients in all processes. As DDP then takes the mean over processes, a loss that each
+    computes from all rows has the gradient that it would have in one process.
     """
     if processes() == 1:
         return rows
@@ -28,9 +28,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics in training are of all processes' batches, which must have one shape.
+    """BatchNorm2d with training statistics over the batches of all processes, which must have the same shape.
 
-    torch.nn.SyncBatchNorm does the same on GPUs alone. In evaluation, and in one process, it is BatchNorm2d.
+    torch.nn.SyncBatchNorm does the same, but on GPUs only. In evaluation, and with one process, this is BatchNorm2d.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(inputs.device.type, enabled=False):
             values = inputs.float()
             mean = cast(Tensor, all_reduce(values.mean((0, 2, 3)))) / processes()
-            centred = values - mean.view(1, -1, 1, 1)  # of the squares themselves the difference would be lost in rounding
+            centred = values - mean.view(1, -1, 1, 1)  # the mean of squares minus the squared mean would lose digits
             variance = cast(Tensor, all_reduce(centred.square().mean((0, 2, 3)))) / processes()
             scale = self.weight * (variance + self.eps).rsqrt()
             outputs = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)

@@ -1,1 +1,1 @@
-"""Members become one index with its re-rankers, and answers become files."""
+"""Ensembles, the gallery with its indexes and re-rankers, calibrated probabilities, and submission files."""

@@ -1,4 +1,4 @@
-"""How sure an answer is: the chance that it shows the query's product, learned from street views of the gallery itself."""
+"""The probability that an answer shows the query's product, calibrated on street views of the gallery's own photos."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-SHORTLIST = 20  # answers of a query that share out its probability
+SHORTLIST = 20  # answers to a query among which the probability is divided
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of a query's answers -> the probability that each is right; what is left over is that none is.
+    """Scores of the answers to a query -> the probability that each is right; the rest to 1 is that none is.
 
-    P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)), j among the first SHORTLIST answers: the conditional logit
-    (McFadden, 1974) with the choice of none. Scores count from the median of those answers, as another camera or a blurred
-    picture lowers all of them alike. `strangers`: of queries whose product the gallery lacked, the largest probability that
-    an answer had, rising.
+    P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)) over the first SHORTLIST answers j: the conditional logit
+    (McFadden, 1974) with the option "none". The median of these answers is subtracted from the scores first, as another
+    camera or a blurred picture lowers all of them alike. `strangers`: for queries whose product is not in the gallery, the
+    highest probability of an answer, in ascending order.
     """
 
     scale: float
@@ -29,28 +29,28 @@ class Calibration:
 
     @classmethod
     def fit(cls, scores: np.ndarray, right: np.ndarray) -> Self:
-        """Learn from queries with known answers.
+        """Fit to queries with known answers.
 
-        `scores`: float (Q, k), falling along a row; `right`: bool (Q, k), at most one a row. Each query counts once as it is,
-        and once with its right answer taken out, as if half of all queries showed products that the gallery lacks. Raises
-        ValueError where there is no query, or fewer than two answers each.
+        `scores`: float (Q, k), descending along each row; `right`: bool (Q, k), at most one per row. Each query counts twice:
+        as it is, and with its right answer removed, as if half of all queries showed products that are not in the gallery.
+        Raises ValueError if there are no queries, or fewer than two answers to each.
         """
         if scores.shape != right.shape or scores.ndim != 2 or not len(scores) or scores.shape[1] < 2:
-            raise ValueError(f"calibration needs queries with two answers or more, and has scores of shape {scores.shape}")
+            raise ValueError(f"calibration needs queries with two answers or more, got scores of shape {scores.shape}")
         scores, right = scores[:, :SHORTLIST].astype(np.float64), right[:, :SHORTLIST]
-        # The last answer goes where the right one is not among them, so that all rows have one length.
+        # If the right answer is not among them, the last one is removed, so that all rows have the same length.
         gone = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
         without = scores[np.arange(right.shape[1]) != gone[:, None]].reshape(len(scores), -1)
         raised, without = _above_median(scores), _above_median(without)
         found = right.any(axis=1)
         own = raised[right]
-        # Platt (1999) keeps separable data from asking for infinite certainty: nobody is surer than this many queries allow.
+        # Platt (1999): targets below 1 keep the fit finite on separable data.
         doubt = 1 / (len(scores) + 2)
 
         def loss(values: np.ndarray) -> float:
             scale, unknown = np.exp(values[0]), values[1]
             total = np.logaddexp(unknown, logsumexp(scale * raised, axis=1))
-            hit = total - unknown  # of a right answer that is not among them
+            hit = total - unknown  # if the right answer is not among them
             hit[found] -= (1 - doubt) * (scale * own - unknown)
             absent = np.logaddexp(unknown, logsumexp(scale * without, axis=1))
             best = scale * without[:, 0]
@@ -63,18 +63,18 @@ class Calibration:
         return cls(fitted.scale, fitted.unknown, tuple(np.sort(fitted.probabilities(without)[:, 0]).tolist()))
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
-        """float (Q, k), falling along a row -> float32 (Q, k), 0 to 1."""
+        """Scores, float (Q, k), descending along each row -> float32 (Q, k), 0 to 1."""
         logits = self.scale * _above_median(scores.astype(np.float64))
         total = np.logaddexp(self.unknown, logsumexp(logits[:, :SHORTLIST], axis=1))
         return np.exp(logits - total[:, None]).astype(np.float32)
 
     def threshold(self, rate: float) -> float:
-        """The probability that the best answer of no more than `rate` of the strangers exceeds, `rate` 0 to 1.
+        """The probability above which at most the share `rate` of queries for unknown products have their best answer.
 
         Raises ValueError for a rate that is not between 0 and 1.
         """
         if not 0 <= rate <= 1:
-            raise ValueError(f"known_at={rate}: type the share of unknown products that may pass for known, from 0 to 1")
+            raise ValueError(f"known_at={rate}: type the share of unknown products to accept as known, from 0 to 1")
         above = int(rate * len(self.strangers))
         return float(self.strangers[-1 - above]) if above < len(self.strangers) else 0.0
 
@@ -84,7 +84,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave."""
+        """A Calibration from the output of `to_dict`."""
         return cls(float(values["scale"]), float(values["unknown"]), tuple(float(value) for value in values["strangers"]))
 
 

@@ -1,7 +1,7 @@
 """Classical descriptors of whole pictures, as poolings of the picture itself (`map: picture`), with or without its mask.
 
-Every function takes `pictures`, uint8 (B, 3, S, S), and `weight`, float (B, 1, S, S) in 0..1 or None, and gives float32
-(B, C). The work is OpenCV's, scikit-image's and faiss's, on the CPU, picture by picture.
+Every function takes `pictures`, uint8 (B, 3, S, S), and `weight`, float (B, 1, S, S) in 0..1 or None, and returns float32
+(B, C). They run on the CPU, one picture at a time, by OpenCV, scikit-image and faiss.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..rerank.keypoints import Sift, root_sift
 
 log = logging.getLogger("beauty_bafe")
 
-LEARNED_FROM = 2000  # gallery pictures that give a vocabulary, evenly spread
+LEARNED_FROM = 2000  # gallery pictures, evenly spread, that a vocabulary is learned from
 CANVAS = 224  # their side, pixels
 
 
 def _of_each_picture(describe: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
-    """describe(rgb uint8 (S, S, 3), weight float32 (S, S) or None) -> a function of batches."""
+    """Make describe(rgb uint8 (S, S, 3), weight float32 (S, S) or None) a function of batches."""
 
     @torch.compiler.disable
     @wraps(describe)
@@ -48,7 +48,7 @@ def _of_each_picture(describe: Callable[..., np.ndarray]) -> Callable[..., Tenso
 
 @_of_each_picture
 def lab_histogram(rgb: np.ndarray, weight: np.ndarray | None, bins: int = 8) -> np.ndarray:
-    """Joint histogram of CIE Lab, `bins` a channel, square-rooted: inner products are Bhattacharyya coefficients.
+    """Joint CIE Lab histogram with `bins` per channel, square-rooted: inner products are Bhattacharyya coefficients.
 
     >>> white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
     >>> vector = lab_histogram(white, bins=2)[0]
@@ -64,7 +64,7 @@ def lab_histogram(rgb: np.ndarray, weight: np.ndarray | None, bins: int = 8) -> 
 def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2, 3)) -> np.ndarray:
     """Uniform, rotation-invariant local binary patterns of 8 neighbours at each radius (Ojala et al., TPAMI 2002).
 
-    A histogram of 10 patterns a radius, square-rooted.
+    A histogram of the 10 patterns per radius, square-rooted.
     """
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     patterns = [_skimage().local_binary_pattern(grey, 8, radius, "uniform").astype(int) for radius in radii]
@@ -73,7 +73,7 @@ def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2
 
 @_of_each_picture
 def hog(rgb: np.ndarray, weight: np.ndarray | None, cells: int = 7, orientations: int = 9) -> np.ndarray:
-    """Histograms of oriented gradients over `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
+    """Histograms of oriented gradients in `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
     if weight is not None:
         rgb = (rgb * weight[..., None] + 255 * (1 - weight[..., None])).astype(np.uint8)
     side = rgb.shape[0] // cells
@@ -92,8 +92,8 @@ def _skimage() -> Any:
 class Vlad:
     """VLAD of RootSIFT (Jegou et al., CVPR 2010; intra-normalised, Arandjelovic & Zisserman, CVPR 2013): (B, 128 `words`).
 
-    For every visual word the sum of the differences of the descriptors nearest to it, each word's at length 1. With a
-    weight, keypoints count by it. The vocabulary is learned from gallery pictures and kept beside their features.
+    For every visual word, the sum of the differences to it of the descriptors nearest to it, scaled to length 1. A weight
+    multiplies each keypoint's difference. The vocabulary is learned from gallery pictures and kept beside their features.
     """
 
     def __init__(self, words: int, keypoints: int) -> None:
@@ -111,7 +111,7 @@ class Vlad:
 
     def _describe(self, rgb: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         if self.vocabulary is None:
-            raise ValueError("the vocabulary of VLAD has not been learned; it is, from the gallery, when a gallery is opened")
+            raise ValueError("VLAD has no vocabulary yet; it is learned from the gallery when a gallery is opened")
         points, sift = self.detector(rgb)
         total = np.zeros((self.words, 128), np.float32)
         if not len(points):
@@ -126,13 +126,13 @@ class Vlad:
         return unit(total).ravel()
 
     def learn(self, pictures: Pictures) -> None:
-        """Cluster the RootSIFT of some of the pictures. Raises ValueError where they have too few."""
+        """Cluster the RootSIFT descriptors of some of the pictures. Raises ValueError if there are too few."""
         found = []
         for row in np.unique(np.linspace(0, len(pictures) - 1, LEARNED_FROM).astype(int)):
             try:
                 rgb = pictures.read(int(row), CANVAS).rgb
             except UnreadablePicture:
-                continue  # the pass over the gallery reports it
+                continue  # reported when the gallery is described
             found.append(root_sift(self.detector(letterbox(rgb, CANVAS)).descriptors))
         descriptors = np.concatenate(found) if found else np.zeros((0, 128), np.float32)
         if len(descriptors) < self.words:
@@ -145,10 +145,10 @@ class Vlad:
 
 
 def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kept: Path | None, features: Path) -> None:
-    """Give poolings that learn from the gallery what they learned once: from `kept`, from `features`, else from `pictures`.
+    """Give VLAD poolings their vocabulary: from `kept` or `features` if it was learned before, otherwise from `pictures`.
 
-    `source`: where the pictures come from, by which `features` is searched.
-    A catalogue that changes keeps its vocabulary, so that what was described stays valid.
+    `source`: where the pictures come from, by which the vocabulary is found in `features`. A changed catalogue keeps its
+    vocabulary, so that stored descriptors stay valid.
     """
     for number, vlad in enumerate(_vlads(members)):
         file = features / f"vocabulary-{digest(str(vlad), str(Path(source).expanduser().resolve()))}.npy"
@@ -162,7 +162,7 @@ def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kep
 
 
 def keep_learned(members: Sequence[Member], place: Path) -> None:
-    """Write what was learned beside an index, for queries of other days."""
+    """Write the vocabularies beside an index, for later queries."""
     for number, vlad in enumerate(_vlads(members)):
         _save(_kept(place, number), vlad)
 

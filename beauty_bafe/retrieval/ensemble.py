@@ -1,4 +1,4 @@
-"""Several descriptors of one picture become one, or several rankings become one."""
+"""Ensembles: several descriptors of a picture are concatenated, or several rankings are fused."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..extraction.features import Features, mean_masks, unit
 from ..index.ranking import Ranking
 from ..manifest import replace_file
 
-BLOCK = 1 << 14  # rows worked on at once
-PCA_ROWS = 100_000  # gallery rows that a PCA is learned from at most, evenly spread
+BLOCK = 1 << 14  # rows processed at a time
+PCA_ROWS = 100_000  # gallery rows, evenly spread, that a PCA is learned from at most
 
 
 class Concatenation:
-    """L2-normalise each member's descriptors, z-score them if asked, weigh, concatenate, L2-normalise the whole.
+    """Z-score each member's descriptors if `zscore`, L2-normalise, weight and concatenate them, and L2-normalise the result.
 
-    `zscore`: subtract the mean and divide by the deviation of every dimension, both of the gallery, for gallery and
-    queries alike (the paper takes the queries' own, so that one query gives NaN). `weights`: one a member, or None
-    for equal ones; a weight is a share of the final score, so vectors are scaled by its square root. `pca`: keep this
-    many principal dimensions of the gallery, centred; `whiten` scales each to the same variance (Jegou & Chum, ECCV 2012).
-    Everything is learned from the gallery alone. `normalize`: whether members and whole are brought to length 1 after the
-    z-score; BAFE's code leaves them as they are and compares by L2 (`index.metric=l2`).
+    `zscore`: subtract the mean and divide by the standard deviation of every dimension, both of the gallery, for gallery
+    and queries alike (the paper uses the queries' own, which gives NaN for a single query). `weights`: one per member, or
+    None for equal ones; a weight is a share of the final score, so vectors are scaled by its square root. `pca`: number of
+    principal components of the gallery to keep, centred; `whiten`: scale each to the same variance (Jegou & Chum, ECCV
+    2012). Everything is learned from the gallery alone. `normalize`: whether members and result are L2-normalised; BAFE's
+    code does not, and compares by L2 (`index.metric=l2`).
     """
 
-    depth = 0  # answers needed beyond those asked for
+    depth = 0  # it needs no more answers than requested
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Concatenation:
         self._learned: dict[str, np.ndarray] = {}
 
     def describe(self) -> dict[str, Any]:
-        """What a saved state must share with this one, plain values."""
+        """Plain values that must be the same in a saved ensemble for this one to load it."""
         weights = None if self.weights is None else [float(weight) for weight in self.weights]
         return {
             "ensemble": "concatenation",
@@ -53,7 +53,7 @@ class Concatenation:
         }
 
     def fit(self, gallery: Sequence[Features]) -> Self:
-        """Learn the gallery's statistics. Raises ValueError where weights or `pca` do not fit the gallery."""
+        """Learn the gallery's statistics. Raises ValueError if `weights` or `pca` do not fit the gallery."""
         _check_weights(self.weights, len(gallery))
         self._learned = {}
         for number, features in enumerate(gallery):
@@ -61,7 +61,7 @@ class Concatenation:
                 vectors = features.vectors
                 self._learned[f"mean{number}"] = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
                 deviation = np.sqrt(_variance(vectors, self._learned[f"mean{number}"]))
-                # A dimension that never varies carries nothing: divided by 1, its z-score is 0 everywhere in the gallery.
+                # A constant dimension is divided by 1, so that its z-score is 0 for the whole gallery.
                 self._learned[f"deviation{number}"] = np.where(deviation > 1e-8, deviation, 1.0).astype(np.float32)
         if self.pca is not None:
             from sklearn.decomposition import PCA
@@ -83,11 +83,11 @@ class Concatenation:
         return self
 
     def transform(self, members: Sequence[Features]) -> list[Features]:
-        """One Features per member, of the same pictures -> one in a list, float32 (N, D), of length 1 if `normalize`."""
+        """One Features per member, of the same pictures -> a list of one Features, (N, D), of length 1 if `normalize`."""
         if any(features.ids != members[0].ids for features in members):
-            raise ValueError("the members' features are of different pictures; extract them from one catalogue")
+            raise ValueError("the members' features are of different pictures; describe the same catalogue with all of them")
         width = self.pca or sum(features.vectors.shape[1] for features in members)
-        joined = np.empty((len(members[0].ids), width), np.float32)  # filled in place: half a million rows stand there once
+        joined = np.empty((len(members[0].ids), width), np.float32)  # filled in place, to keep one copy in memory
         for start in range(0, len(joined), BLOCK):
             block = self._joined([features.vectors[start : start + BLOCK] for features in members])
             if "axes" in self._learned:
@@ -106,11 +106,11 @@ class Concatenation:
         return unit(joined) if self.normalize else joined
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
-        """There is one ranking; its first k."""
+        """The first k of the only ranking."""
         return rankings[0].first(k)
 
     def save(self, folder: Path) -> None:
-        """Write what was learned: a query a year later is treated as those of today."""
+        """Write what was learned, so that later queries are transformed in the same way."""
         replace_file(folder / "ensemble.npz", lambda part: _save_npz(part, self._learned))
 
     def load(self, folder: Path) -> Self:
@@ -120,11 +120,11 @@ class Concatenation:
 
 
 class Fusion:
-    """Every member searches for itself; the rankings are fused.
+    """Every member is searched separately, and the rankings are fused.
 
-    `method`: "score", the weighted mean of scores, each member's standardised over each query's own `depth` answers (a
-    picture that a member does not have among them counts as its last answer); or "rank", reciprocal rank fusion, the
-    weighted sum of 1 / (60 + rank) (Cormack et al., SIGIR 2009). `depth`: answers taken from each member.
+    `method`: "score", the weighted mean of scores, standardised over each member's `depth` answers to the query (a picture
+    missing among them counts as the last one); or "rank", reciprocal rank fusion, the weighted mean of 1 / (60 + rank)
+    (Cormack et al., SIGIR 2009). `weights`: one per member, or None for equal ones. `depth`: answers used of each member.
     """
 
     def __init__(self, method: str, weights: Sequence[float] | None, depth: int) -> None:
@@ -133,22 +133,22 @@ class Fusion:
         self.method, self.weights, self.depth = method, weights, depth
 
     def describe(self) -> dict[str, Any]:
-        """What a saved state must share with this one, plain values."""
+        """Plain values that must be the same in a saved ensemble for this one to load it."""
         return {"ensemble": "fusion"}
 
     def fit(self, gallery: Sequence[Features]) -> Self:
-        """Nothing is learned. Raises ValueError where the number of weights differs from that of members."""
+        """Learn nothing. Raises ValueError if the numbers of weights and members differ."""
         _check_weights(self.weights, len(gallery))
         return self
 
     def transform(self, members: Sequence[Features]) -> list[Features]:
-        """Each member's descriptors as they are, rows of length 1."""
+        """Each member's descriptors, L2-normalised."""
         return [Features(unit(features.vectors).astype(np.float32), features.ids, features.masks) for features in members]
 
     def fuse(self, rankings: Sequence[Ranking], k: int) -> Ranking:
-        """The k best of all members' rankings of the same queries over the same gallery; ties in the gallery's order.
+        """Fuse rankings of the same queries over the same gallery: the k best of each query, ties in the gallery's order.
 
-        Raises ValueError where a member's ranking is shorter than k: whether all together reach k would be a matter of luck.
+        Raises ValueError if a ranking is shorter than k, as the fused one could then be shorter as well.
         """
         for ranking in rankings:
             ranking.first(k)
@@ -165,14 +165,14 @@ class Fusion:
         return Ranking(rankings[0].query_ids, rankings[0].gallery_ids, positions, scores)
 
     def save(self, folder: Path) -> None:
-        """Nothing was learned."""
+        """Write nothing."""
 
     def load(self, folder: Path) -> Self:
         return self
 
 
 def _votes(ranking: Ranking, query: int, method: str) -> tuple[dict[int, float], float]:
-    """What one member says of its answers, and of every other picture."""
+    """One member's vote for each of its answers to a query, and for every other picture."""
     places, scores = ranking.positions[query].tolist(), ranking.scores[query].astype(float)
     if method == "rank":
         return {place: 1 / (60 + rank) for rank, place in enumerate(places, start=1)}, 0.0

@@ -1,4 +1,4 @@
-"""The gallery's side of a search, built from pictures or kept from another day, and its answers to queries."""
+"""The gallery: built from pictures or loaded, searched, re-ranked, changed and saved."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .ensemble import Concatenation, Fusion
 
 log = logging.getLogger("beauty_bafe")
 
-CATALOG = "gallery.csv"  # the pictures of a kept index
-LEARNED = "learned.json"  # by its re-rankers and calibration
+CATALOG = "gallery.csv"  # ids and paths of a saved gallery
+LEARNED = "learned.json"  # what its re-rankers and calibration have learned
 
 
 class Extraction(Protocol):
-    """Describes pictures, see FeatureExtraction (kept on disk) and MemoryExtraction. `root`: where files may be kept."""
+    """See FeatureExtraction (stores descriptors on disk) and MemoryExtraction. `root`: where files may be kept."""
 
     root: Path
     scales: tuple[float, ...]
@@ -59,10 +59,10 @@ class Extraction(Protocol):
 
 
 class Gallery:
-    """A gallery that can be searched: how pictures are described and fused, and an index of it per view (or member, where
-    rankings are fused).
+    """A searchable gallery: members that describe pictures, an ensemble of them, and indexes (one per member if the ensemble
+    fuses rankings, otherwise one).
 
-    `view` changes queries before they are described, see Describer. `catalog`: the pictures that lie in files.
+    `view`: how queries are described, see Describer. `catalog`: the gallery's pictures that are files.
     """
 
     def __init__(
@@ -81,33 +81,32 @@ class Gallery:
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
-                    f"{member.name} was never trained to make masks, which changing the queries needs; "
+                    f"{member.name} was not trained to predict masks, which the query view needs; "
                     "type checkpoints='[RUN/checkpoints/best.ckpt]', or query=whole"
                 )
 
     def open(self, source: str | None, folder: str | None, index: Index, skipped: Skipped) -> Self:
-        """Build it from the pictures of `source`, or take it from `folder`.
+        """Build the gallery from the pictures of `source`, or load it from `folder`.
 
-        What `folder` holds is changed only where the catalogue changed, under the ensemble learned when it was first built;
-        without `source` it answers as it is. Raises ValueError where it was made with other members or settings (the key is
-        named).
+        With both, a gallery saved in `folder` is updated to changes of the catalogue; its ensemble stays as first learned.
+        Raises ValueError, with the name of the key, if it was made with other members or settings.
         """
         kept = Versions(Path(folder)) if folder is not None else None
         if source is not None:
             pictures = open_catalog(source)
-            # A second run on the same folder waits, and then finds what the first one wrote.
+            # A second run on the same folder waits, then reads what the first one wrote.
             with locked([] if kept is None else [kept.folder]):
                 log.info(self.build(pictures, source, index, skipped, kept))
             return self
         if kept is None or kept.current() is None:
-            raise ValueError(f"index_dir={folder} holds no index yet; give gallery=DIR_OR_CSV to build it from")
+            raise ValueError(f"index_dir={folder} holds no index yet; type gallery=DIR_OR_CSV to build one")
 
         kept.read(lambda place: self.load(place, index))
         log.info(f"index: {self.indexes[0]}, {len(self.indexes[0])} pictures from {folder}")
         return self
 
     def build(self, pictures: Pictures, source: str, index: Index, skipped: Skipped, kept: Versions | None = None) -> str:
-        """Describe the pictures and index them, as a change of what is `kept` where something is; returns what was done."""
+        """Describe and index the pictures, or update the gallery in `kept` if there is one; returns a message about it."""
         place = kept.current() if kept is not None else None
         self.catalog = pictures.files
         learn(self.members, pictures, source, place, self.extraction.root)
@@ -134,7 +133,7 @@ class Gallery:
         return done
 
     def added(self, pictures: Pictures, described: Sequence[Features]) -> Gallery:
-        """This gallery with more pictures, the ensemble as first learned. Raises ValueError for an id that is there already."""
+        """This gallery with more pictures; the ensemble stays as first learned. Raises ValueError for an existing id."""
         larger = copy.copy(self)
         larger.indexes = [index.clone() for index in self.indexes]
         for index, view in zip(larger.indexes, self.ensemble.transform(described), strict=True):
@@ -144,7 +143,7 @@ class Gallery:
         return larger
 
     def removed(self, ids: tuple[str, ...]) -> Gallery:
-        """This gallery without these pictures. Raises ValueError for an id that is not there."""
+        """This gallery without these pictures. Raises ValueError for an unknown id."""
         smaller = copy.copy(self)
         smaller.indexes = [index.clone() for index in self.indexes]
         for index in smaller.indexes:
@@ -153,14 +152,15 @@ class Gallery:
         return smaller
 
     def describe(self, pictures: Pictures, source: str, what: str, skipped: Skipped) -> list[Features]:
-        """Features of each member over pictures to ask with, their masks among them."""
+        """Features of each member for queries, with masks."""
         return self.extraction(self.members, pictures, source, what, skipped, masks=True, view=self.view)
 
     def rehearse(self, steps: Sequence[Reranker], rehearsal: Rehearsal, about: str, folder: str | None = None) -> None:
-        """Take these re-ranking steps; they and the calibration learn from street views of the gallery's photos.
+        """Set the re-ranking steps; they and the calibration learn from street views of the gallery's photos.
 
-        `about`: the settings behind them. What was learned by the same settings is taken as it is, from `folder` (the
-        index_dir) as well, and else written there. Without views, or photos to draw them from, there are no probabilities.
+        `about`: the settings of all of them. If a loaded gallery has learned with the same settings, nothing is learned again;
+        otherwise the result is written to `folder` (index_dir). Without views, or photos to draw them from, answers get no
+        probabilities.
         """
         self.steps = [list(steps) for _ in self.indexes]
         if self._learned.get("about") == about:
@@ -199,18 +199,19 @@ class Gallery:
 
     def _write_learned(self, place: Path) -> None:
         if not os.access(place, os.W_OK):
-            return  # a read-only copy can answer all the same
+            return  # a read-only copy can still be searched
         replace_file(place / LEARNED, lambda part: part.write_text(json.dumps(self._learned), encoding="utf-8"))
 
     def answer(self, pictures: Pictures, described: Sequence[Features], k: int) -> Ranking:
-        """Search each view for `described`, re-rank as `rehearse` was told, fuse: the k best of every query.
+        """Search each index for the queries, re-rank and fuse: the k best answers to each.
 
-        `pictures`: the queries, for steps that look at them. Raises ValueError for a bad k.
+        `described`: features of the queries, see `describe`; `pictures`: the queries themselves, for re-rankers that use
+        them. Raises ValueError for a bad k.
         """
         return self.shortlist(pictures, described, k).first(k)
 
     def shortlist(self, pictures: Pictures, described: Sequence[Features], k: int) -> Ranking:
-        """As `answer`, with all answers that share out a probability (see Calibration), where there are more than k."""
+        """Like `answer`, but with at least the SHORTLIST answers that probabilities are computed from (see Calibration)."""
         check_k(k, len(self.indexes[0]))
         ranking = self._answer(pictures, described, max(k, SHORTLIST if self.calibration is not None else 0))
         if self.calibration is None:
@@ -218,7 +219,7 @@ class Gallery:
         return replace(ranking, probabilities=self.calibration.probabilities(ranking.scores))
 
     def _answer(self, pictures: Pictures, described: Sequence[Features], k: int, learn: bool = False) -> Ranking:
-        """The k best, or as many as the gallery and the steps leave."""
+        """The k best answers, or as many as the gallery holds and the re-rankers keep."""
         steps = self.steps or [[] for _ in self.indexes]
         depths = [k, self.ensemble.depth, *(step.depth for own in steps for step in own)]
         depth = min(max(depths), len(self.indexes[0]))
@@ -234,7 +235,7 @@ class Gallery:
         return self.ensemble.fuse(rankings, min(k, *(ranking.positions.shape[1] for ranking in rankings), depth))
 
     def costs(self) -> dict[str, float]:
-        """Dimensions of a picture and bytes of the index."""
+        """Dimensions of a descriptor and bytes of the indexes."""
         return {
             "dimensions": sum(index.dimensions for index in self.indexes),
             "index_bytes": sum(index.nbytes for index in self.indexes),
@@ -245,26 +246,26 @@ class Gallery:
         return self.ensemble.describe() | seen | {"members": describe_members(self.members)}
 
     def load(self, place: Path, index: Index) -> None:
-        """Take what `save` wrote. Raises ValueError naming the key that differs."""
+        """Read a saved gallery. Raises ValueError with the name of a key that differs."""
         learn(self.members, None, "", place, self.extraction.root)
         self.indexes = self._load_indexes(place, index)
         self.catalog = open_catalog(place / CATALOG) if (place / CATALOG).is_file() else Catalog((), ())
         self._read_learned(place)
 
     def _load_indexes(self, place: Path, index: Index) -> list[Index]:
-        """The kept indexes, one a view; the ensemble takes up what it had learned."""
+        """Load the ensemble and the saved indexes."""
         self.ensemble.load(place)
         views = sorted(place.glob("view*"), key=lambda view: int(view.name.removeprefix("view")))
         about = self._about()
         return [index.for_view(number, about).load(view, about) for number, view in enumerate(views)]
 
     def _held(self) -> Catalog:
-        """The files of the pictures that the index holds, where they lie now."""
+        """The files of the pictures in the index, with absolute paths."""
         held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in self.indexes[0].row_of)
         return Catalog(held.ids, tuple(path.resolve() for path in held.paths))
 
     def save(self, place: Path) -> None:
-        """Write ensemble, indexes and where the pictures lie into a folder of their own."""
+        """Write the ensemble, the indexes and the paths of the pictures to a folder."""
         self.ensemble.save(place)
         keep_learned(self.members, place)
         for number, index in enumerate(self.indexes):

@@ -24,7 +24,7 @@ log = logging.getLogger("beauty_bafe")
 
 @dataclass(frozen=True)
 class Parts:
-    """`steps`: the re-ranking, in order. `view`: how queries are described. `about`: the settings that steps learn under."""
+    """`steps`: re-rankers, in order. `view`: how queries are described. `about`: the settings that learning depends on."""
 
     members: list[Member]
     extraction: FeatureExtraction
@@ -37,7 +37,7 @@ class Parts:
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Load the networks of `cfg`, none of its groups left at auto, and build what it names. Raises ValueError."""
+    """Load the networks and build the parts that `cfg` names; none of its groups may be auto. Raises ValueError."""
     steps = build_steps(cfg.rerank)
     poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
     members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs, cfg.size)
@@ -49,7 +49,7 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 
 def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
-    """The re-rankers of conf/rerank by name, in order; one that is `optional` is left out where its package is missing."""
+    """The re-rankers of conf/rerank by name, in order; one that is `optional` is left out if its package is missing."""
     steps = {}
     for name, settings in rerank.items():
         kept = {key: value for key, value in settings.items() if key != "optional"}

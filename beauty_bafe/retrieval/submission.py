@@ -1,4 +1,4 @@
-"""Files of answers. The challenge's has no header; a query's id, then k gallery ids, most confident first."""
+"""Submission files. The challenge's have no header: each row is a query id, then k gallery ids, best first."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..manifest import replace_file
 
 
 def write_submission(ranking: Ranking, file: str | Path) -> None:
-    """Write one line a query, whole or not at all."""
+    """Write one line per query, atomically."""
     _write_rows(file, ([query, *ranking.answers(row)] for row, query in enumerate(ranking.query_ids)))
 
 
 def write_answers(ranking: Ranking, file: str | Path, threshold: float | None) -> None:
-    """Write one line an answer, with a header: query, rank from 1, id, score, probability, known.
+    """Write one line per answer, with a header: query, rank from 1, id, score, probability, known.
 
-    `known`: yes where the query's best answer has a probability of `threshold` or more, no where the product is not in the
-    gallery. Both are empty where nothing was learned to tell.
+    `known`: yes if the best answer to the query has a probability of at least `threshold`, otherwise no (the product is
+    probably not in the gallery). Probability and known are empty without a calibration.
     """
     rows: list[list[object]] = [["query", "rank", "id", "score", "probability", "known"]]
     for row, query in enumerate(ranking.query_ids):
@@ -35,9 +35,9 @@ def write_answers(ranking: Ranking, file: str | Path, threshold: float | None) -
 
 
 def is_known(ranking: Ranking, row: int, threshold: float) -> bool:
-    """Whether the query in this row shows a product of the gallery. Raises ValueError for a ranking without probabilities."""
+    """Whether the best answer in this row reaches `threshold`. Raises ValueError for a ranking without probabilities."""
     if ranking.probabilities is None:
-        raise ValueError("there are no probabilities to tell known products by; type rehearsal.views=384")
+        raise ValueError("the ranking has no probabilities; type rehearsal.views=384")
     return bool(ranking.probabilities[row].max() >= threshold)
 
 
@@ -53,7 +53,7 @@ def _write_rows(file: str | Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def read_submission(file: str | Path) -> dict[str, list[str]]:
-    """Query id -> gallery ids, best first. Raises ValueError for a query that stands twice or a line without answers."""
+    """Query id -> gallery ids, best first. Raises ValueError for a repeated query or a line without answers."""
     answers: dict[str, list[str]] = {}
     with Path(file).open(newline="", encoding="utf-8-sig") as stream:
         for number, row in enumerate(csv.reader(stream), start=1):
@@ -67,13 +67,13 @@ def read_submission(file: str | Path) -> dict[str, list[str]]:
 def check_submission(
     file: str | Path, k: int, gallery: Sequence[str] | None = None, queries: Sequence[str] | None = None
 ) -> list[str]:
-    """What is wrong with a file, one sentence a fault; nothing where it can be handed in.
+    """The faults of a submission file, one sentence each; empty if it can be submitted.
 
-    Every line holds a query and `k` different gallery ids; no query stands twice. With `gallery` all ids must be among
-    its ids; with `queries` all are answered, no others, in their order.
+    Every line must hold a query and `k` different gallery ids, and no query may be repeated. With `gallery`, all answers
+    must be among its ids; with `queries`, exactly these must be answered, in this order.
     """
     faults, seen = [], list[str]()
-    known, asked = (None if names is None else set(names) for names in (gallery, queries))
+    known, expected = (None if names is None else set(names) for names in (gallery, queries))
     with Path(file).open(newline="", encoding="utf-8") as stream:
         for number, row in enumerate(csv.reader(stream), start=1):
             query, answers = (row[0], row[1:]) if row else ("", [])
@@ -82,17 +82,17 @@ def check_submission(
             if twice := sorted({answer for answer in answers if answers.count(answer) > 1}):
                 faults.append(f"line {number} ('{query}') holds {', '.join(twice)} more than once")
             if known is not None and (strange := [answer for answer in answers if answer not in known]):
-                faults.append(f"line {number} ('{query}') answers with {', '.join(strange)}, not in the gallery")
-            if asked is not None and query not in asked:
-                faults.append(f"line {number}: '{query}' is none of the {len(asked)} queries; a header does not belong here")
+                faults.append(f"line {number} ('{query}') answers {', '.join(strange)}, not in the gallery")
+            if expected is not None and query not in expected:
+                faults.append(f"line {number}: '{query}' is not among the {len(expected)} queries; leave out any header")
             seen.append(query)
     if not seen:
         faults.append("the file is empty")
-    faults += [f"the query '{query}' stands {count} times" for query, count in Counter(seen).items() if count > 1]
-    if queries is not None and asked is not None:
+    faults += [f"the query '{query}' occurs {count} times" for query, count in Counter(seen).items() if count > 1]
+    if queries is not None and expected is not None:
         if missing := [query for query in queries if query not in set(seen)]:
             faults.append(f"{len(missing)} queries are not answered, the first '{missing[0]}'")
-        if not missing and [query for query in seen if query in asked] != list(queries):
+        if not missing and [query for query in seen if query in expected] != list(queries):
             faults.append("the queries are not in their order")
     return faults
 
@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__, prog="python -m beauty_bafe.retrieval.submission")
     check = parser.add_subparsers(required=True).add_parser("check", help="verify a submission file")
     check.add_argument("file")
-    check.add_argument("--k", type=int, default=7, help="answers a query")
-    check.add_argument("--gallery", help="folder, or csv of id,path: its ids are the known ones")
+    check.add_argument("--k", type=int, default=7, help="answers per query")
+    check.add_argument("--gallery", help="folder, or csv of id,path: answers must be among its ids")
     check.add_argument("--queries", help="likewise: all of them must be answered, in their order")
     given = parser.parse_args(arguments)
     try:

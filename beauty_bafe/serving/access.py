@@ -1,4 +1,4 @@
-"""Which requests are allowed: the token, and requests that another web site made a browser send."""
+"""Which requests are allowed: the token, and protection against requests from other web sites."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ VARIABLE = "BEAUTY_BAFE_TOKEN"
 
 
 def read_token(file: str | None) -> str | None:
-    """The token in `file`, or else in the environment; None where there is neither.
+    """The token in `file`, otherwise in the environment; None if there is neither.
 
-    Raises ValueError for one that is empty, too short or not ASCII, OSError where the file cannot be read.
+    Raises ValueError for one that is empty, too short or not ASCII, OSError if the file cannot be read.
     """
     token = Path(file).read_text(encoding="utf-8") if file is not None else os.environ.get(VARIABLE)
     if token is None:
@@ -31,19 +31,19 @@ def read_token(file: str | None) -> str | None:
 
 
 def choose_host(host: str | None, token: str | None) -> str:
-    """The address to listen at. Raises ValueError where others could reach a service without a token."""
+    """The address to listen on. Raises ValueError if other machines could reach a service without a token."""
     if host is None:
         return "127.0.0.1" if token is None else "0.0.0.0"
     if token is None and not _is_local(host):
         raise ValueError(
             f"host={host} lets other machines change the catalogue; set {VARIABLE} or token_file=FILE first, "
-            "or leave host out to listen at 127.0.0.1 only"
+            "or leave host out to listen on 127.0.0.1 only"
         )
     return host
 
 
 class Access:
-    """Raises Refused where a request may not do what it asks for. `private`: searching needs the token as well."""
+    """Raises Refused for requests that are not allowed. `private`: searching needs the token as well."""
 
     def __init__(self, token: str | None, private: bool) -> None:
         if private and token is None:
@@ -51,13 +51,13 @@ class Access:
         self._token, self.private = token, private
 
     def check_reading(self, request: Request) -> None:
-        """For what private=true protects."""
+        """Check a request that only needs the token with private=true."""
         self._check_origin(request)
         if self.private:
             self._check_token(request)
 
     def check_writing(self, request: Request) -> None:
-        """For changes of the catalogue."""
+        """Check a request that changes the catalogue."""
         self._check_origin(request)
         if self._token is not None:
             self._check_token(request)
@@ -67,19 +67,19 @@ class Access:
         right = (self._token or "").encode()
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), right):
             raise Refused(
-                401, "this needs the token; send the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
+                401, "this needs a token; send the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
             )
 
     def _check_origin(self, request: Request) -> None:
-        """Without a token, being on this machine is the permission; a web page open in its browser must not borrow it."""
+        """Without a token, any program on this machine may send requests, but not web pages of other sites in its browser."""
         if self._token is not None:
             return
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
         if not _is_local(urlsplit(f"//{host}").hostname or ""):
-            raise Refused(403, "without a token the service answers at localhost only; open http://localhost:PORT")
+            raise Refused(403, "without a token the service only answers on localhost; open http://localhost:PORT")
         if origin is not None and urlsplit(origin).netloc != host:
-            raise Refused(403, "the request comes from another web site's page")
+            raise Refused(403, "the request comes from a page of another web site")
 
 
 def _is_local(host: str) -> bool:

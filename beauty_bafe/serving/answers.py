@@ -1,11 +1,11 @@
-"""What the endpoints answer, as OpenAPI shows it."""
+"""The response models of the endpoints, as OpenAPI shows them."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
 MASK = (
-    "PNG, base64, white where the product is; stretch it over the picture. Null where not asked for, or the network makes none"
+    "PNG in base64, white on the product; stretch it over the picture. Null if it was not requested or the network makes none"
 )
 
 
@@ -14,8 +14,8 @@ class Answer(BaseModel):
 
     id: str
     score: float = Field(description="Higher is better; comparable within one answer")
-    probability: float | None = Field(description="That it is the product, 0 to 1; null where nothing calibrates it")
-    picture: str | None = Field(description="Address of a thumbnail; null where the catalogue has no file of it")
+    probability: float | None = Field(description="That it is the product, 0 to 1; null without calibration")
+    picture: str | None = Field(description="URL of a thumbnail; null if the catalogue has no file of it")
 
 
 class SearchAnswer(BaseModel):
@@ -23,8 +23,7 @@ class SearchAnswer(BaseModel):
 
     answers: list[Answer]
     known: bool | None = Field(
-        description="Whether the best answer reaches the threshold (of its probability, or of its score where that is null); "
-        "null where nothing tells"
+        description="Whether the best answer's probability, or score if that is null, reaches the threshold; null without one"
     )
     threshold: float | None
     mask: str | None = Field(description=MASK)
@@ -33,7 +32,7 @@ class SearchAnswer(BaseModel):
 
 
 class Description(BaseModel):
-    """A picture as the index holds it."""
+    """The descriptor of a picture."""
 
     descriptor: list[float]
     mask: str | None = Field(description=MASK)
@@ -62,11 +61,11 @@ class Problem(BaseModel):
 
 PROBLEMS = {
     401: "the token is missing or wrong",
-    403: "another site's page asked, or not through localhost",
+    403: "from a page of another site, or not through localhost",
     404: "no such product",
-    409: "the id is taken, or it is the last product",
+    409: "the id exists, or it is the last product",
     413: "too many bytes or pixels",
-    415: "a kind of file that is not allowed",
+    415: "a file type that is not allowed",
     422: "a broken picture, or a bad setting",
     429: "too many requests are waiting; see Retry-After",
     503: "still loading",
@@ -75,11 +74,11 @@ PROBLEMS = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """The `responses` of an endpoint that may refuse with these statuses."""
+    """The `responses` of an endpoint that may refuse requests with these statuses."""
     return {status: {"model": Problem, "description": PROBLEMS[status]} for status in statuses}
 
 
-# A picture as a form's file `image`, or as the body itself.
+# A picture as the file `image` of a form, or as the body itself.
 UPLOAD: dict[str, object] = {
     "requestBody": {
         "required": True,

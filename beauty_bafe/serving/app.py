@@ -29,15 +29,15 @@ from .shop import Served, Shop, encode_mask
 
 log = logging.getLogger(__name__)
 Mask = Annotated[bool, Query(description="Whether to send the mask")]
-K = Annotated[int, Query(ge=1, le=1000, description="How many answers, at most; fewer where the catalogue is smaller")]
+K = Annotated[int, Query(ge=1, le=1000, description="Number of answers; fewer if the catalogue is smaller")]
 Threshold = Annotated[
     float | None,
-    Query(description="Probability (score where there is none) from which the best answer counts as known"),
+    Query(description="Probability (or score, without calibration) from which the best answer counts as known"),
 ]
-FOLLOW_SECONDS = 1.0  # how often the folder is asked for a version that another process wrote
+FOLLOW_SECONDS = 1.0  # how often the folder is checked for a new version
 DESCRIPTION = (
-    "Finds the products of a catalogue in pictures. Where the service has a token, changes of the catalogue need the header "
-    "Authorization: Bearer TOKEN, and so do searches of a private one."
+    "Finds the products of a catalogue in pictures. If the service has a token, changes of the catalogue need the header "
+    "Authorization: Bearer TOKEN, and so do searches if the catalogue is private."
 )
 
 
@@ -56,7 +56,7 @@ class Settings:
 
 
 class Service:
-    """What the endpoints share. `load` makes the shop in a thread of its own; `failed` is told where it cannot."""
+    """The state of the service. `load` loads the shop, in a thread; `failed` is called if that raises."""
 
     def __init__(self, load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> None:
         self._load, self._failed = load, failed
@@ -66,7 +66,7 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """From the start of the server to its end, which comes when the last request is answered."""
+        """Runs from the start of the server until the last request has been answered."""
         self.batcher = Batcher(
             lambda kind, contents: self.shop.answer(kind, contents),
             self.settings.batch_size,
@@ -94,10 +94,10 @@ class Service:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
                 self._note(await asyncio.to_thread(shop.refresh))
-            except Exception as error:  # the version before is still served
+            except Exception as error:  # the previous version is still served
                 if str(error) != fault:
                     fault = str(error)
-                    log.error("the new version of the catalogue cannot be loaded, so the one before is served: %s", fault)
+                    log.error("the new version of the catalogue cannot be loaded; still serving the previous one: %s", fault)
 
     @property
     def shop(self) -> Shop:
@@ -112,7 +112,7 @@ class Service:
         self.metrics.stage(name, time.perf_counter() - start)
 
     async def ask(self, request: Request, kind: Hashable) -> tuple[Upload, Any]:
-        """The picture of a request and the engine's answer to it. Raises Refused."""
+        """The picture in a request, and the result for it. Raises Refused."""
         self.settings.access.check_reading(request)
         _ = self.shop
         with self.places.take(), self.stage("request"):
@@ -121,12 +121,12 @@ class Service:
                 return upload, await self.batcher.ask(kind, upload.content)
 
     async def change(self, request: Request, what: Callable[[Upload | None], Served], with_upload: bool) -> Change:
-        """Change the catalogue, one change after the other. Raises Refused."""
+        """Change the catalogue; changes run one at a time. Raises Refused."""
         with self.places.take(), self.stage("change"):
             async with self._in_time():
                 upload = await read_upload(request, self.limits) if with_upload else None
                 await self.changing.acquire()
-            try:  # no time limit from here: what was begun is finished
+            try:  # no time limit from here on, so that a change is completed
                 served = await asyncio.to_thread(what, upload)
             finally:
                 self.changing.release()
@@ -209,10 +209,10 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
         "/catalogue", status_code=201, openapi_extra=UPLOAD, responses=problems(401, 403, 409, 413, 415, 422, 429, 503, 504)
     )
     async def add(request: Request, id: Annotated[str, Query(min_length=1, max_length=200)]) -> Change:
-        """Add a product. Searches that start after the answer can find it; its picture is kept in the index folder."""
+        """Add a product. Searches that start after the response can find it; its picture is stored in the index folder."""
         access.check_writing(request)
-        if id in (".", "..") or not id.isprintable():  # no address could name it: browsers drop dots, routes end at a newline
-            raise Refused(422, f"{id!r} cannot be an id; use printable characters, and not dots alone")
+        if id in (".", "..") or not id.isprintable():  # no URL could contain it: browsers drop dots, routes end at a newline
+            raise Refused(422, f"{id!r} cannot be an id; use printable characters, and not only dots")
         shop = service.shop
 
         def change(upload: Upload | None) -> Served:
@@ -223,26 +223,26 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
 
     @app.delete("/catalogue/{id:path}", responses=problems(401, 403, 404, 409, 429, 503, 504))
     async def remove(request: Request, id: str) -> Change:
-        """Remove a product. Searches that start after the answer do not find it."""
+        """Remove a product. Searches that start after the response do not find it."""
         access.check_writing(request)
         shop = service.shop
         return await service.change(request, lambda _: shop.remove(id), with_upload=False)
 
     @app.get("/pictures/{id:path}", response_class=Response, responses=problems(401, 403, 404, 503))
     async def picture(request: Request, id: str) -> Response:
-        """A product's thumbnail, JPEG, by its id in the catalogue."""
+        """The thumbnail of a product, as JPEG."""
         access.check_reading(request)
         content = await asyncio.to_thread(service.shop.thumbnail, id, settings.thumbnail)
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
 
     @app.get("/health")
     async def health() -> Health:
-        """That the service is alive."""
+        """Whether the service is alive."""
         return Health(status="ok")
 
     @app.get("/ready", responses=problems(503))
     async def ready() -> Health:
-        """That model and index are loaded."""
+        """Whether model and index are loaded."""
         _ = service.shop
         return Health(status="ok")
 
@@ -256,7 +256,7 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
 
 
 class Observed:
-    """Counts and logs every request: which endpoint, its status, bytes of the picture, milliseconds; never an id or a name."""
+    """Counts and logs every request with endpoint, status, size of the picture and duration, but no ids or names."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

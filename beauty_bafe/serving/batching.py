@@ -1,4 +1,4 @@
-"""Gather what many connections ask for into batches."""
+"""Collect the requests of many connections into batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from .metrics import Metrics
 
-# Answers a batch of pictures that ask for the same thing: one result or exception for each.
+# Processes a batch of pictures with the same kind of request: one result or exception each.
 Work = Callable[[Hashable, Sequence[bytes]], Sequence[Any]]
 
 
@@ -24,10 +24,10 @@ class _Job:
 
 
 class Batcher:
-    """Calls `work` with up to `size` pictures at once, waiting for more of them `wait_ms` at most.
+    """Calls `work` with up to `size` pictures, waiting at most `wait_ms` for more of them.
 
-    Two batches are under way at once, so that one is decoded while the network sees the other. To be made inside of the
-    event loop.
+    Two batches are processed at once, so that one is decoded while the other is in the network. Create it inside the event
+    loop.
     """
 
     def __init__(self, work: Work, size: int, wait_ms: float, metrics: Metrics) -> None:
@@ -37,14 +37,14 @@ class Batcher:
         self._tasks = [asyncio.create_task(self._run()) for _ in range(2)]
 
     async def ask(self, kind: Hashable, content: bytes) -> Any:
-        """The answer to one picture; raises what `work` gave for it. A caller that gives up is left out of the batch."""
+        """The result for one picture; raises the exception that `work` returned for it. Cancelled calls are left out."""
         job = _Job(kind, content, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(job)
         self._metrics.waiting.set(self._queue.qsize())
         return await job.answer
 
     async def close(self) -> None:
-        """Stop; what still waits is given up."""
+        """Stop; waiting requests are dropped."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What people see in a browser: the page to try the service, and its endpoints. Neither loads anything from elsewhere."""
+"""The pages for people: one to try the service, one with its endpoints. Neither loads anything from other servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 PAGE, DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
-# Nothing from elsewhere, no script but the page's own, and nobody may frame it.
+# Nothing from other servers, only the page's own script, and no framing.
 POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src {script}; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

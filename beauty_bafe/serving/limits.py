@@ -1,4 +1,4 @@
-"""What the service takes of a request: how many at once, how many bytes, which pictures. Bodies stay in memory."""
+"""Limits on requests: how many at once, how large, which pictures. Request bodies stay in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-# The first bytes of the kinds of picture that a shop can allow.
+# The first bytes of the file types that can be allowed.
 SIGNATURES = {
     "jpeg": (b"\xff\xd8\xff",),
     "png": (b"\x89PNG\r\n\x1a\n",),
@@ -23,7 +23,7 @@ SIGNATURES = {
     "bmp": (b"BM",),
     "tiff": (b"II*\0", b"MM\0*"),
 }
-ENVELOPE = 16384  # bytes that multipart may add to a picture
+ENVELOPE = 16384  # bytes that a multipart body may add to a picture
 
 
 class Refused(Exception):
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may bring: see conf/serve.yaml. Raises ValueError for a value that makes no sense."""
+    """Limits for one request, see conf/serve.yaml. Raises ValueError for invalid values."""
 
     upload_bytes: int
     pixels: int
@@ -55,7 +55,7 @@ class Limits:
 
 
 class Upload(NamedTuple):
-    """An encoded picture, its kind (a key of SIGNATURES) and its size as it is to be looked at."""
+    """An encoded picture, its type (a key of SIGNATURES), and its size as displayed."""
 
     content: bytes
     kind: str
@@ -64,9 +64,9 @@ class Upload(NamedTuple):
 
 
 class Places:
-    """Counts the requests that bring a picture or change the catalogue, from their headers to their answers.
+    """Limits how many requests with a picture or a change of the catalogue are processed at once.
 
-    They are counted before their bodies are read, which bounds the memory that all of them can take.
+    They are counted before their bodies are read, which limits the memory for all of them.
     """
 
     def __init__(self, limit: int) -> None:
@@ -74,7 +74,7 @@ class Places:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Hold one place. Raises Refused (429) where all are taken."""
+        """Occupy one place. Raises Refused (429) if all are taken."""
         if self.taken >= self.limit:
             raise Refused(429, f"{self.limit} requests are already waiting; try again in a second", {"Retry-After": "1"})
         self.taken += 1
@@ -85,7 +85,7 @@ class Places:
 
 
 async def read_upload(request: Request, limits: Limits) -> Upload:
-    """The picture of a request. Raises Refused: 413, 415 or 422, saying why."""
+    """Read the picture in a request. Raises Refused: 413, 415 or 422, with the reason."""
     content = await _read_picture(request, limits)
     request.state.upload_bytes = len(content)
     return await asyncio.to_thread(check_picture, content, limits)
@@ -109,7 +109,7 @@ async def _read_picture(request: Request, limits: Limits) -> bytes:
     except (MultiPartException, KeyError, ValueError) as error:
         text = error.message if isinstance(error, MultiPartException) else "it cannot be read"
         raise Refused(
-            422, f"bad form: {text} It may hold one file, 'image'; settings belong into the address, as in /search?k=5"
+            422, f"bad form: {text} It may hold one file, 'image'; settings go into the URL, as in /search?k=5"
         ) from error
     image = form.get("image")
     if not isinstance(image, UploadFile):
@@ -137,7 +137,7 @@ def _too_large(limits: Limits) -> Refused:
 
 
 async def drain(request: Request) -> None:
-    """Read on for up to a second what a refused client is still sending: many look at the answer only after that."""
+    """Keep reading for up to a second what a refused client still sends, as many read the response only after that."""
     if request.method == "POST" and not getattr(request.state, "body_read", False):
         try:
             async with asyncio.timeout(1):
@@ -148,9 +148,9 @@ async def drain(request: Request) -> None:
 
 
 def check_picture(content: bytes, limits: Limits) -> Upload:
-    """Look at the head of an encoded picture; no pixel is decoded.
+    """Check the header of an encoded picture, without decoding any pixels.
 
-    Raises Refused: 413 for too many pixels, 415 for a kind that is not allowed, 422 where the head cannot be read.
+    Raises Refused: 413 for too many pixels, 415 for a file type that is not allowed, 422 if the header cannot be read.
     """
     allowed = ", ".join(limits.kinds)
     kind = next((name for name, starts in SIGNATURES.items() if content.startswith(starts)), None)
@@ -159,18 +159,18 @@ def check_picture(content: bytes, limits: Limits) -> Upload:
     if not content:
         raise Refused(422, "the picture is empty (0 bytes)")
     if kind is None or kind not in limits.kinds:
-        raise Refused(415, f"this is {'no picture' if kind is None else kind}; allowed are {allowed}")
+        raise Refused(415, f"this is {'not a picture' if kind is None else kind}; allowed are {allowed}")
     try:
         with Image.open(io.BytesIO(content), formats=[kind]) as image:
             width, height = image.size
-            # Pillow keeps the orientation of a PNG behind its pixels; reading it would decode them.
+            # In a PNG the orientation can come after the pixels, which Pillow would decode to read it.
             turned = kind != "png" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except Image.DecompressionBombError as error:
         raise Refused(413, f"the picture has more than {limits.pixels:,} pixels; shrink it first") from error
     except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
         if isinstance(error, MemoryError):
             raise
-        raise Refused(422, f"the {kind} file is broken: its head cannot be read") from error
+        raise Refused(422, f"the {kind} file is broken: its header cannot be read") from error
     if width * height > limits.pixels:
         raise Refused(413, f"the picture is {width} x {height}, over {limits.pixels:,} pixels; shrink it first")
     return Upload(content, kind, *((height, width) if turned else (width, height)))

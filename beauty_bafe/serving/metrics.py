@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus."""
+"""The metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """Counts of one app, in a registry of its own so that several apps can live in one process."""
+    """Metrics of one app, in a registry of its own, so that several apps can run in one process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -24,9 +24,9 @@ class Metrics:
         self.version = Gauge("index_version", "Version of the index", (), "beauty_bafe", registry=self.registry)
 
     def stage(self, name: str, seconds: float) -> None:
-        """Note how long `name` (queue, batch, request, change) took."""
+        """Record the duration of a stage: queue, batch, request or change."""
         self.seconds.labels(name).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""The gallery that is served: searched through one snapshot, changed by building the next one beside it."""
+"""The gallery that is served: searches use a snapshot, and changes build the next one."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ..retriever import Hit, Retriever
 from ..versions import Versions
 from .limits import Refused, Upload
 
-LOCK = "changes.lock"  # in the folder; held by who changes it
+LOCK = "changes.lock"  # in the folder; held while it is changed
 
 
 class Served(NamedTuple):
-    """What requests see: replaced as a whole, never changed. `version`: the name of its folder in index_dir."""
+    """The snapshot that requests use: replaced as a whole, never modified. `version`: the name of its folder in index_dir."""
 
     retriever: Retriever
     version: str
 
 
 class Found(NamedTuple):
-    """The answer to one picture. `mask`: uint8 (112, 112) of its letterboxed square, None where the network makes none."""
+    """The result of a search. `mask`: uint8 (112, 112) of the letterboxed picture, None if the network makes none."""
 
     hits: list[Hit]
     mask: np.ndarray | None
@@ -51,10 +51,9 @@ class Described(NamedTuple):
 
 
 class Shop:
-    """What Retriever.save wrote to `folder`. Its methods may be called from several threads at once, and other processes may
-    serve and change the same folder.
+    """A saved Retriever in `folder`. Thread-safe; other processes may serve and change the same folder.
 
-    Raises ValueError where `folder` holds no retriever, or one that can only search for pictures in files.
+    Raises ValueError if `folder` holds no retriever, or one whose re-rankers need queries as files.
     """
 
     def __init__(self, folder: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -63,25 +62,25 @@ class Shop:
         self.served = self._load()
         blank = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(blank, "png")
-        self.served.retriever.search([blank.getvalue()], k=1)  # also shows that its re-rankers take pictures that are no files
+        self.served.retriever.search([blank.getvalue()], k=1)  # also checks that its re-rankers accept pictures in memory
         if os.access(self.folder, os.W_OK):
             with self._change():
                 self._tidy()
 
     def refresh(self) -> Served:
-        """Serve the newest version of the folder, which another process may have written."""
+        """Switch to the newest version in the folder, which another process may have written."""
         with self._changing:
             self._refresh()
             return self.served
 
     def answer(self, kind: Hashable, contents: Sequence[bytes]) -> list[Any]:
-        """Found for the kind ("search", k), Described for ("describe", None), or the exception, for each encoded picture."""
+        """For each encoded picture: Found for kind ("search", k), Described for ("describe", None), or an exception."""
         try:
             return self._answer(kind, contents)
         except ValueError as error:
             if len(contents) == 1:
                 return [_broken(error)]
-            # One of them is broken; the others are answered all the same.
+            # One of them is broken; the others are still answered.
             return [self.answer(kind, [content])[0] for content in contents]
 
     def _answer(self, kind: Any, contents: Sequence[bytes]) -> list[Any]:
@@ -94,11 +93,11 @@ class Shop:
         return [Found(found, None if masks is None else masks[row], version) for row, found in enumerate(hits)]
 
     def add(self, name: str, upload: Upload) -> Served:
-        """Add a product. Returns once it is saved and served. Raises Refused: 409 for an id that is there, 422 as above."""
+        """Add a product. Returns when it is saved and served. Raises Refused: 409 for an existing id, 422 for a bad picture."""
         with self._change() as shop:
             if name in shop.ids:
                 raise Refused(409, f"the catalogue already holds '{name}'; delete it first to replace it")
-            # Named by its content, so that no id can choose where it lies.
+            # Named by its content, so that no id can choose the path.
             file = self._pictures / f"{hashlib.sha256(upload.content).hexdigest()}.{upload.kind}"
             self._pictures.mkdir(exist_ok=True)
             replace_file(file, partial(_write, upload.content))
@@ -111,7 +110,7 @@ class Shop:
                 self._tidy()
 
     def remove(self, name: str) -> Served:
-        """Remove a product. Returns once that is saved and served. Raises Refused: 404 for an unknown id, 409 for the last."""
+        """Remove a product. Returns when that is saved and served. Raises Refused: 404 for an unknown id, 409 for the last."""
         with self._change() as shop:
             if name not in shop.ids:
                 raise Refused(404, f"the catalogue holds no '{name}'")
@@ -123,12 +122,12 @@ class Shop:
             return served
 
     def thumbnail(self, name: str, size: int) -> bytes:
-        """A JPEG of `size` pixels square. Raises Refused (404) where the id is unknown or its picture is not to be had."""
+        """A square JPEG of `size` pixels. Raises Refused (404) for an unknown id or a picture that cannot be read."""
         path = self.served.retriever.path(name)
         if path is None:
             raise Refused(404, f"the catalogue holds no picture of '{name}'")
         if path.parent.name == self._pictures.name and not path.exists():
-            path = self._pictures / path.name  # the folder was moved since
+            path = self._pictures / path.name  # the folder has been moved
         try:
             picture = read_picture(path, size)
         except ValueError as error:
@@ -143,24 +142,24 @@ class Shop:
 
     @contextmanager
     def _change(self) -> Iterator[Retriever]:
-        """A copy of the newest version, to change while no other thread or process changes it."""
+        """A copy of the newest version, to be changed while all other threads and processes wait to change it."""
         with self._changing, FileLock(self.folder / LOCK):
             self._refresh()
-            yield copy.copy(self.served.retriever)  # shares all but what `add` and `remove` replace
+            yield copy.copy(self.served.retriever)  # shares everything that `add` and `remove` do not replace
 
     def _refresh(self) -> None:
         if self._version() != self.served.version:
             self.served = self._load()
 
     def _load(self) -> Served:
-        while True:  # the name and the content must be of one version
+        while True:  # name and content must be of the same version
             version = self._version()
             retriever = Retriever.load(self.folder, self._overrides)
             if version == self._version():
                 return Served(retriever, version)
 
     def _swap(self, shop: Retriever) -> Served:
-        shop.save(self.folder)  # a kill before its last step leaves the version before
+        shop.save(self.folder)  # if killed before its last step, the previous version stays valid
         self.served = Served(shop, self._version())
         return self.served
 
@@ -169,9 +168,9 @@ class Shop:
         return "" if current is None else current.name
 
     def _tidy(self) -> None:
-        """Remove pictures that were added and whose product is gone, or was never saved."""
+        """Delete added pictures of products that were removed, or never saved."""
         shop = self.served.retriever
-        # By name, which tells the content: the paths are of another folder where this one was moved.
+        # By name, a hash of the content, as the paths differ if the folder was moved.
         used = {path.name for name in shop.ids if (path := shop.path(name)) is not None}
         for file in self._pictures.iterdir() if self._pictures.is_dir() else ():
             if file.name not in used:
@@ -179,7 +178,7 @@ class Shop:
 
 
 def make(folder: str | Path, checkpoints: Sequence[str], gallery: str, overrides: Sequence[str]) -> None:
-    """Build the retriever of a gallery in `folder`, unless it holds one; see Retriever.build for the rest."""
+    """Build and save the retriever of a gallery, unless `folder` holds one; see Retriever.build."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(folder) / LOCK):
         if Versions(Path(folder)).current() is None:
@@ -196,7 +195,7 @@ def _write(content: bytes, part: Path) -> None:
 
 
 def encode_mask(mask: np.ndarray, width: int, height: int) -> bytes:
-    """A PNG of the part of a letterboxed mask (S, S) that a picture of this size fills: stretched over it, it fits."""
+    """A PNG of the part of a letterboxed mask (S, S) that the picture fills, to be stretched over a picture of this size."""
     size = len(mask)
     scale = size / max(width, height)
     columns, rows = max(1, round(width * scale)), max(1, round(height * scale))

@@ -68,7 +68,7 @@ def test_a_table_says_what_it_cannot_compare(runs: list[str], tmp_path: Path) ->
         main([str(tmp_path)])
     rows = (tmp_path / "average" / "per_query.csv").read_text().replace("q7,", "x7,")
     (tmp_path / "average" / "per_query.csv").write_text(rows)
-    with pytest.raises(SystemExit, match="runs over different queries cannot be compared"):
+    with pytest.raises(SystemExit, match="runs with different queries cannot be compared"):
         main([*runs, "--against", runs[0]])
 
 

@@ -312,7 +312,7 @@ def test_features_prove_themselves() -> None:
     with pytest.raises(ValueError, match="'b' is not finite"):
         Features(np.array([[0.0], [np.nan]], np.float32), ("a", "b"))
     lengths = np.array([[1.0, 0.0], [0.0, 0.0], [3.0, 4.0]], np.float32)
-    with pytest.raises(ValueError, match="'c' has length 5, not 1; bring it there by `unit`, or say any_length=True"):
+    with pytest.raises(ValueError, match="'c' has length 5, not 1; pass `unit\(vectors\)`, or any_length=True"):
         Features(lengths, tuple("abc"))
     Features(lengths, tuple("abc"), any_length=True)
     Features(lengths[:2], tuple("ab"))

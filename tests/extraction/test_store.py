@@ -83,7 +83,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, content: bytes | Non
     filled(tmp_path)
     file = tmp_path / "000000.safetensors"
     file.write_bytes(file.read_bytes()[:-3] if content is None else content)
-    with pytest.raises(ValueError, match=r"000000.safetensors' is damaged .*; delete it and type the same command"):
+    with pytest.raises(ValueError, match=r"000000.safetensors' is damaged .*; delete it and run the same command again"):
         Store(tmp_path, {"checkpoint": "x"})
 
 
@@ -103,9 +103,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.Mo
 def test_rows_that_another_run_moved_are_not_taken_for_others(tmp_path: Path) -> None:
     first = filled(tmp_path)
     Store(tmp_path, {"checkpoint": "x"}).begin(PICTURES[1:], {})
-    with pytest.raises(
-        ValueError, match=r"another run has changed .*000000.safetensors' since .*; type the same command again"
-    ):
+    with pytest.raises(ValueError, match=r"another run has changed .*000000.safetensors' since .*; run the same command again"):
         first.read(PICTURES[:1])
     with pytest.raises(ValueError, match="another run has changed"):
         first.map(PICTURES[:1])

@@ -17,30 +17,10 @@ from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.faiss_index import FaissIndex
 from beauty_bafe.index.fastest import FastestIndex
 
+from .conftest import names, slow, unit
+
 METRICS = ["ip", "l2", "l1"]
 FACTORIES = ["Flat", "IVF{lists},Flat", "HNSW32", "IVF{lists},PQ{bytes}np"]
-
-
-def unit(rows: int, dims: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def names(count: int) -> tuple[str, ...]:
-    return tuple(f"n{number}" for number in range(count))
-
-
-def slow(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and scores: float64 differences or products, rounded to float32, equal ones by position."""
-    pairs = queries[:, None].astype(float), gallery[None].astype(float)
-    if metric == "ip":
-        scores = (pairs[0] * pairs[1]).sum(2)
-    else:
-        gap = pairs[0] - pairs[1]
-        scores = -(gap**2 if metric == "l2" else np.abs(gap)).sum(2)
-    scores = scores.astype(np.float32)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return order, np.take_along_axis(scores, order, 1)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -261,7 +241,7 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
         (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
         (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),
         (lambda: FaissIndex("Flat", target_recall=1.5), "index.target_recall=1.5"),
-        (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss refuses index.factory=Nonsense"),
+        (lambda: FaissIndex("Nonsense", device="cpu").fit(unit(9, 4, 0), names(9)), "faiss rejects index.factory=Nonsense"),
         (
             lambda: FaissIndex("Flat", device="cpu", target_recall=0.9).fit(unit(9, 4, 0), names(9)),
             "neither nprobe nor efSearch",

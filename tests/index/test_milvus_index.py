@@ -2,111 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_gallery import Shop
-from test_index import names, unit
 
 from beauty_bafe.index import milvus_collection
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.milvus_index import MilvusIndex
 from beauty_bafe.retrieval.ensemble import Fusion
 
+from ..shop import Shop
+from .conftest import Standalone, names, unit
+
 pymilvus = pytest.importorskip("pymilvus", reason="the extra `milvus`")
 pytestmark = pytest.mark.server  # one server: `--dist loadfile` keeps a file's tests in one process
 DIMENSIONS = 16
-NUMBERS = count()
-
-
-class Standalone:
-    """A server in a folder of its own; `kill` it and `start` it again, with what it had on disk or empty."""
-
-    def __init__(self, folder: Path) -> None:
-        milvus = pytest.importorskip("milvus", reason="the extra `milvus-server`")
-        self.folder, self.process = folder, None
-        server = milvus.MilvusServer()
-        server.config.update(data_dir=str(folder))
-        for name in ("checkInterval", "distPullInterval"):  # milliseconds: loading a collection takes several of each
-            server.config.set(f"queryCoord.{name}", 100)
-        server.config.resolve()
-        milvus._initialize_data_files(str(folder))  # 25 MB unpacked to 246
-        self.uri = f"http://127.0.0.1:{server.listen_port}"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.health = free.getsockname()[1]
-        self.start()
-
-    def start(self, empty: bool = False) -> None:
-        if empty:
-            shutil.rmtree(self.folder / "data")
-        environment = os.environ | {
-            "DEPLOY_MODE": "STANDALONE",
-            "METRICS_PORT": str(self.health),
-            "MILVUS_RUN_DIR": str(self.folder / "run"),
-            "LD_LIBRARY_PATH": str(self.folder / "bin"),
-        }
-        with (self.folder / "log").open("a") as log:
-            command = [self.folder / "bin" / "milvus", "run", "standalone"]
-            self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
-        until = time.monotonic() + 180
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/healthz", timeout=5) as answer:
-                    if b"OK" in answer.read():
-                        return
-            except OSError:
-                time.sleep(0.1)
-        pytest.fail(f"milvus did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
-    start = time.perf_counter()
-    server = Standalone(tmp_path_factory.mktemp("milvus"))
-    print(f"\nmilvus is up after {time.perf_counter() - start:.1f} s")
-    yield server
-    server.kill()
-    shutil.rmtree(server.folder, ignore_errors=True)
-
-
-@pytest.fixture
-def make(server: Standalone) -> Callable[..., MilvusIndex]:
-    """Indexes of a collection of this test's own."""
-    return partial(MilvusIndex, server.uri, f"test{next(NUMBERS)}")
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The ids of every message with rows that goes to the server."""
-    messages: list[list[str]] = []
-    upsert = pymilvus.MilvusClient.upsert
-
-    def noted(self: Any, name: str, rows: list[dict[str, Any]], **settings: Any) -> Any:
-        result = upsert(self, name, rows, **settings)
-        messages.append([row["id"] for row in rows])
-        return result
-
-    monkeypatch.setattr(pymilvus.MilvusClient, "upsert", noted)
-    return messages
 
 
 def same_answers(index: MilvusIndex, rows: dict[str, np.ndarray], queries: np.ndarray, k: int) -> None:
@@ -210,7 +126,7 @@ def test_vectors_of_others(make, tmp_path: Path) -> None:
         make("flat").for_view(0, {"model": "vgg"}).fit(vectors, ids)
     with pytest.raises(ValueError, match="made with dimensions=16, now it is dimensions=8"):
         make("flat").for_view(0, {"model": "resnet"}).fit(vectors[:, :8], ids)
-    with pytest.raises(ValueError, match=r"holds 10 rows that are not of this gallery; type .*index.overwrite=true"):
+    with pytest.raises(ValueError, match=r"holds 10 rows that are not in this gallery; type .*index.overwrite=true"):
         make("flat").for_view(0, {"model": "resnet"}).fit(vectors[10:], ids[10:])
     same_answers(first, dict(zip(ids, vectors, strict=True)), vectors[:2], 30)
     second = make("flat", overwrite=True).for_view(0, {"model": "vgg"}).fit(vectors[10:], ids[10:])
@@ -227,7 +143,7 @@ def test_a_copy_that_is_fitted_anew_leaves_the_gallery(make) -> None:
     augmented = copy.copy(index).fit(vectors[::-1], ids)
     same_answers(augmented, dict(zip(ids, vectors[::-1], strict=True)), vectors[:2], 30)
     same_answers(index, dict(zip(ids, vectors, strict=True)), vectors[:2], 30)
-    with index._collection.server.asked("list") as client:
+    with index._collection.server.client("list") as client:
         name = augmented._collection.name
         assert client.has_collection(name)
         del augmented
@@ -262,7 +178,7 @@ def test_no_server() -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     index = MilvusIndex(uri, "c", token="user:secret", timeout=2)
-    with pytest.raises(ConnectionError, match=rf"Milvus at {uri} failed to open .* give the same command again") as error:
+    with pytest.raises(ConnectionError, match=rf"Milvus at {uri} failed to open .* run the same command again") as error:
         index.fit(unit(3, DIMENSIONS, 0), names(3))
     assert "secret" not in str(error.value)
 
@@ -274,9 +190,7 @@ def test_a_server_that_is_slow(make, server: Standalone) -> None:
     assert server.process is not None
     server.process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(
-            ConnectionError, match=r"failed to answer queries: .*raise index.timeout=2 seconds where it is only"
-        ):
+        with pytest.raises(ConnectionError, match=r"failed to answer queries: .*raise index.timeout=2 seconds if it is only"):
             index.search(vectors[:1], ("q",), 3)
         with pytest.raises(ConnectionError, match="failed to take vectors 0 to 1 of 1"):
             index.clone().add(unit(1, DIMENSIONS, 14), ("new",))
@@ -298,7 +212,7 @@ def test_killed_while_it_takes_vectors(make, server: Standalone, sent: list[list
     with monkeypatch.context() as patch:
         patch.setattr(pymilvus.MilvusClient, "upsert", killing)
         with pytest.raises(
-            ConnectionError, match=r"failed to take vectors 8000 to 9000 of 20000: .*what it already took stays"
+            ConnectionError, match=r"failed to take vectors 8000 to 9000 of 20000: .*the rows it has taken are kept"
         ):
             make("hnsw", timeout=10).fit(vectors, ids)
     server.start()
@@ -332,13 +246,13 @@ def test_gallery_and_its_index_folder(make, server: Standalone, toy: Path, tiny_
     server.kill()
     server.start(empty=True)
     with pytest.raises(
-        ValueError, match="is not there; it should hold 48 rows; give gallery=DIR_OR_CSV with the same index_dir"
+        ValueError, match="does not exist; it should hold 48 rows; type gallery=DIR_OR_CSV with the same index_dir"
     ):
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == expected[3]
     index = shop.open(gallery=False).indexes[1]
-    index._collection.delete(index._labels[:3].tolist())
-    with pytest.raises(ValueError, match="holds 45 rows of 48; give gallery="):
+    index._collection.delete(index._labels.rows[:3].tolist())
+    with pytest.raises(ValueError, match="holds 45 rows of 48; type gallery="):
         shop.answer(gallery=False)
     assert shop.answer().answers(0) == shop.answer(gallery=False).answers(0) == expected[3]
 
@@ -352,7 +266,7 @@ def test_retriever_and_service(server: Standalone, toy: Path, tiny_checkpoint: P
     pictures = {file.stem: file for file in sorted((toy / "gallery").iterdir())}
     queries = sorted((toy / "queries").iterdir())[:4]
     extra, gone = pictures.popitem(), next(iter(pictures))
-    words = [f"index.uri={server.uri}", f"index.collection=test{next(NUMBERS)}", "index.kind=flat"]
+    words = [f"index.uri={server.uri}", "index.collection=retriever", "index.kind=flat"]
 
     def answers(name: str, index: list[str], rerank: str) -> list[list[list[str]]]:
         def ask(retriever: Retriever) -> list[list[str]]:

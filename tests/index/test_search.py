@@ -12,6 +12,8 @@ from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
 
+from .conftest import unit
+
 
 def features(rows: int, dims: int, seed: int) -> Features:
     vectors = np.random.default_rng(seed).normal(size=(rows, dims)).astype(np.float32)
@@ -80,11 +82,6 @@ def test_ensemble_refuses_what_does_not_fit() -> None:
         Concatenation(False, [1, 2]).fit([one])
     with pytest.raises(ValueError, match="different pictures"):
         Concatenation(False, None).fit([one, two]).transform([one, two])
-
-
-def unit(rows: int, dims: int, seed: int) -> np.ndarray:
-    vectors = features(rows, dims, seed).vectors
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("k", [0, 4])

@@ -111,9 +111,9 @@ def test_one_file_of_a_package_is_named_and_no_code_is_run(tmp_path: Path, monke
     other = timm.create_model("test_efficientnet", pretrained=False)
     load_weights(other, "package:carries_weights/a.pth")
     assert torch.equal(other.conv_stem.weight, source.conv_stem.weight)
-    with pytest.raises(ValueError, match=r"carries 2 weight files, .*/FILE with one of a.pth, b.pth"):
+    with pytest.raises(ValueError, match=r"contains 2 weight files, .*/FILE with one of a.pth, b.pth"):
         load_weights(other, "package:carries_weights")
-    with pytest.raises(ValueError, match=r"carries no 'c.pth'"):
+    with pytest.raises(ValueError, match=r"contains no 'c.pth'"):
         load_weights(other, "package:carries_weights/c.pth")
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 
-from beauty_bafe.models.decoder import TopDownDecoder
-from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, resize_mask
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.joint import JointModule
 from beauty_bafe.models.module import SaliencyModule, load_extractor
 from beauty_bafe.models.objectives import distillation_loss
@@ -21,7 +19,7 @@ from beauty_bafe.models.resuming import check_resumable
 SETTINGS: dict[str, Any] = {
     "lr": 1e-2,
     "warmup": 0,
-    "width": 8,
+    "decoder": {"_target_": "beauty_bafe.models.decoder.TopDownDecoder", "width": 8},
     "backbone_lr": 1e-3,
     "contrast": 0.5,
     "temperature": 0.1,
@@ -275,29 +273,3 @@ def test_random_weights_are_not_worth_keeping(settings: dict[str, float], tiny: 
 def test_a_frozen_backbone_has_nothing_to_contrast(tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"objective.contrast=0.5 has nothing to train; type objective.contrast=0"):
         JointModule(tiny, **SETTINGS | {"backbone_lr": 0.0})
-
-
-def test_the_decoder_follows_its_description() -> None:
-    torch.manual_seed(0)
-    decoder = TopDownDecoder([3, 5], 4).eval()
-    shallow, deep = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)
-    with torch.no_grad():
-        at_deep = decoder.smooth[1](decoder.lateral[1](deep))
-        raised = F.interpolate(at_deep, (8, 8), mode="bilinear", align_corners=False)
-        at_shallow = decoder.smooth[0](decoder.lateral[0](shallow) + raised)
-        fine, coarse = decoder([shallow, deep])
-        torch.testing.assert_close(fine, decoder.heads[0](at_shallow))
-        torch.testing.assert_close(coarse, decoder.heads[1](at_deep))
-
-
-def test_every_tap_gets_the_finest_mask(tiny: dict[str, Any]) -> None:
-    extractor = BackgroundAgnosticExtractor(**tiny | {"decoder": "topdown"}).eval()
-    with torch.inference_mode():
-        result = extractor(Pairs()[0]["pictures"])
-        assert result.logits is not None
-        for mask, tap in zip(result.masks, result.taps, strict=True):
-            torch.testing.assert_close(mask, resize_mask(result.logits[0].sigmoid(), tap.shape[-2:]))
-        extractor.shallowest = len(result.taps)
-        assert extractor(Pairs()[0]["pictures"]).masks == [], "whoever needs no mask does not wait for one"
-    with pytest.raises(ValueError, match=r"model.decoder=sideways: type taps.*or topdown"):
-        BackgroundAgnosticExtractor(**tiny | {"decoder": "sideways"})

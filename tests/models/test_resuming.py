@@ -93,13 +93,13 @@ def test_an_older_versions_checkpoint_says_so(
     content = torch.load(written, weights_only=True)
     del content["hyper_parameters"]["warmup"]
     torch.save(content, written)
-    with pytest.raises(ValueError, match=r"is of an older version, which kept no objective.warmup \(now 0\)"):
+    with pytest.raises(ValueError, match=r"is of an older version, which did not store objective.warmup \(now 0\)"):
         check_resumable(module, settings(), written)
     del content["run"]
     content["hyper_parameters"] |= {"warmup": 0}
     torch.save(content, written)
-    with pytest.raises(ValueError, match=r"is of an older version, which kept no augmentation\."):
+    with pytest.raises(ValueError, match=r"is of an older version, which did not store augmentation\."):
         check_resumable(module, settings(), written)
     torch.save(content | {"objective": "JointModule", "run": settings()}, written)
-    with pytest.raises(ValueError, match=r"was trained by JointModule, now it is SaliencyModule; type the objective="):
+    with pytest.raises(ValueError, match=r"was trained by JointModule, not by SaliencyModule; type the objective="):
         check_resumable(module, settings(), written)

@@ -30,6 +30,7 @@ KINDS = ["dinov3_small", "siglip2_base", "pe_core_base"]  # dinov3_base is dinov
 SHALLOW = {"depth": 4}
 NARROW = {"depth": 4, "embed_dim": 64, "num_heads": 2}
 POOLINGS = [Pooling(spoc, saliency=True)]
+DECODER = {"_target_": "beauty_bafe.models.decoder.TopDownDecoder", "width": 8}
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_a_network_of_one_size_is_told_about_the_option() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_half_precision(name: str, model: Callable[..., dict[str, Any]]) -> None:
     torch.manual_seed(0)
-    extractor = BackgroundAgnosticExtractor(**model(name, NARROW, size=224, decoder="topdown")).eval()
+    extractor = BackgroundAgnosticExtractor(**model(name, NARROW, size=224, decoder=DECODER)).eval()
     describer = Describer(extractor, POOLINGS, masks=True, scales=[1.0, 1.5])
     whole, half = (Engine(describer, "cpu", precision, 2, False) for precision in ("32-true", "bf16-mixed"))
     halved = {key for key, module in half.describer.named_modules() if isinstance(module, HalfPrecision)}

@@ -48,7 +48,7 @@ def test_so_many_strangers_pass_for_known() -> None:
         assert (strangers > fitted.threshold(rate)).mean() == pytest.approx(rate, abs=0.35 * rate)
     assert fitted.threshold(0) >= max(fitted.strangers)
     assert fitted.threshold(1) == 0
-    with pytest.raises(ValueError, match=r"known_at=1.5: type the share of unknown products that may pass for known, from 0"):
+    with pytest.raises(ValueError, match=r"known_at=1.5: type the share of unknown products to accept as known, from 0"):
         fitted.threshold(1.5)
 
 

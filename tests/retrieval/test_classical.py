@@ -67,7 +67,7 @@ def test_lbp_does_not_turn_with_the_picture(pictures: torch.Tensor) -> None:
 
 def test_vlad_against_a_slow_twin(pictures: torch.Tensor, toy: Path) -> None:
     vlad = Vlad(words=4, keypoints=60)
-    with pytest.raises(ValueError, match="vocabulary of VLAD has not been learned"):
+    with pytest.raises(ValueError, match="VLAD has no vocabulary yet"):
         vlad(pictures)
     vlad.learn(from_folder(toy / "gallery"))
     assert vlad.vocabulary is not None

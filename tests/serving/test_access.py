@@ -13,7 +13,7 @@ pytest.importorskip("fastapi", reason="the extra `serve`")
 
 
 def test_a_service_without_a_token_answers_this_machine_only(server: Server, pictures: list[bytes]) -> None:
-    assert "listening at 127.0.0.1 only" in server.log.read_text()
+    assert "listening on 127.0.0.1 only" in server.log.read_text()
     for headers in ({"Host": "shop.example"}, {"Origin": "http://shop.example"}):
         for answer in (
             server.client.post("/catalogue?id=x", files={"image": pictures[0]}, headers=headers),

@@ -143,7 +143,7 @@ def test_a_catalogue_is_made_and_one_that_cannot_be_loaded_is_not_served(
         until = time.monotonic() + 600
         while "cannot be loaded" not in server.log.read_text() and time.monotonic() < until:
             time.sleep(0.1)
-        assert "the one before is served" in server.log.read_text()
+        assert "still serving the previous one" in server.log.read_text()
         assert server.search(pictures[0]).json()["version"] == "000001"
     finally:
         server.stop()

@@ -88,7 +88,7 @@ def test_time_and_queue_are_limited(saved: Path, tmp_path: Path, pictures: list[
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["index_dir=nowhere"], "'nowhere' holds no retriever; to make it, type checkpoints="),
+        (["index_dir=nowhere"], "'nowhere' holds no retriever; to build one, type checkpoints="),
         ([], "serve needs index_dir=SHOP"),
         (["index_dir=x", "gallery=GALLERY"], "'x' holds no retriever"),
         (["index_dir=x", "host=0.0.0.0"], "host=0.0.0.0 lets other machines change the catalogue"),
