@@ -17,6 +17,7 @@ from . import cli
 from .config import CONF, check_targets, compose
 from .data.catalog import Skipped, open_catalog
 from .data.images import ImageLike, Images
+from .data.places import Place
 from .extraction.features import Features, mean_masks
 from .extraction.memory import MemoryExtraction
 from .index.ranking import check_k
@@ -38,7 +39,7 @@ SCRIPT_ONLY = (
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it had none.
+    """One answer. `score`: higher is better, comparable within one query. `path`: where the picture lies, None for pixels.
 
     `probability`: that the answer is right, 0 to 1; None where there was nothing to learn it from (see `rehearsal` in
     conf/retrieve.yaml, and `Calibration`).
@@ -47,14 +48,14 @@ class Hit:
     id: str
     score: float
     probability: float | None
-    path: Path | None
+    path: Place | None
 
 
 class _Shelf(NamedTuple):
     """What a search sees: replaced as a whole, never changed."""
 
     gallery: Gallery
-    paths: Mapping[str, Path]
+    paths: Mapping[str, Place]
 
 
 class Retriever:
@@ -230,7 +231,7 @@ class Retriever:
         calibration = self._shelf.gallery.calibration
         return None if calibration is None else calibration.threshold(rate)
 
-    def path(self, name: str) -> Path | None:
+    def path(self, name: str) -> Place | None:
         """Where the picture of this id lies; None for an unknown id and for a picture that came from memory."""
         return self._shelf.paths.get(name)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .pictures import SUFFIXES, Picture, read_picture
+from .places import Place, locate, size_of
+from .shards import INDEX, read_shards
 
 ID_COLUMNS = ("id", "image id", "image_id", "product")
 PATH_COLUMNS = ("path", "file", "filename")
@@ -17,15 +19,15 @@ PATH_COLUMNS = ("path", "file", "filename")
 
 @dataclass(frozen=True)
 class Catalog:
-    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two files share one."""
+    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two share one."""
 
     ids: tuple[str, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.paths):
             raise ValueError(f"{len(self.ids)} ids but {len(self.paths)} paths")
-        seen: dict[str, Path] = {}
+        seen: dict[str, Place] = {}
         for name, path in zip(self.ids, self.paths, strict=True):
             if name in seen:
                 raise ValueError(
@@ -39,7 +41,7 @@ class Catalog:
 
     def fingerprint(self) -> str:
         """What tells these pictures from others, wherever they lie: how many, and a digest of their ids and file sizes."""
-        listed = "\n".join(f"{name} {os.stat(path).st_size}" for name, path in zip(self.ids, self.paths, strict=True))
+        listed = "\n".join(f"{name} {size_of(path)}" for name, path in zip(self.ids, self.paths, strict=True))
         return f"{len(self)} pictures ({hashlib.sha256(listed.encode()).hexdigest()[:16]})"
 
     @property
@@ -57,10 +59,10 @@ class Catalog:
 
 
 def open_catalog(source: str | Path) -> Catalog:
-    """A folder (searched through) or a csv of ids and paths. Raises ValueError or OSError saying what is there instead."""
+    """A folder (searched through, or of shards) or a csv of ids and paths. Raises ValueError or OSError: what is there."""
     path = Path(source).expanduser()  # a shell leaves key=~/folder as it is
     if path.is_dir():
-        return from_folder(path)
+        return from_shards(path) if (path / INDEX).is_file() else from_folder(path)
     if path.is_file() and path.suffix.lower() == ".csv":
         return from_csv(path)
     found = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
@@ -81,7 +83,13 @@ def from_csv(file: str | Path) -> Catalog:
     header, rows = _read_rows(file)
     id_column, path_column = _column(file, header, ID_COLUMNS), _column(file, header, PATH_COLUMNS)
     ids = tuple(row[id_column].strip() for row in rows)
-    return Catalog(ids, tuple(file.parent / row[path_column].strip() for row in rows))
+    return Catalog(ids, tuple(locate(row[path_column].strip(), file.parent) for row in rows))
+
+
+def from_shards(folder: str | Path) -> Catalog:
+    """The pictures that `make_shards` wrote, in the order of the catalogue it was given. Raises as `read_shards`."""
+    ids, places = read_shards(Path(folder).expanduser())
+    return Catalog(tuple(ids), tuple(places))
 
 
 def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
@@ -98,15 +106,6 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
     if not any(name in where for name in ids):
         raise ValueError(f"none of the {len(ids)} ids of '{titles}' is a picture under '{root}'; the first is '{ids[:1]}'")
     return Catalog(tuple(ids), tuple(where.get(name, Path(root) / f"{name}.jpg") for name in ids))
-
-
-def stamp(path: Path) -> str:
-    """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return "missing"
-    return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
 
 
 class Skipped:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.catalog import Catalog, Skipped, stamp
+from ..data.catalog import Catalog, Skipped
 from ..data.images import Pictures
+from ..data.places import stamp
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
 from ..models.descriptor import Pooling

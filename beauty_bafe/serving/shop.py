@@ -127,7 +127,7 @@ class Shop:
         path = self.served.retriever.path(name)
         if path is None:
             raise Refused(404, f"the catalogue holds no picture of '{name}'")
-        if path.parent.name == self._pictures.name and not path.exists():
+        if isinstance(path, Path) and path.parent.name == self._pictures.name and not path.exists():
             path = self._pictures / path.name  # the folder was moved since
         try:
             picture = read_picture(path, size)
