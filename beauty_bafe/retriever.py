@@ -86,9 +86,10 @@ class Retriever:
         """Describe a gallery and index it.
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
-        pictures, a csv with the columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them,
-        such as "query=whole", "size=320" or "device=cpu"; without them everything is as the checkpoints ask for. Of a folder
-        or csv, unreadable pictures are left out and listed in `skipped`, up to the share max_skipped.
+        pictures, a csv with the columns id,path, the URL of one, or a dict of id -> image. `overrides`: settings as
+        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; without them everything is as the
+        checkpoints ask for. Of a folder or csv, unreadable pictures are left out and listed in `skipped`, up to the share
+        max_skipped.
 
         Raises ValueError for files that are no checkpoints, unknown settings, an empty or unreadable gallery; TypeError for
         what is no image.

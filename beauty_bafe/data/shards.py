@@ -21,33 +21,37 @@ from rich.progress import track
 
 from ..manifest import locked, replace_file
 from .pictures import SUFFIXES
-from .places import BrokenShard, Packed, Place, broken_shard, stamp
+from .places import BrokenShard, Packed, Place, broken_shard, is_url, list_below, locate, stamp
 from .workers import default_workers
 
 INDEX = "shards.json"  # written when every shard is there
 
 
-def read_shards(folder: Path) -> tuple[list[str], list[Packed]]:
-    """Ids and places of the pictures in a folder of shards. Raises ValueError where it is none, BrokenShard."""
-    there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
+def read_shards(folder: str | Path) -> tuple[list[str], list[Packed]]:
+    """Ids and places of the pictures in a folder of shards, or at its URL. Raises ValueError where it is none, BrokenShard."""
+    if is_url(folder):
+        there = {place.name: place.size for _, place in list_below(folder)}
+    else:
+        there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if Path(folder).is_dir() else {}
     if INDEX not in there:
         raise ValueError(
-            f"'{folder}' holds no shards, or not all yet; type beauty-bafe shards pictures=GALLERY output_dir={folder}"
+            f"'{folder}' holds no shards, or not all yet; type beauty-bafe shards pictures=GALLERY output_dir="
+            + ("SHARDS and copy it there" if is_url(folder) else str(folder))
         )
     ids: list[str] = []
     places: list[Packed] = []
-    for number in range(json.loads((folder / INDEX).read_bytes())["shards"]):
-        tar, beside = _files(folder, number)
+    for number in range(json.loads(locate(INDEX, folder).read_bytes())["shards"]):
+        tar, beside = (locate(name, folder) for name in _names(number))
         for file in (tar, beside):
             if file.name not in there:
                 raise broken_shard(str(file), "is not there")
         listed = json.loads(beside.read_bytes())
         if there[tar.name] != listed["bytes"]:
             raise broken_shard(str(tar), f"has {there[tar.name]} bytes, {listed['bytes']} were written")
-        file_name = str(tar)  # one text for all of its pictures
+        archive = str(tar)  # one text for all of its pictures
         for name, _, *where in listed["pictures"]:
             ids.append(name)
-            places.append(Packed(file_name, *where))
+            places.append(Packed(archive, *where))
     return ids, places
 
 
@@ -61,7 +65,7 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
     def make(number: int) -> dict[int, str]:
         rows = range(number * each, min((number + 1) * each, len(ids)))
         wanted = [[ids[row], stamp(places[row])] for row in rows]
-        tar, beside = _files(folder, number)
+        tar, beside = (folder / name for name in _names(number))
         if _held(tar, beside) == wanted:
             return {}
         (folder / INDEX).unlink(missing_ok=True)  # until all agree again
@@ -101,15 +105,16 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
         text = json.dumps({"shards": len(numbers), "pictures": len(ids) - len(left_out)})
         replace_file(folder / INDEX, lambda part: part.write_text(text + "\n", encoding="utf-8"))
         surplus = len(numbers)  # of a larger catalogue, or smaller shards
-        while any(file.exists() for file in _files(folder, surplus)):
-            for file in _files(folder, surplus):
-                file.unlink(missing_ok=True)
+        while files := [folder / name for name in _names(surplus) if (folder / name).exists()]:
+            for file in files:
+                file.unlink()
             surplus += 1
     return left_out
 
 
-def _files(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"photos-{number:06d}.tar", folder / f"photos-{number:06d}.json"
+def _names(number: int) -> tuple[str, str]:
+    """Of a shard and its list."""
+    return f"photos-{number:06d}.tar", f"photos-{number:06d}.json"
 
 
 def _held(tar: Path, beside: Path) -> list[list[str]] | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.catalog import Catalog, Skipped
 from ..data.images import Pictures
-from ..data.places import stamp
+from ..data.places import absolute, stamp
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
 from ..models.descriptor import Pooling
@@ -149,7 +149,7 @@ class FeatureExtraction:
             "checkpoint": member.source,
             "size": member.extractor.size,
             "pooling": str(member.pooling),
-            "source": str(Path(source).expanduser().resolve()),
+            "source": absolute(source),
             "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
             "dtype": str(self.dtype),

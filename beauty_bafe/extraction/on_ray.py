@@ -25,9 +25,10 @@ class RayExtraction(FeatureExtraction):
     """FeatureExtraction whose shards are described and written by Ray actors (`extraction=ray`).
 
     `address`: None starts Ray on this machine for the time of a pass; auto, or HOST:PORT, joins a running cluster, all of whose
-    machines must have this package and see pictures and `features` under the same paths. `workers`: actors at once, None for as
-    many as fit. `cpus`, `gpus`: of each actor; gpus is None for 1 where `device` is a GPU, else 0, and may be a share such
-    as 0.5. With `device` at auto the actors take GPUs where the cluster has any. Other settings: see FeatureExtraction.
+    machines must have this package and see pictures (a folder or a URL) and `features` under the same paths. `workers`: actors
+    at once, None for as many as fit. `cpus`, `gpus`: of each actor; gpus is None for 1 where `device` is a GPU, else 0, and may
+    be a share such as 0.5. With `device` at auto the actors take GPUs where the cluster has any. Other settings: see
+    FeatureExtraction.
 
     Vectors are those of one process on the same kind of device to the bit. A worker that dies is started again, and its shard
     with it; where this process dies, the same command goes on with the shards that are not there. Raises ConnectionError where

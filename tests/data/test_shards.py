@@ -257,7 +257,7 @@ def test_other_bytes_are_no_picture_that_cannot_be_read(shop: Path, tmp_path: Pa
 def test_shards_are_a_gallery(shop: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an index names its pictures, in a csv."""
     pack(shop, tmp_path / "shards")
-    words = ["device=cpu", "precision=32-true", "max_skipped=0.5"]
+    words = ["device=cpu", "precision=32-true", "max_skipped=0.5", "rehearsal.views=0"]
     loose, packed = (Retriever.build(tiny_checkpoint, place, words) for place in (shop, tmp_path / "shards"))
     photo = shop / "p3.jpg"
     assert [hit.score for hit in packed.search([photo])[0]] == [hit.score for hit in loose.search([photo])[0]]
@@ -281,6 +281,8 @@ def test_settings_that_make_no_sense(tmp_path: Path, configure: Callable[..., Di
         shards(configure("shards", f"output_dir={tmp_path}"))
     with pytest.raises(ValueError, match=r"shard=0: type a number of pictures above 0"):
         shards(configure("shards", f"output_dir={tmp_path}", "pictures=P", "shard=0"))
+    with pytest.raises(ValueError, match=r"output_dir=s3://bucket/shop: type a folder, and copy it there"):
+        shards(configure("shards", "output_dir=s3://bucket/shop", "pictures=P"))
 
 
 def test_perfect500k_is_packed_by_its_list(shop: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
