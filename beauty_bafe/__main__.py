@@ -14,6 +14,7 @@ COMMANDS = {
     "cache": "list or remove what earlier commands keep on disk",
     "export": "write a checkpoint as safetensors and ONNX, with a model card",
     "cutout": "cut products out of pictures, as PNG files",
+    "shards": "pack photos into a few large files, to train from (data=shards)",
     "serve": "answer searches over HTTP from a saved Retriever, with a page to try it",
 }
 

@@ -17,6 +17,7 @@ from . import cli
 from .config import CONF, check_targets, compose
 from .data.catalog import Skipped, open_catalog
 from .data.images import ImageLike, Images
+from .data.places import Place
 from .extraction.features import Features, mean_masks
 from .extraction.memory import MemoryExtraction
 from .index.ranking import check_k
@@ -38,7 +39,8 @@ SCRIPT_ONLY = (
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file, None if it has none.
+    """One answer. `score`: higher is better, comparable within one query. `path`: the picture's file or URL, None if it
+    has none.
 
     `probability`: that the answer is right, 0 to 1; None if it could not be learned (see `rehearsal` in conf/retrieve.yaml,
     and `Calibration`).
@@ -47,14 +49,14 @@ class Hit:
     id: str
     score: float
     probability: float | None
-    path: Path | None
+    path: Place | None
 
 
 class _Shelf(NamedTuple):
     """The state that a search works on: replaced as a whole, never modified."""
 
     gallery: Gallery
-    paths: Mapping[str, Path]
+    paths: Mapping[str, Place]
 
 
 class Retriever:
@@ -85,9 +87,9 @@ class Retriever:
         """Describe a gallery and index it.
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
-        pictures, a csv with the columns id,path, or a dict of id -> image. `overrides`: settings as retrieve.py takes them,
-        such as "query=whole", "size=320" or "device=cpu"; the default is what the checkpoints ask for. Unreadable pictures of
-        a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
+        pictures, a csv with the columns id,path, the URL of one, or a dict of id -> image. `overrides`: settings as
+        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; the default is what the checkpoints ask
+        for. Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
 
         Raises ValueError for files that are not checkpoints, unknown settings, or an empty or unreadable gallery; TypeError
         for values that are not images.
@@ -230,8 +232,8 @@ class Retriever:
         calibration = self._shelf.gallery.calibration
         return None if calibration is None else calibration.threshold(rate)
 
-    def path(self, name: str) -> Path | None:
-        """The file of the picture with this id; None for an unknown id or a picture that was added from memory."""
+    def path(self, name: str) -> Place | None:
+        """The file or URL of the picture with this id; None for an unknown id or a picture that was added from memory."""
         return self._shelf.paths.get(name)
 
     @property

@@ -23,7 +23,7 @@ FILES = sorted(CONF.glob("*/*.yaml"))
 TRAIN_GROUPS = {"model", "objective", "decoder", "data", "augmentation", "trainer", "callbacks", "logger"}
 RETRIEVE_GROUPS = {"pooling", "ensemble", "extraction", "index", "rerank", "query"}
 # Commands that compose.
-KNOWN = r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:cache|export|cutout|serve))"
+KNOWN = r"(?:python (?:train|retrieve)\.py|(?:beauty-bafe|python -m beauty_bafe) (?:cache|export|cutout|shards|serve))"
 # What stands for the user's own things in commands.
 FILLED = ["data.root=GALLERY", "gallery=GALLERY", "queries=QUERIES", "checkpoints=[a.ckpt]"]
 

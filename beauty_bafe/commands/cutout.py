@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
+from beauty_bafe.data.places import Elsewhere, Place
 
 log = logging.getLogger("beauty_bafe")
 
@@ -123,7 +124,9 @@ def _save(rgb: np.ndarray, mask: np.ndarray, white: bool, file: Path) -> None:
     Image.fromarray(pixels).save(file, format="PNG", compress_level=3)  # for speed at full size
 
 
-def _is_newer(file: Path, source: Path) -> bool:
+def _is_newer(file: Path, source: Place) -> bool:
+    if isinstance(source, Elsewhere):  # its time is not known
+        return file.is_file()
     return file.is_file() and source.is_file() and file.stat().st_mtime >= source.stat().st_mtime
 
 

@@ -17,7 +17,8 @@ from beauty_bafe.config import CONF
 log = logging.getLogger("beauty_bafe")
 
 MISSING = {  # what to type for required settings of conf/data
-    "data.root": "data.root=GALLERY, a folder of catalogue photos or a csv with the columns id,path",
+    "data.root": "data.root=GALLERY, a folder of catalogue photos or a csv with the columns id,path "
+    "(for data=shards what beauty-bafe shards wrote)",
     "data.titles": "data.titles=TITLES.csv, the challenge's file of image ids and titles",
 }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 
 import cv2
 import numpy as np
 
 from .catalog import Catalog
 from .pictures import read_picture
+from .places import Place
 
 BACKGROUND_LONGEST = 640  # photographs are kept at twice this on the long side at most, so that crops have detail
 CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB, at 1280 x 960 px 470 MB
@@ -20,7 +20,7 @@ class Backgrounds:
 
     def __init__(self, photos: Catalog | None) -> None:
         self.photos = photos
-        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[Place, np.ndarray] = OrderedDict()
 
     def __call__(self, rng: np.random.Generator, size: int, zoom: tuple[float, float] = (0.4, 1.0)) -> np.ndarray:
         """A crop of a random photograph as uint8 (size, size, 3); its side is `zoom` of the short side, at least `size`.
@@ -36,7 +36,7 @@ class Backgrounds:
         crop = photo[top : top + side, left : left + side]
         return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
-    def _read(self, path: Path) -> np.ndarray:
+    def _read(self, path: Place) -> np.ndarray:
         if path in self._cache:
             self._cache.move_to_end(path)
             return self._cache[path]

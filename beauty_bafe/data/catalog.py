@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .pictures import SUFFIXES, Picture, read_picture
+from .places import Place, is_url, list_below, locate, size_of, stamp
+from .shards import INDEX, read_shards
 
 ID_COLUMNS = ("id", "image id", "image_id", "product")
 PATH_COLUMNS = ("path", "file", "filename")
@@ -17,15 +20,15 @@ PATH_COLUMNS = ("path", "file", "filename")
 
 @dataclass(frozen=True)
 class Catalog:
-    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two files share one."""
+    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two share one."""
 
     ids: tuple[str, ...]
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.paths):
             raise ValueError(f"{len(self.ids)} ids but {len(self.paths)} paths")
-        seen: dict[str, Path] = {}
+        seen: dict[str, Place] = {}
         for name, path in zip(self.ids, self.paths, strict=True):
             if name in seen:
                 raise ValueError(
@@ -39,7 +42,7 @@ class Catalog:
 
     def fingerprint(self) -> str:
         """What tells these pictures from others, wherever they lie: how many, and a digest of their ids and file sizes."""
-        listed = "\n".join(f"{name} {os.stat(path).st_size}" for name, path in zip(self.ids, self.paths, strict=True))
+        listed = "\n".join(f"{name} {size_of(path)}" for name, path in zip(self.ids, self.paths, strict=True))
         return f"{len(self)} pictures ({hashlib.sha256(listed.encode()).hexdigest()[:16]})"
 
     @property
@@ -57,14 +60,34 @@ class Catalog:
 
 
 def open_catalog(source: str | Path) -> Catalog:
-    """A folder (searched through) or a csv of ids and paths. Raises ValueError or OSError saying what is there instead."""
+    """A folder (searched through, or of shards) or a csv of ids and paths, or the URL of one, as fsspec takes it.
+
+    Raises ValueError or OSError saying what is there instead.
+    """
+    if is_url(source):
+        url = source.rstrip("/")
+        if url.lower().endswith(".csv"):
+            return from_csv(url)
+        return from_url(url) if stamp(locate(INDEX, url)) == "missing" else from_shards(url)
     path = Path(source).expanduser()  # a shell leaves key=~/folder as it is
     if path.is_dir():
-        return from_folder(path)
+        return from_shards(path) if (path / INDEX).is_file() else from_folder(path)
     if path.is_file() and path.suffix.lower() == ".csv":
         return from_csv(path)
     found = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
     raise ValueError(f"'{source}' {found}; name a folder of pictures or a csv with the columns id,path")
+
+
+def from_url(url: str) -> Catalog:
+    """As `from_folder`, of a bucket or a folder in it; sizes and what tells of changes come with the list."""
+    found = [
+        place
+        for parts, place in list_below(url)
+        if Path(place.name).suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts)
+    ]
+    if not found:
+        raise ValueError(f"no pictures under '{url}'; files ending in {', '.join(sorted(SUFFIXES))} are looked for")
+    return Catalog(tuple(Path(place.name).stem for place in found), tuple(found))
 
 
 def from_folder(root: str | Path) -> Catalog:
@@ -76,12 +99,18 @@ def from_folder(root: str | Path) -> Catalog:
 
 
 def from_csv(file: str | Path) -> Catalog:
-    """Rows of id and path under a header such as `id,path`; relative paths start at the csv's own folder."""
-    file = Path(file)
+    """Rows of id and path or URL under a header such as `id,path`; relative paths start at the csv's own folder."""
+    folder = file.rpartition("/")[0] if is_url(file) else Path(file).parent
     header, rows = _read_rows(file)
     id_column, path_column = _column(file, header, ID_COLUMNS), _column(file, header, PATH_COLUMNS)
     ids = tuple(row[id_column].strip() for row in rows)
-    return Catalog(ids, tuple(file.parent / row[path_column].strip() for row in rows))
+    return Catalog(ids, tuple(locate(row[path_column].strip(), folder) for row in rows))
+
+
+def from_shards(folder: str | Path) -> Catalog:
+    """The pictures that `make_shards` wrote, in the order of the catalogue it was given. Raises as `read_shards`."""
+    ids, places = read_shards(folder if is_url(folder) else Path(folder).expanduser())
+    return Catalog(tuple(ids), tuple(places))
 
 
 def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
@@ -89,7 +118,7 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
 
     An id without a file stays in the catalogue, so that reading it reports it as missing.
     """
-    header, rows = _read_rows(Path(titles))
+    header, rows = _read_rows(titles)
     names = [header[0].strip()] if header and header[0].strip().lower() not in ID_COLUMNS else []
     names += [row[0].strip() for row in rows]
     where = {path.stem: path for path in _pictures_below(Path(root))}
@@ -98,15 +127,6 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
     if not any(name in where for name in ids):
         raise ValueError(f"none of the {len(ids)} ids of '{titles}' is a picture under '{root}'; the first is '{ids[:1]}'")
     return Catalog(tuple(ids), tuple(where.get(name, Path(root) / f"{name}.jpg") for name in ids))
-
-
-def stamp(path: Path) -> str:
-    """What changes when the file has to be read again: its size and time, or that it could not be read at all."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return "missing"
-    return f"{status.st_size}-{status.st_mtime_ns}" if os.access(path, os.R_OK) else "no access"
 
 
 class Skipped:
@@ -157,15 +177,15 @@ def _pictures_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+def _read_rows(file: str | Path) -> tuple[list[str], list[list[str]]]:
+    text = locate(str(file), "").read_bytes().decode("utf-8-sig")
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise ValueError(f"'{file}' holds no rows below its header")
     return rows[0], rows[1:]
 
 
-def _column(file: Path, header: Sequence[str], names: Sequence[str]) -> int:
+def _column(file: str | Path, header: Sequence[str], names: Sequence[str]) -> int:
     cells = [cell.strip().lower() for cell in header]
     for name in names:
         if name in cells:

@@ -15,10 +15,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
-from .catalog import Catalog, Skipped, from_perfect500k, open_catalog
+from .catalog import Catalog, Skipped, from_perfect500k, from_shards, open_catalog
 from .foreground import find_holes
 from .photos import LoadResult, PhotoCache, load_photo, try_photo
 from .pictures import UnreadablePicture, read_picture
+from .places import Place
 from .sampling import EpochSampler, share_out
 from .workers import default_workers, quiet_worker, yielding_worker
 
@@ -38,7 +39,7 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         catalog: Catalog,
         augmentation: Augmentation,
         backgrounds: Backgrounds,
-        load: Callable[[Path], Sample],
+        load: Callable[[Place], Sample],
         seed: int,
         views: int = 1,
     ) -> None:
@@ -79,7 +80,7 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
 class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
     """Item i: photo i as it is; `pictures`: uint8 (1, 3, S, S). `row`: int64 (), i."""
 
-    def __init__(self, catalog: Catalog, load: Callable[[Path], Sample]) -> None:
+    def __init__(self, catalog: Catalog, load: Callable[[Place], Sample]) -> None:
         self.catalog, self.load = catalog, load
 
     def __len__(self) -> int:
@@ -93,7 +94,7 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
 class _Scan(Dataset[LoadResult]):
     """Item i: what was found in file i."""
 
-    def __init__(self, catalog: Catalog, look: Callable[[Path], LoadResult]) -> None:
+    def __init__(self, catalog: Catalog, look: Callable[[Place], LoadResult]) -> None:
         self.catalog, self.look = catalog, look
 
     def __len__(self) -> int:
@@ -103,7 +104,7 @@ class _Scan(Dataset[LoadResult]):
         return self.look(self.catalog.paths[index])
 
 
-def try_background(path: Path) -> LoadResult:
+def try_background(path: Place) -> LoadResult:
     """Whether a photograph can be read."""
     try:
         read_picture(path, BACKGROUND_LONGEST)
@@ -112,7 +113,7 @@ def try_background(path: Path) -> LoadResult:
     return LoadResult()
 
 
-def try_photo_without_pixels(path: Path, size: int) -> LoadResult:
+def try_photo_without_pixels(path: Place, size: int) -> LoadResult:
     """`try_photo` where nothing keeps the pixels, so that workers need not send them."""
     return try_photo(path, size)._replace(pixels=None)
 
@@ -208,7 +209,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         )
 
     def _scan(
-        self, catalog: Catalog, look: Callable[[Path], LoadResult], what: str = "catalogue photos"
+        self, catalog: Catalog, look: Callable[[Place], LoadResult], what: str = "catalogue photos"
     ) -> Iterator[LoadResult]:
         from rich.progress import track
 
@@ -282,6 +283,11 @@ class SaliencyDataModule(pl.LightningDataModule):
 def perfect500k_datamodule(root: str, titles: str, **options: Any) -> SaliencyDataModule:
     """SaliencyDataModule on the challenge's layout; see `from_perfect500k`."""
     return SaliencyDataModule(from_perfect500k(root, titles), **options)
+
+
+def shards_datamodule(root: str, **options: Any) -> SaliencyDataModule:
+    """SaliencyDataModule on what `beauty-bafe shards` wrote: the samples that the files in it would give, to the bit."""
+    return SaliencyDataModule(from_shards(root), **options)
 
 
 def cut(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:

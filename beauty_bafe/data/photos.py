@@ -13,9 +13,10 @@ import numpy as np
 from filelock import FileLock
 
 from .augmentation import Sample
-from .catalog import Catalog, stamp
+from .catalog import Catalog
 from .foreground import find_foreground
 from .pictures import UnreadablePicture, letterbox, read_picture
+from .places import Place, stamp
 
 VERSION = 2  # counts up when the same file gives other pixels or another mask
 
@@ -31,7 +32,7 @@ class LoadResult(NamedTuple):
     pixels: np.ndarray | None = None
 
 
-def load_photo(path: Path, size: int) -> Sample:
+def load_photo(path: Place, size: int) -> Sample:
     """A catalogue photo and its foreground mask on a `size` canvas. Raises UnreadablePicture or ValueError (untrusted mask)."""
     picture = read_picture(path, size)
     foreground = find_foreground(picture)
@@ -40,7 +41,7 @@ def load_photo(path: Path, size: int) -> Sample:
     return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
 
 
-def try_photo(path: Path, size: int) -> LoadResult:
+def try_photo(path: Place, size: int) -> LoadResult:
     """`load_photo`, its errors as reasons."""
     try:
         photo, mask = load_photo(path, size)
@@ -70,7 +71,7 @@ class PhotoCache:
         Raises OSError where the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = [f"{os.path.abspath(path)} {stamp(path)}" for path in catalog.paths]
+        names = [_identify(path) for path in catalog.paths]
         with FileLock(self.folder / "lock"):
             os.utime(self.folder / "lock")  # the time of the last use, for beauty-bafe cache
             self._read()
@@ -81,9 +82,9 @@ class PhotoCache:
                     self._keep(names[index], found)
         return [self.results[name] for name in names]
 
-    def __call__(self, path: Path) -> Sample:
+    def __call__(self, path: Place) -> Sample:
         """The photo and its mask. Raises ValueError where it is not in the cache, or not usable."""
-        name = f"{os.path.abspath(path)} {stamp(path)}"
+        name = _identify(path)
         if name not in self.rows:
             raise ValueError(f"'{path}' changed while it was trained on; start again, it will be looked at anew")
         shape = (self.size, self.size, 4)
@@ -121,3 +122,8 @@ class PhotoCache:
         self.results[name] = LoadResult(reason, unreadable)
         if row is not None:
             self.rows[name] = row
+
+
+def _identify(place: Place) -> str:
+    """Where a photo lies, and its stamp."""
+    return f"{os.path.abspath(place) if isinstance(place, Path) else place.resolve()} {stamp(place)}"

@@ -13,6 +13,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
+from .places import BrokenShard, Elsewhere
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 # A header can announce any size; above this the pixels alone would need over 1 GB.
 MAX_PIXELS = 400_000_000
@@ -29,16 +31,17 @@ class Picture(NamedTuple):
     alpha: np.ndarray | None
 
 
-def read_picture(source: str | Path | bytes, longest: int | None = None) -> Picture:
-    """Decode a file, or the bytes of one: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
+def read_picture(source: str | Path | bytes | Elsewhere, longest: int | None = None) -> Picture:
+    """Decode a file, its bytes, or what lies elsewhere: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
 
     With `longest` a picture of more than four times as many pixels on its longest side is shrunk to two to four times, so
     that memory stays bounded; the JPEG decoder then skips detail nobody will see.
 
-    Raises UnreadablePicture with the reason; never returns a stand-in.
+    Raises UnreadablePicture with the reason, or BrokenShard; never returns a stand-in.
     """
     try:
-        with _open(source) as image:
+        content = source.read_bytes() if isinstance(source, Elsewhere) else source
+        with _open(content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
             whole = image.size
@@ -46,15 +49,15 @@ def read_picture(source: str | Path | bytes, longest: int | None = None) -> Pict
                 # draft() keeps both sides at or above the size asked for, so the shorter side must be scaled along.
                 scale = 2 * longest / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-            picture = _decode_jpeg(source, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
+            picture = _decode_jpeg(content, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
             return shrink(picture, longest)
-    except UnreadablePicture:
+    except (UnreadablePicture, BrokenShard):
         raise
     except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
         if isinstance(error, MemoryError):
             raise
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        if not isinstance(source, bytes):
+        if isinstance(source, str | Path):
             reason = reason.replace(str(source), Path(source).name)
         raise UnreadablePicture(reason) from error
 

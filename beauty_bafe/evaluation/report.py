@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..data.catalog import Catalog
 from ..data.pictures import letterbox, read_picture
+from ..data.places import Place
 from ..extraction.features import Features
 from ..index.ranking import Ranking
 from ..retrieval.submission import is_known
@@ -84,7 +85,7 @@ def _entry(
     row: int,
     ranking: Ranking,
     queries: Features,
-    paths: Mapping[str, Mapping[str, Path]],
+    paths: Mapping[str, Mapping[str, Place]],
     precision: Mapping[str, float],
     matches: Collection[str],
     threshold: float | None,
@@ -151,7 +152,7 @@ def _overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return cv2.drawContours(np.ascontiguousarray(blended), contours, -1, (214, 34, 110), 1, cv2.LINE_AA)
 
 
-def _thumb(path: Path) -> str:
+def _thumb(path: Place) -> str:
     return _data_url(letterbox(read_picture(path, THUMB).rgb, THUMB))
 
 

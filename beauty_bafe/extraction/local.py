@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.catalog import Catalog, Skipped, stamp
+from ..data.catalog import Catalog, Skipped
 from ..data.images import Pictures
+from ..data.places import absolute, stamp
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
 from ..models.inference import MASK_SIZE
@@ -133,7 +134,7 @@ class FeatureExtraction:
             "checkpoint": member.source,
             "size": member.extractor.size,
             "pooling": str(member.pooling),
-            "source": str(Path(source).expanduser().resolve()),
+            "source": absolute(source),
             "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
             "dtype": str(self.dtype),

@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data.catalog import Catalog
+from ..data.places import Place
 from ..data.workers import default_workers
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
@@ -33,7 +34,7 @@ class Shard(NamedTuple):
 
     number: int
     pictures: Sequence[Picture]
-    paths: Sequence[Path]
+    paths: Sequence[Place]
     files: Mapping[int, tuple[Path, Sequence[int]]]
 
 

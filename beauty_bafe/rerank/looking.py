@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 from rich.progress import track
 from threadpoolctl import threadpool_limits
 
-from ..data.catalog import Catalog, stamp
+from ..data.catalog import Catalog
 from ..data.foreground import find_foreground
 from ..data.photos import VERSION as MASKS
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
+from ..data.places import Place, stamp
 from ..data.workers import default_workers, one_opencv_thread
 from ..extraction.local import PREPROCESSING
 from ..extraction.store import Picture, Store
@@ -97,7 +97,7 @@ def look_at_answers(
         return np.array(looked)
 
 
-def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Path]:
+def _paths(catalog: Catalog, names: Iterable[str]) -> dict[str, Place]:
     """Where these pictures lie. Raises ValueError for one that is not a file."""
     paths = dict(zip(catalog.ids, catalog.paths, strict=True))
     if missing := [name for name in names if name not in paths]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.images import Pictures
 from ..data.pictures import UnreadablePicture, letterbox
+from ..data.places import absolute
 from ..extraction.features import unit
 from ..extraction.members import Member
 from ..extras import explain
@@ -151,7 +152,7 @@ def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kep
     vocabulary, so that stored descriptors stay valid.
     """
     for number, vlad in enumerate(_vlads(members)):
-        file = features / f"vocabulary-{digest(str(vlad), str(Path(source).expanduser().resolve()))}.npy"
+        file = features / f"vocabulary-{digest(str(vlad), absolute(source))}.npy"
         if kept is not None:
             file = _kept(kept, number)
         if file.is_file():

@@ -126,7 +126,7 @@ class Shop:
         path = self.served.retriever.path(name)
         if path is None:
             raise Refused(404, f"the catalogue holds no picture of '{name}'")
-        if path.parent.name == self._pictures.name and not path.exists():
+        if isinstance(path, Path) and path.parent.name == self._pictures.name and not path.exists():
             path = self._pictures / path.name  # the folder has been moved
         try:
             picture = read_picture(path, size)

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from beauty_bafe.data.catalog import Skipped, from_folder
+from beauty_bafe.data.catalog import Skipped, open_catalog
+from beauty_bafe.data.shards import make_shards
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
 from beauty_bafe.extraction.on_ray import RayExtraction
@@ -31,7 +32,7 @@ for name, value in {"RAY_agent_register_timeout_ms": 1000 * PATIENCE, "RAY_worke
 def describe(kind: type[FeatureExtraction], checkpoint: str, pictures: str, store: str, **options: object) -> list[np.ndarray]:
     members = load_members(checkpoint, {"attention": Pooling(spoc, saliency=True), "gem": Pooling(gem, saliency=False)})
     settings: dict[str, object] = {"device": "cpu", "precision": "32-true", "shard": SHARD, "max_skipped": 0.5}
-    found = kind(store, **settings | options)(members, from_folder(pictures), pictures, "pictures", Skipped())  # type: ignore[arg-type]
+    found = kind(store, **settings | options)(members, open_catalog(pictures), pictures, "pictures", Skipped())  # type: ignore[arg-type]
     return [features.vectors for features in found]
 
 
@@ -96,6 +97,21 @@ def test_workers_and_driver_killed_and_the_same_command_again(tmp_path: Path, ga
     now = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").rglob("*.safetensors")}
     assert len(now) == 2 * shards
     assert {file: now[file] for file in kept} == kept, "what was written is not described again"
+
+
+@pytest.mark.server
+def test_pictures_behind_urls_and_in_shards(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
+    ray = pytest.importorskip("ray", reason="the extra `ray`")
+    expected = describe(FeatureExtraction, str(tiny_checkpoint), str(gallery), str(tmp_path / "one"), num_workers=0)
+    loose = open_catalog(gallery)
+    make_shards(loose.ids, loose.paths, tmp_path / "shards", 16)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    try:
+        for number, source in enumerate((f"file://{gallery}", f"file://{tmp_path / 'shards'}")):
+            found = describe(RayExtraction, str(tiny_checkpoint), source, str(tmp_path / str(number)), workers=1, shard=20)
+            assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), source
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.server
