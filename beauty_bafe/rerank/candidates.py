@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,11 +39,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchContext:
-    """The pictures behind a search. `folder`: where a step may keep what it makes of them."""
+    """The pictures behind a search. `folder`: where a step may keep what it makes of them, `looks`: what it has opened there,
+    for later searches of the same gallery.
+    """
 
     gallery: Catalog
     queries: Pictures
     folder: Path
+    looks: dict[Any, Any] = field(default_factory=dict)
 
 
 class Reranker(Protocol):

@@ -78,6 +78,7 @@ class Gallery:
         self.steps: list[list[Reranker]] = []
         self.calibration: Calibration | None = None
         self._learned: dict[str, Any] = {}
+        self._looks: dict[Any, Any] = {}  # see SearchContext
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
@@ -224,7 +225,7 @@ class Gallery:
         depth = min(max(depths), len(self.indexes[0]))
         rankings = []
         for own, index, queries in zip(steps, self.indexes, self.ensemble.transform(described), strict=True):
-            context = SearchContext(self.catalog, pictures, self.extraction.root)
+            context = SearchContext(self.catalog, pictures, self.extraction.root, self._looks)
             found = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
             for place, step in enumerate(own):
                 if learn and isinstance(step, Learner):
