@@ -69,6 +69,12 @@ class Learner(Reranker, Protocol):
         """What has learned. `practice`: queries named after the gallery pictures that they show."""
 
 
+def check_depth(depth: int) -> None:
+    """Raise ValueError where no answer would be left."""
+    if depth < 1:
+        raise ValueError(f"depth={depth}: type how many of each query's first answers are looked at, 1 or more")
+
+
 def reorder(found: Candidates, scores: np.ndarray) -> Candidates:
     """Each query's first answers by new scores, float (Q, depth), and no others; equal ones keep their order."""
     scores = scores.astype(np.float32)
