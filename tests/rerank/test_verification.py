@@ -198,7 +198,9 @@ def test_weights_come_from_street_views_of_the_gallery(
     """Descriptors are random here, so the pictures must be heard; a query's own truth is never asked for."""
     practice = shop({f"p{number}": warped(textured(number)) for number in range(5)})
     ignorant = Verification(6, None, DETECTOR, MATCHER)
-    with pytest.raises(ValueError, match=r"there are none; type them \('rerank.NAME.weights=\{inliers: 0.05\}'\)"):
+    with pytest.raises(
+        ValueError, match=r"no photo is a file with .*; type the weights \('rerank.NAME.weights=\{inliers: 0.05\}'"
+    ):
         ignorant(practice)
     learned = ignorant.learned(practice)
     printed = capsys.readouterr().out
