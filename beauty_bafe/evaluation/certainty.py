@@ -33,19 +33,21 @@ class Certainty:
     @classmethod
     def judge(
         cls, shortlist: Ranking, truth: Mapping[str, Collection[str]], calibration: Calibration, threshold: float
-    ) -> Self:
-        """`shortlist`: SHORTLIST answers a query, or all. Queries that `truth` does not name do not count."""
-        rows = [row for row, query in enumerate(shortlist.query_ids) if query in truth]
-        names = np.array(shortlist.gallery_ids)[shortlist.positions[rows, :SHORTLIST]]
-        scores = shortlist.scores[rows, :SHORTLIST]
-        hit = np.array(
-            [np.isin(answers, list(truth[shortlist.query_ids[row]])) for row, answers in zip(rows, names, strict=True)]
-        )
-        # Where no true product is among them the last answer goes, so that both lists are as long.
-        hit_or_last = hit.copy()
-        hit_or_last[~hit.any(axis=1), -1] = True
-        left = [calibration.probabilities(row[~gone][None])[0, 0] for row, gone in zip(scores, hit_or_last, strict=True)]
-        return cls(calibration.probabilities(scores)[:, 0], hit[:, 0], np.array(left), threshold)
+    ) -> Self | None:
+        """`shortlist`: SHORTLIST answers a query, or all. Queries count that `truth` names and that have a wrong answer, which
+        is what is left of a gallery without the product; None where there are none.
+        """
+        names, scores = np.array(shortlist.gallery_ids)[shortlist.positions[:, :SHORTLIST]], shortlist.scores[:, :SHORTLIST]
+        known, right, unknown = [], [], []
+        for query, answers, row in zip(shortlist.query_ids, names, scores, strict=True):
+            hit = np.isin(answers, list(truth.get(query, ())))
+            # Where no true product is among them the last answer goes, so that both lists are as long.
+            gone = hit if hit.any() else np.arange(len(hit)) == len(hit) - 1
+            if query in truth and not gone.all():
+                known.append(calibration.probabilities(row[None])[0, 0])
+                unknown.append(calibration.probabilities(row[~gone][None])[0, 0])
+                right.append(hit[0])
+        return cls(np.array(known), np.array(right), np.array(unknown), threshold) if known else None
 
     def summary(self) -> dict[str, float | list[float] | None]:
         """Means over queries of which half show products that the gallery lacks, with 95 % intervals (bootstrap, seed 0).
