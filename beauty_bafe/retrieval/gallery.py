@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from ..data.catalog import Catalog, Skipped, open_catalog
+from ..data.catalog import Catalog, Skipped, open_catalog, stamp
 from ..data.images import Pictures
 from ..data.rehearsal import Rehearsal
 from ..extraction.features import Features
@@ -161,10 +161,11 @@ class Gallery:
         """Take these re-ranking steps; they and the calibration learn from street views of the gallery's photos.
 
         `about`: the settings behind them. What was learned by the same settings is taken as it is, from `folder` (the
-        index_dir) as well, and else written there. Without views, or photos to draw them from, there are no probabilities.
+        index_dir) as well, and else written there. Without views, or photos to draw them from, there are no probabilities;
+        that is tried again with other photos.
         """
         self.steps = [list(steps) for _ in self.indexes]
-        if self._learned.get("about") == about:
+        if self._learned.get("about") == about and self._still_holds(rehearsal):
             for own, learned in zip(self.steps, self._learned["weights"], strict=True):
                 learners = [place for place, step in enumerate(own) if isinstance(step, Learner)]
                 for place, weights in zip(learners, learned, strict=True):
@@ -176,9 +177,17 @@ class Gallery:
         found = [[step.weights for step in own if isinstance(step, Learner)] for own in self.steps]
         learned = [[None if weights is None else dict(weights) for weights in own] for own in found]
         known = None if self.calibration is None else self.calibration.to_dict()
-        self._learned = {"about": about, "weights": learned, "calibration": known}
+        photos = self._photos() if rehearsal.views and known is None else None
+        self._learned = {"about": about, "weights": learned, "calibration": known, "photos": photos}
         if folder is not None:
             Versions(Path(folder)).read(self._write_learned)
+
+    def _still_holds(self, rehearsal: Rehearsal) -> bool:
+        """Whether nothing more could be learned: photos that taught nothing may have been away, or are others today."""
+        return self._learned["calibration"] is not None or not rehearsal.views or self._learned["photos"] == self._photos()
+
+    def _photos(self) -> str:
+        return digest(*self.catalog.ids, *map(stamp, self.catalog.paths))
 
     def _practise(self, rehearsal: Rehearsal) -> Calibration | None:
         if not rehearsal.views or not len(self.catalog):
