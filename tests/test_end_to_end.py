@@ -123,6 +123,12 @@ def test_broken_queries_are_listed_and_left_out(toy: Path, tmp_path: Path, retri
         retrieve(retrieval(f"queries={folder}", "report=false", "max_skipped=0.05"))
 
 
+def test_a_share_that_is_none_is_refused_at_once(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ValueError, match="known_at=5: type the share of unknown products that may pass for known, from 0 to 1"):
+        retrieve(retrieval("known_at=5"))
+    assert not (tmp_path / "features").exists(), "nothing was described"
+
+
 def test_report_without_truth_and_without_masks(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
     metrics = retrieve(retrieval("report_queries=3", "pooling=spoc"))
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -28,10 +28,12 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.evaluation.metrics import evaluate, read_truth
     from beauty_bafe.evaluation.report import write_report
     from beauty_bafe.extraction.features import mean_masks
+    from beauty_bafe.retrieval.calibration import check_rate
     from beauty_bafe.retrieval.gallery import Gallery
     from beauty_bafe.retrieval.parts import build_parts
     from beauty_bafe.retrieval.submission import write_answers, write_submission
 
+    check_rate(cfg.known_at)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output / "config.yaml", resolve=True)
@@ -65,7 +67,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
     certainty = None
     if truth is not None and gallery.calibration is not None and threshold is not None:
         certainty = Certainty.judge(shortlist, truth, gallery.calibration, threshold)
-        metrics |= certainty.summary()
+        metrics |= {} if certainty is None else certainty.summary()
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     log.info("  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)))

@@ -26,6 +26,7 @@ def serve(cfg: DictConfig) -> None:
         raise ValueError("serve needs index_dir=SHOP, a folder that Retriever.save(SHOP) wrote")
     import uvicorn
 
+    from beauty_bafe.retrieval.calibration import check_rate
     from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
     from beauty_bafe.serving.app import Settings, create_app
     from beauty_bafe.serving.limits import Limits
@@ -35,8 +36,7 @@ def serve(cfg: DictConfig) -> None:
     token = read_token(cfg.token_file)
     host = choose_host(cfg.host, token)
     limits = Limits(**{**cfg.limits, "kinds": tuple(cfg.limits.kinds)})
-    if not 0 <= cfg.known_at <= 1:
-        raise ValueError(f"known_at={cfg.known_at}: type the share of unknown products to accept as known, from 0 to 1")
+    check_rate(cfg.known_at)
     access, batch = Access(token, cfg.private), cfg.batch
     settings = Settings(access, limits, cfg.k, cfg.threshold, cfg.known_at, cfg.thumbnail, batch.size, batch.wait_ms)
     empty = Versions(Path(cfg.index_dir)).current() is None

@@ -34,19 +34,21 @@ class Certainty:
     @classmethod
     def judge(
         cls, shortlist: Ranking, truth: Mapping[str, Collection[str]], calibration: Calibration, threshold: float
-    ) -> Self:
-        """`shortlist`: at least SHORTLIST answers per query, or all. Queries that are not in `truth` are ignored."""
-        rows = [row for row, query in enumerate(shortlist.query_ids) if query in truth]
-        names = np.array(shortlist.gallery_ids)[shortlist.positions[rows, :SHORTLIST]]
-        scores = shortlist.scores[rows, :SHORTLIST]
-        hit = np.array(
-            [np.isin(answers, list(truth[shortlist.query_ids[row]])) for row, answers in zip(rows, names, strict=True)]
-        )
-        # If no true product is among the answers, the last one is removed, so that all lists have the same length.
-        hit_or_last = hit.copy()
-        hit_or_last[~hit.any(axis=1), -1] = True
-        left = [calibration.probabilities(row[~gone][None])[0, 0] for row, gone in zip(scores, hit_or_last, strict=True)]
-        return cls(calibration.probabilities(scores)[:, 0], hit[:, 0], np.array(left), threshold)
+    ) -> Self | None:
+        """`shortlist`: at least SHORTLIST answers per query, or all. Queries that are not in `truth`, or whose answers are all
+        right, are ignored; None if no query is left.
+        """
+        names, scores = np.array(shortlist.gallery_ids)[shortlist.positions[:, :SHORTLIST]], shortlist.scores[:, :SHORTLIST]
+        known, right, unknown = [], [], []
+        for query, answers, row in zip(shortlist.query_ids, names, scores, strict=True):
+            hit = np.isin(answers, list(truth.get(query, ())))
+            # If no true product is among the answers, the last one is removed, so that all lists have the same length.
+            gone = hit if hit.any() else np.arange(len(hit)) == len(hit) - 1
+            if query in truth and not gone.all():
+                known.append(calibration.probabilities(row[None])[0, 0])
+                unknown.append(calibration.probabilities(row[~gone][None])[0, 0])
+                right.append(hit[0])
+        return cls(np.array(known), np.array(right), np.array(unknown), threshold) if known else None
 
     def summary(self) -> dict[str, float | list[float] | None]:
         """Metrics over the queries with known and as many with unknown products, with 95 % intervals (bootstrap, seed 0).

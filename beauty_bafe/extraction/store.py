@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ class Store:
         for shard in {self.rows[picture][0] for picture in pictures}.difference(self._mapped):
             opened = safe_open(self._checked(shard), framework="numpy")
             self._mapped[shard] = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+
+    def is_mapped(self, picture: Picture) -> bool:
+        return picture in self.rows and self.rows[picture][0] in self._mapped
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """What tells whether another run has changed the folder: inode and time of every shard and of the manifest."""
+        with os.scandir(self.folder) as entries:
+            found = {entry.name: entry.stat() for entry in entries if entry.name.endswith((".safetensors", ".json"))}
+        return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
 
     def row(self, picture: Picture) -> dict[str, np.ndarray]:
         """One mapped picture's row of every array."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,11 +39,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchContext:
-    """The pictures behind a search. `folder`: where a step may keep what it makes of them."""
+    """The pictures behind a search. `folder`: where a step may keep what it makes of them, `looks`: what it has opened there,
+    for later searches of the same gallery.
+    """
 
     gallery: Catalog
     queries: Pictures
     folder: Path
+    looks: dict[Any, Any] = field(default_factory=dict)
 
 
 class Reranker(Protocol):
@@ -64,6 +67,12 @@ class Learner(Reranker, Protocol):
 
     def learned(self, practice: Candidates) -> Reranker:
         """What has learned. `practice`: queries named after the gallery pictures that they show."""
+
+
+def check_depth(depth: int) -> None:
+    """Raise ValueError where no answer would be left."""
+    if depth < 1:
+        raise ValueError(f"depth={depth}: type how many of each query's first answers are looked at, 1 or more")
 
 
 def reorder(found: Candidates, scores: np.ndarray) -> Candidates:

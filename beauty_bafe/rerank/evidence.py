@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from .candidates import Candidates, reorder, with_depth
+from ..extraction.features import unit
+from .candidates import Candidates, check_depth, reorder, with_depth
 
 log = logging.getLogger("beauty_bafe")
 
@@ -26,7 +28,8 @@ class EvidenceReranker(ABC):
 
     `weights`: of each of `kinds`, what is left out weighs nothing; None: learned from street views of the gallery's own
     photos. `absolute`: evidence says how likely an answer is right at all; where it only tells answers apart, they change
-    places and every rank keeps its score. Raises ValueError for a weight of another kind.
+    places and every rank keeps its likeness. Raises ValueError for a depth below 1 and for weights that are not numbers by
+    kind.
     """
 
     depth: int
@@ -35,8 +38,17 @@ class EvidenceReranker(ABC):
     absolute: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if unknown := sorted({*(self.weights or {})} - {*self.kinds}):
+        check_depth(self.depth)
+        if self.weights is None:
+            return
+        typed = f"{{{self.kinds[0]}: 0.05}}, or null to learn them"
+        if not isinstance(self.weights, Mapping):
+            raise ValueError(f"weights={self.weights}: type a number for each kind of evidence, {typed}")
+        if unknown := sorted({*self.weights} - {*self.kinds}):
             raise ValueError(f"weights: {{{unknown[0]}: ...}} is no evidence here; type some of {', '.join(self.kinds)}")
+        for kind, weight in self.weights.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"weights: {{{kind}: {weight}}} is no number; type one, as in {typed}")
 
     @abstractmethod
     def evidence(self, found: Candidates) -> np.ndarray:
@@ -62,16 +74,17 @@ class EvidenceReranker(ABC):
     def __call__(self, found: Candidates) -> Candidates:
         if self.weights is None:
             raise ValueError(
-                "the weights of the evidence are learned from street views of the gallery's photos, and there are none; type "
-                f"them ('rerank.NAME.weights={{{self.kinds[0]}: 0.05}}'), or rehearsal.views=384 where the photos have plain "
-                "backdrops"
+                "the weights of the evidence are learned from street views of the gallery's photos, and there are none, as no "
+                "photo is a file with a plain backdrop, or rehearsal.views=0; type the weights "
+                f"('rerank.NAME.weights={{{self.kinds[0]}: 0.05}}'), or rerank=none"
             )
         found = with_depth(found, self.depth)
         weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
-        ordered = reorder(found, _likeness(found, self.depth) + self.evidence(found) @ weights)
+        likeness = _likeness(found, self.depth)
+        ordered = reorder(found, likeness + self.evidence(found) @ weights)
         if self.absolute:
             return ordered
-        return replace(ordered, ranking=replace(ordered.ranking, scores=found.ranking.scores[:, : self.depth]))
+        return replace(ordered, ranking=replace(ordered.ranking, scores=likeness))
 
 
 def fit_weights(likeness: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> np.ndarray:
@@ -103,11 +116,16 @@ def fit_weights(likeness: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> 
 
 
 def _likeness(found: Candidates, depth: int) -> np.ndarray:
-    """Scores of each query's first answers, float (Q, depth); inner products where the index gave distances."""
-    if found.index.metric == "ip" or found.rescored:
+    """Scores of each query's first answers, float (Q, depth), falling along a row.
+
+    Where the index gave distances, or products of vectors of any length, there are no scores that weights could be typed
+    for: then the answers' cosines, the largest for the first of them, whatever order the index has put them in.
+    """
+    if found.rescored or (found.index.metric == "ip" and not found.queries.any_length):
         return found.ranking.scores[:, :depth]
-    rows = enumerate(found.queries.vectors)
-    return np.stack([found.vectors(depth, slice(row, row + 1))[0] @ query for row, query in rows])
+    rows = enumerate(unit(found.queries.vectors))
+    cosines = np.stack([unit(found.vectors(depth, slice(row, row + 1))[0]) @ query for row, query in rows])
+    return -np.sort(-cosines, axis=1)
 
 
 def _mean_rank(scores: np.ndarray, hit: np.ndarray) -> float:

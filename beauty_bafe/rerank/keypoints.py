@@ -75,9 +75,9 @@ def look_closer(
     """The window of `closer` times the product's longer side, or the whole picture without a mask that can be trusted.
 
     uint8 (H, W, 3) and `mask`, uint8 (M, M), 255 on the product, of the letterboxed picture -> uint8 (size, size, 3) and
-    where the product is, bool (size, size).
+    where the product is, bool (size, size), None without a mask or where it is empty.
     """
-    if mask is None:
+    if mask is None or mask.max() <= 127:
         return letterbox(rgb, size), None
     if closer is not None:
         saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255

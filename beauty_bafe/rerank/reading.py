@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -35,8 +35,6 @@ class Reader:
     size: int
     closer: float | None
     sure: float
-    # RapidOCR keeps what it is reading in its attributes, so that each thread needs one of its own.
-    _idle: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         import rapidocr  # noqa: F401  # raises where it is missing, before anything is computed
@@ -48,11 +46,11 @@ class Reader:
     def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> Words:
         canvas, _ = look_closer(rgb, mask, self.size, self.closer)
         try:
-            engine = self._idle.get_nowait()
+            engine = _IDLE.get_nowait()
         except queue.Empty:
             engine = _load()
         found = engine(np.ascontiguousarray(canvas[..., ::-1]))
-        self._idle.put(engine)
+        _IDLE.put(engine)
         if found.txts is None:
             return ()
         read = (text for text, score in zip(found.txts, found.scores, strict=True) if score >= self.sure)
@@ -65,11 +63,16 @@ class Reader:
         return tuple(arrays["text"].tobytes().decode().split("\n")) if len(arrays["text"]) else ()
 
 
+# RapidOCR keeps what it is reading in its attributes, so that each thread needs one of its own.
+_IDLE: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+
 def _load() -> Any:
     from rapidocr import RapidOCR
 
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    return RapidOCR(params={**threads, "Global.log_level": "error", "Global.use_cls": False})
+    # `Reader.sure` decides; RapidOCR itself would leave out all below 0.5.
+    return RapidOCR(params={**threads, "Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0})
 
 
 @dataclass(frozen=True)

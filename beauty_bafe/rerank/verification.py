@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .appearance import APPEARANCE, compare_looks
-from .candidates import Candidates, reorder, with_depth
+from .candidates import Candidates, check_depth, reorder, with_depth
 from .evidence import EvidenceReranker
 from .keypoints import Detector, Look
 from .looking import look_at_answers
@@ -19,12 +19,15 @@ from .matching import Matcher, count_matches, fit_geometry
 class MatchCount:
     """The hybrid paper's: each query's first `depth` answers by the number of SIFT matches, ties by their distance.
 
-    Answers without a match keep their order behind the others.
+    Answers without a match keep their order behind the others. Raises ValueError for a depth below 1.
     """
 
     depth: int
     ratio: float
     detector: Detector
+
+    def __post_init__(self) -> None:
+        check_depth(self.depth)
 
     def __call__(self, found: Candidates) -> Candidates:
         found = with_depth(found, self.depth)

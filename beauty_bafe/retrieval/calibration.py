@@ -69,14 +69,16 @@ class Calibration:
         return np.exp(logits - total[:, None]).astype(np.float32)
 
     def threshold(self, rate: float) -> float:
-        """The probability above which at most the share `rate` of queries for unknown products have their best answer.
+        """The lowest probability that the best answers of at most the share `rate` of queries for unknown products reach.
 
         Raises ValueError for a rate that is not between 0 and 1.
         """
-        if not 0 <= rate <= 1:
-            raise ValueError(f"known_at={rate}: type the share of unknown products to accept as known, from 0 to 1")
+        check_rate(rate)
         above = int(rate * len(self.strangers))
-        return float(self.strangers[-1 - above]) if above < len(self.strangers) else 0.0
+        if above >= len(self.strangers):
+            return 0.0
+        # What reaches it is known, so that it lies above the first stranger that must not.
+        return float(np.nextafter(np.float32(self.strangers[-1 - above]), np.float32(np.inf)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `from_dict`."""
@@ -86,6 +88,12 @@ class Calibration:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A Calibration from the output of `to_dict`."""
         return cls(float(values["scale"]), float(values["unknown"]), tuple(float(value) for value in values["strangers"]))
+
+
+def check_rate(known_at: float) -> None:
+    """Raise ValueError for a number that is not between 0 and 1."""
+    if not 0 <= known_at <= 1:
+        raise ValueError(f"known_at={known_at}: type the share of unknown products to accept as known, from 0 to 1")
 
 
 def _above_median(scores: np.ndarray) -> np.ndarray:

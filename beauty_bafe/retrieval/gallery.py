@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from ..data.catalog import Catalog, Skipped, open_catalog
+from ..data.catalog import Catalog, Skipped, open_catalog, stamp
 from ..data.images import Pictures
 from ..data.rehearsal import Rehearsal
 from ..extraction.features import Features
@@ -78,6 +78,7 @@ class Gallery:
         self.steps: list[list[Reranker]] = []
         self.calibration: Calibration | None = None
         self._learned: dict[str, Any] = {}
+        self._looks: dict[Any, Any] = {}  # see SearchContext
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
@@ -160,10 +161,10 @@ class Gallery:
 
         `about`: the settings of all of them. If a loaded gallery has learned with the same settings, nothing is learned again;
         otherwise the result is written to `folder` (index_dir). Without views, or photos to draw them from, answers get no
-        probabilities.
+        probabilities, and learning is tried again once the photos change.
         """
         self.steps = [list(steps) for _ in self.indexes]
-        if self._learned.get("about") == about:
+        if self._learned.get("about") == about and self._still_holds(rehearsal):
             for own, learned in zip(self.steps, self._learned["weights"], strict=True):
                 learners = [place for place, step in enumerate(own) if isinstance(step, Learner)]
                 for place, weights in zip(learners, learned, strict=True):
@@ -175,9 +176,17 @@ class Gallery:
         found = [[step.weights for step in own if isinstance(step, Learner)] for own in self.steps]
         learned = [[None if weights is None else dict(weights) for weights in own] for own in found]
         known = None if self.calibration is None else self.calibration.to_dict()
-        self._learned = {"about": about, "weights": learned, "calibration": known}
+        photos = self._photos() if rehearsal.views and known is None else None
+        self._learned = {"about": about, "weights": learned, "calibration": known, "photos": photos}
         if folder is not None:
             Versions(Path(folder)).read(self._write_learned)
+
+    def _still_holds(self, rehearsal: Rehearsal) -> bool:
+        """Whether nothing more could be learned: photos that taught nothing may have been away, or are others today."""
+        return self._learned["calibration"] is not None or not rehearsal.views or self._learned["photos"] == self._photos()
+
+    def _photos(self) -> str:
+        return digest(*self.catalog.ids, *map(stamp, self.catalog.paths))
 
     def _practise(self, rehearsal: Rehearsal) -> Calibration | None:
         if not rehearsal.views or not len(self.catalog):
@@ -225,7 +234,7 @@ class Gallery:
         depth = min(max(depths), len(self.indexes[0]))
         rankings = []
         for own, index, queries in zip(steps, self.indexes, self.ensemble.transform(described), strict=True):
-            context = SearchContext(self.catalog, pictures, self.extraction.root)
+            context = SearchContext(self.catalog, pictures, self.extraction.root, self._looks)
             found = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
             for place, step in enumerate(own):
                 if learn and isinstance(step, Learner):

@@ -1,14 +1,21 @@
-"""Evidence of two pictures laid over each other, and the weights that are learned for it."""
+"""Evidence of two pictures laid over each other, the weights that are learned for it, and what they are beside."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from beauty_bafe.extraction.features import Features, unit
+from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.rerank.appearance import APPEARANCE, compare_looks
-from beauty_bafe.rerank.evidence import fit_weights
+from beauty_bafe.rerank.candidates import Candidates
+from beauty_bafe.rerank.evidence import EvidenceReranker, fit_weights
 from beauty_bafe.rerank.keypoints import THUMBNAIL, Keypoints, Look
 from beauty_bafe.rerank.matching import Geometry
 
@@ -121,3 +128,74 @@ def test_misleading_likeness_is_not_outweighed_beyond_measure() -> None:
     likeness, evidence, hit = practice([0.5, 0.0, 0.0, 0.0])
     found = fit_weights(-likeness, evidence, hit)
     assert 0 < found[0] < 100
+
+
+@dataclass(frozen=True)
+class Told(EvidenceReranker):
+    """Its evidence is `told`, by rank."""
+
+    depth: int
+    weights: Mapping[str, float] | None
+    told: tuple[float, ...] = (0.0,)
+    kinds = ("told", "other")
+
+    def evidence(self, found: Candidates) -> np.ndarray:
+        queries, answers = found.ranking.positions[:, : self.depth].shape
+        return np.broadcast_to(np.resize(self.told, answers)[:, None], (queries, answers, 2))
+
+
+class Placing(Told):
+    """Tells answers apart, no more."""
+
+    absolute = False
+
+
+@pytest.fixture(params=["ip", "l2", "l1", "ip, any length", "l2, any length"])
+def found(request: pytest.FixtureRequest) -> Candidates:
+    """The ten answers of each of three queries."""
+    rng = np.random.default_rng(0)
+    metric, _, free = request.param.partition(", ")
+    vectors, queries = (rng.normal(size=(rows, 4)) for rows in (30, 3))
+    if free:
+        vectors, queries = vectors * rng.uniform(20, 40, (30, 1)), queries * 30
+    else:
+        vectors, queries = unit(vectors), unit(queries)
+    index = ExactIndex(metric, "cpu").fit(vectors.astype(np.float32), tuple(map(str, range(30))))
+    asked = Features(queries.astype(np.float32), tuple("abc"), any_length=bool(free))
+    return Candidates(index.search(asked.vectors, asked.ids, 10), asked, index)
+
+
+def test_without_evidence_the_order_stays_whatever_the_index_measures(found: Candidates) -> None:
+    ranked = Told(10, {"told": 1.0})(found).ranking
+    assert ranked.as_answers() == found.ranking.as_answers()
+    cosines = unit(found.vectors(10)) @ unit(found.queries.vectors)[..., None]
+    np.testing.assert_allclose(ranked.scores, -np.sort(-cosines[..., 0], axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Told, Placing])
+def test_weights_are_beside_a_likeness_of_at_most_one(found: Candidates, kind: type[Told]) -> None:
+    """Vectors of length 30 do not drown them, and distances do not double them; a second step goes on from there."""
+    last = kind(10, {"told": 2.1}, (0.0,) * 9 + (1.0,))
+    ranked = last(found)
+    assert [ranked.ranking.answers(row)[0] for row in range(3)] == [found.ranking.answers(row)[-1] for row in range(3)]
+    again = last(ranked).ranking
+    assert [again.answers(row)[0] for row in range(3)] == [found.ranking.answers(row)[-2] for row in range(3)]
+    if kind is Placing:
+        plain = Told(10, {})(found).ranking
+        for scores in (ranked.ranking.scores, again.scores):
+            np.testing.assert_array_equal(scores, plain.scores, "every rank keeps its likeness")
+
+
+@pytest.mark.parametrize(
+    ("depth", "weights", "message"),
+    [
+        (0, {"told": 1.0}, "depth=0: type how many of each query's first answers are looked at, 1 or more"),
+        (5, 0.05, r"weights=0.05: type a number for each kind of evidence, \{told: 0.05\}, or null to learn them"),
+        (5, {"told": None}, r"weights: \{told: None\} is no number; type one, as in \{told: 0.05\}"),
+        (5, {"other": float("nan")}, r"weights: \{other: nan\} is no number"),
+        (5, {"tolt": 1.0}, r"weights: \{tolt: ...\} is no evidence here; type some of told, other"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_computed(depth: int, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Told(depth, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import cv2
@@ -94,6 +96,8 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
         ranked = LabelReading(4, {"text": 1.0}, reader).__call__(found).ranking
         assert ranked.answers(0)[0] == "vanilla"
         np.testing.assert_array_equal(ranked.scores, found.ranking.scores, "how sure the first answer is stays as it was")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(LabelReading(4, {"text": 1.0}, reader))))
+    assert copied(found).ranking.as_answers() == ranked.as_answers(), "engines that have read travel with no step"
     look = reader.look(label("YOGHURT", "VANILLA"), None)
     assert look == ("vanilla", "yoghurt")
     for words in (look, ()):

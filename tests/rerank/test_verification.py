@@ -120,8 +120,10 @@ def test_a_closer_look_shows_the_product_alone() -> None:
     shown = [(look.thumbnail[..., 3] > 127).mean() for look in looks]
     assert shown == pytest.approx([1, 1 / 16], abs=0.05), "the thumbnail is of the same canvas"
     for wrong in (np.zeros_like(mask), np.full_like(mask, 255)):
-        seen, plain = (Sift(SIZE, 300, closer=closer).look(small, part) for closer, part in ((1.0, wrong), (None, None)))
-        np.testing.assert_array_equal(seen.keypoints.points, plain.keypoints.points, "such masks show nothing")
+        for foreground, closer in ((False, 1.0), (True, 1.0), (True, None)):
+            seen, plain = (Sift(SIZE, 300, foreground, closer).look(small, part) for part in (wrong, None))
+            np.testing.assert_array_equal(seen.keypoints.points, plain.keypoints.points, "such masks show nothing")
+            np.testing.assert_array_equal(seen.thumbnail, plain.thumbnail)
 
 
 @pytest.fixture
@@ -196,7 +198,9 @@ def test_weights_come_from_street_views_of_the_gallery(
     """Descriptors are random here, so the pictures must be heard; a query's own truth is never asked for."""
     practice = shop({f"p{number}": warped(textured(number)) for number in range(5)})
     ignorant = Verification(6, None, DETECTOR, MATCHER)
-    with pytest.raises(ValueError, match=r"there are none; type them \('rerank.NAME.weights=\{inliers: 0.05\}'\)"):
+    with pytest.raises(
+        ValueError, match=r"no photo is a file with .*; type the weights \('rerank.NAME.weights=\{inliers: 0.05\}'"
+    ):
         ignorant(practice)
     learned = ignorant.learned(practice)
     printed = capsys.readouterr().out

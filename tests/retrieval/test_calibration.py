@@ -46,7 +46,9 @@ def test_so_many_strangers_pass_for_known() -> None:
     strangers = fitted.probabilities(draw(20_000, 3, known=False)[0][:, : K - 1])[:, 0]
     for rate in (0.01, 0.1, 0.5):
         assert (strangers > fitted.threshold(rate)).mean() == pytest.approx(rate, abs=0.35 * rate)
-    assert fitted.threshold(0) >= max(fitted.strangers)
+    for rate in (0, 0.0001, 0.01, 0.0101, 0.5, 0.9996):
+        passing = [int((np.array(fitted.strangers) >= fitted.threshold(other)).sum()) for other in (rate, rate + 1 / 5000)]
+        assert passing == [int(rate * 5000), int(rate * 5000) + 1], "the most that may, not one more"
     assert fitted.threshold(1) == 0
     with pytest.raises(ValueError, match=r"known_at=1.5: type the share of unknown products to accept as known, from 0"):
         fitted.threshold(1.5)

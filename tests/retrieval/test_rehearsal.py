@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,11 +105,32 @@ def test_without_views_there_are_no_probabilities(open_gallery, toy: Path, tmp_p
     assert ranking.certainty(0) == [None] * 3
 
 
-def test_photos_without_a_plain_backdrop_teach_nothing(open_gallery, tmp_path: Path) -> None:
+def test_photos_that_were_away_teach_later(open_gallery, toy: Path, tmp_path: Path) -> None:
+    """What could not be learned is not kept for good; as long as nothing changes, photos are not looked through again."""
+    folder, rehearsal = str(tmp_path / "index"), Rehearsal(12, paste)
+    shutil.copytree(toy / "gallery", tmp_path / "gallery")
+    open_gallery(tmp_path / "gallery")
+    (tmp_path / "gallery").rename(tmp_path / "away")
+    for _ in range(2):
+        gallery = open_gallery(None)
+        gallery.rehearse([Counting()], rehearsal, "settings", folder)
+        assert gallery.calibration is None
+    (tmp_path / "away").rename(tmp_path / "gallery")
+    gallery = open_gallery(None)
+    gallery.rehearse([Counting()], rehearsal, "settings", folder)
+    assert gallery.steps == [[Counting(weights={"views": 12})]]
+    assert gallery.calibration is not None
+
+
+def test_photos_without_a_plain_backdrop_teach_nothing(open_gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "noise").mkdir()
     for number in range(4):
         noise = np.random.default_rng(number).integers(0, 255, (96, 96, 3), np.uint8)
         cv2.imwrite(str(tmp_path / "noise" / f"{number}.png"), noise)
-    gallery = open_gallery(tmp_path / "noise")
-    gallery.rehearse([], Rehearsal(12, paste), "")
+    gallery, folder = open_gallery(tmp_path / "noise"), str(tmp_path / "index")
+    gallery.rehearse([], Rehearsal(12, paste), "", folder)
     assert gallery.calibration is None
+    monkeypatch.setattr(Rehearsal, "draw", lambda *_: pytest.fail("looked through again"))
+    later = open_gallery(tmp_path / "noise")
+    later.rehearse([], Rehearsal(12, paste), "", folder)
+    assert later.calibration is None

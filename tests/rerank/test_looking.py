@@ -1,0 +1,186 @@
+"""What is seen on gallery pictures: made once, kept on disk, shared by searches, threads and runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from beauty_bafe.data.catalog import Catalog
+from beauty_bafe.extraction.features import Features, unit
+from beauty_bafe.extraction.store import Store
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.rerank import looking
+from beauty_bafe.rerank.candidates import Candidates, SearchContext
+from beauty_bafe.rerank.looking import look_at_answers
+
+SEEN: list[int] = []  # the brightness of every picture that was looked at
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """A viewer whose look at picture i of the gallery, all of one grey, is the grey i."""
+
+    size: int = 8
+
+    def key(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> int:
+        SEEN.append(int(rgb.mean()))
+        return SEEN[-1]
+
+    def pack(self, look: int) -> dict[str, np.ndarray]:
+        return {"greys": np.full(look % 3 + 1, look, np.uint8)}  # of several lengths
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> int:
+        assert len(set(arrays["greys"])) == 1
+        assert len(arrays["greys"]) == arrays["greys"][0] % 3 + 1
+        return int(arrays["greys"][0])
+
+
+def greys(_: int, answers: Sequence[int]) -> np.ndarray:
+    return np.array(answers, float)[:, None]
+
+
+def search(folder: Path, count: int = 12, asked: slice = slice(0, 3), queries: int = 1) -> Candidates:
+    """Queries whose answers are the gallery pictures `asked`; the gallery lies in `folder`."""
+    paths = [folder / "gallery" / f"{number}.png" for number in range(count)]
+    (folder / "gallery").mkdir(exist_ok=True)
+    for number, path in enumerate(paths):
+        if not path.exists():
+            cv2.imwrite(str(path), np.full((8, 8, 3), number, np.uint8))
+    gallery = Catalog(tuple(map(str, range(count))), tuple(paths))
+    context = SearchContext(gallery, gallery, folder / "features")
+    vectors = unit(np.random.default_rng(0).random((count, 8))).astype(np.float32)
+    index = ExactIndex(device="cpu").fit(vectors, gallery.ids)
+    described = Features(vectors[:queries], gallery.ids[:queries])
+    found = Candidates(index.search(described.vectors, described.ids, count), described, index, context)
+    return ask(found, asked)
+
+
+def ask(found: Candidates, asked: slice) -> Candidates:
+    positions = np.tile(np.arange(len(found.index))[asked], (len(found.queries.ids), 1))
+    return replace(found, ranking=replace(found.ranking, positions=positions, scores=np.zeros(positions.shape)))
+
+
+def seen(found: Candidates) -> list[int]:
+    """The greys of the answers; asserts that they are right, and gives those that had to be looked at."""
+    SEEN.clear()
+    grey = look_at_answers(found, 99, Brightness(), greys)[..., 0]
+    np.testing.assert_array_equal(grey, found.ranking.positions)
+    return sorted(SEEN)[len(found.queries.ids) :] if found.queries.ids == ("0",) else sorted(SEEN)
+
+
+def test_a_search_costs_what_it_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither all files of a large gallery nor the store on disk are looked at again."""
+    found = search(tmp_path)
+    assert seen(found) == [0, 1, 2]
+    stamped: list[Path] = []
+    stamp = looking.stamp
+
+    def count(path: Path) -> str:
+        stamped.append(path)
+        return stamp(path)
+
+    monkeypatch.setattr(looking, "stamp", count)
+    monkeypatch.setattr(looking, "Store", lambda *_: pytest.fail("opened again"))
+    for asked, expected in ((slice(0, 3), []), (slice(1, 5), [3, 4]), (slice(3, 5), [])):
+        stamped.clear()
+        assert seen(ask(found, asked)) == expected
+        assert len(stamped) == asked.stop - asked.start
+
+
+def test_runs_that_extend_the_same_gallery_in_turns(tmp_path: Path) -> None:
+    first, second = search(tmp_path), search(tmp_path)
+    for turn in range(3):
+        assert seen(ask(first, slice(0, 4 * turn + 2))) == list(range(4 * turn, 4 * turn + 2))
+        assert seen(ask(second, slice(0, 4 * turn + 4))) == list(range(4 * turn + 2, 4 * turn + 4))
+    assert seen(search(tmp_path, asked=slice(0, 12))) == [], "a third run finds what both have made"
+    smaller = search(tmp_path, count=5, asked=slice(0, 5))
+    assert seen(smaller) == [], "its store holds what the gallery still has"
+    assert seen(ask(first, slice(0, 10))) == [], "what is mapped stays, whatever other runs do"
+    assert seen(search(tmp_path, asked=slice(3, 7))) == [5, 6]
+
+
+def test_another_gallery_and_a_changed_picture_are_looked_at(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    assert seen(found) == [0, 1, 2]
+    path = tmp_path / "gallery" / "1.png"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert seen(found) == [1]
+    assert found.context is not None
+    names, paths = found.context.gallery.ids, found.context.gallery.paths
+    grown = Catalog((*names[:2], "2"), (*paths[:2], paths[7]))
+    changed = replace(found, context=replace(found.context, gallery=grown))
+    SEEN.clear()
+    assert look_at_answers(changed, 3, Brightness(), greys)[0, :, 0].tolist() == [0, 1, 7]
+
+
+def test_relative_and_resolved_paths_are_one_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """retrieve.py has what is typed; an index_dir, and a gallery that has changed, the resolved paths."""
+    found = search(tmp_path)
+    assert seen(found) == [0, 1, 2]
+    monkeypatch.chdir(tmp_path)
+    assert found.context is not None
+    relative = Catalog(found.context.gallery.ids, tuple(path.relative_to(tmp_path) for path in found.context.gallery.paths))
+    assert seen(replace(found, context=replace(found.context, gallery=relative, looks={}))) == []
+
+
+def test_threads_look_at_a_picture_once(tmp_path: Path) -> None:
+    found = search(tmp_path)
+    asked = [ask(found, slice(start, start + 6)) for start in [0, 3, 1, 4, 2, 5] * 2]
+    SEEN.clear()
+    with ThreadPoolExecutor(4) as threads:
+        looked = list(threads.map(lambda part: look_at_answers(part, 9, Brightness(), greys)[..., 0], asked))
+    for part, grey in zip(asked, looked, strict=True):
+        np.testing.assert_array_equal(grey, part.ranking.positions)
+    assert sorted(SEEN) == sorted([*range(11), *[0] * len(asked)]), "each picture, and each query"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_on_the_way_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 after two shards and while the third is made; then the same again."""
+    monkeypatch.setattr(looking, "SHARD", 2)
+    monkeypatch.setattr(looking, "default_workers", lambda: 1)
+    found = search(tmp_path, asked=slice(0, 12))
+    child = os.fork()
+    if child == 0:
+        append = Store.append
+
+        def die(store: Store, pictures: Any, arrays: Any, unreadable: Any) -> int:
+            if store.next_shard == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return append(store, pictures, arrays, unreadable)
+
+        monkeypatch.setattr(Store, "append", die)
+        try:
+            seen(found)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert seen(search(tmp_path, asked=slice(0, 12))) == list(range(4, 12))
+    assert seen(search(tmp_path, asked=slice(0, 12))) == []
+
+
+@pytest.mark.parametrize("queries", [2, 40])
+def test_progress_is_shown_of_long_work_and_to_those_who_want_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, queries: int
+) -> None:
+    """A service, and a program that imports the package, hear nothing of each search."""
+    found = search(tmp_path, count=40, queries=queries)
+    seen(found)
+    printed = capsys.readouterr().out
+    assert printed.count("40 queries with 3 answers each") == (2 if queries == 40 else 0), "the progress bar, and the speed"
+    assert bool(printed) == (queries == 40)
+    with caplog.at_level("WARNING", "beauty_bafe"):
+        seen(found)
+    assert capsys.readouterr().out == ""
