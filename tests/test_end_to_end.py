@@ -124,7 +124,7 @@ def test_broken_queries_are_listed_and_left_out(toy: Path, tmp_path: Path, retri
 
 
 def test_a_share_that_is_none_is_refused_at_once(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
-    with pytest.raises(ValueError, match="known_at=5: type the share of unknown products that may pass for known, from 0 to 1"):
+    with pytest.raises(ValueError, match="known_at=5: type the share of unknown products to accept as known, from 0 to 1"):
         retrieve(retrieval("known_at=5"))
     assert not (tmp_path / "features").exists(), "nothing was described"
 
