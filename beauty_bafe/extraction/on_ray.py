@@ -21,11 +21,11 @@ from .sharing import Shard, SharedRun, Worker
 class RayExtraction(FeatureExtraction):
     """FeatureExtraction whose shards are described and written by Ray actors (`extraction=ray`).
 
-    `address`: None starts Ray on this machine for the duration of a pass; auto, or HOST:PORT, joins a running cluster, all
-    machines of which need this package, and the pictures (a folder or a URL) and `features` under the same paths. `workers`:
-    number of actors, None for as many as fit. `cpus`, `gpus`: of each actor; gpus may be a fraction such as 0.5, None for 1 if
-    `device` is a GPU, else 0. With device=auto the actors use GPUs if the cluster has any. Other settings: see
-    FeatureExtraction.
+    `address`: None starts Ray on this machine, until this process ends; auto, or HOST:PORT, joins a running cluster, all
+    machines of which need this package, and the pictures (a folder or a URL) and `features` under the same paths. A process
+    that uses Ray already keeps the connection it has. `workers`: number of actors, None for as many as fit. `cpus`, `gpus`:
+    of each actor; gpus may be a fraction such as 0.5, None for 1 if `device` is a GPU, else 0. With device=auto the actors
+    use GPUs if the cluster has any. Other settings: see FeatureExtraction.
 
     Vectors are bit for bit those of one process on the same kind of device. A worker that dies is restarted, and its shard
     described again; if this process dies, the same command continues with the missing shards. Raises ConnectionError if
@@ -58,15 +58,10 @@ class RayExtraction(FeatureExtraction):
         """See FeatureExtraction."""
         import ray
 
-        started = not ray.is_initialized()
-        if started:
+        if not ray.is_initialized():
             self._connect()
-        try:
-            self._choose_device()
-            return super().__call__(*arguments, **options)
-        finally:
-            if started:
-                ray.shutdown()
+        self._choose_device()
+        return super().__call__(*arguments, **options)
 
     def _connect(self) -> None:
         import ray

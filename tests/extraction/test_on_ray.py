@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,13 @@ def gallery(tmp_path: Path, write_picture: Callable[..., Path]) -> Path:
         write_picture(f"pictures/{number:02d} 'é'.jpg", (40 + number, 50), seed=number)
     (tmp_path / "pictures" / "broken.jpg").write_bytes(b"no picture")
     return tmp_path / "pictures"
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_of_another_test() -> Iterator[None]:
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 def actors(driver: int) -> set[int]:
@@ -100,18 +107,20 @@ def test_workers_and_driver_killed_and_the_same_command_again(tmp_path: Path, ga
 
 
 @pytest.mark.server
-def test_pictures_behind_urls_and_in_shards(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
+def test_pictures_behind_urls_and_in_shards(
+    tmp_path: Path, gallery: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes, for which Ray starts once."""
     ray = pytest.importorskip("ray", reason="the extra `ray`")
     expected = describe(FeatureExtraction, str(tiny_checkpoint), str(gallery), str(tmp_path / "one"), num_workers=0)
     loose = open_catalog(gallery)
     make_shards(loose.ids, loose.paths, tmp_path / "shards", 16)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    try:
-        for number, source in enumerate((f"file://{gallery}", f"file://{tmp_path / 'shards'}")):
-            found = describe(RayExtraction, str(tiny_checkpoint), source, str(tmp_path / str(number)), workers=1, shard=20)
-            assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), source
-    finally:
-        ray.shutdown()
+    start, starts = ray.init, []
+    monkeypatch.setattr(ray, "init", lambda **options: starts.append(options["address"]) or start(**options))
+    for number, source in enumerate((f"file://{gallery}", f"file://{tmp_path / 'shards'}")):
+        found = describe(RayExtraction, str(tiny_checkpoint), source, str(tmp_path / str(number)), workers=1, shard=20)
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), source
+    assert starts == ["local"]
 
 
 @pytest.mark.server
@@ -126,7 +135,7 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path, gallery: Path, tiny_chec
     [
         ({"workers": 0}, "extraction.workers=0: type a number above 0"),
         ({"cpus": -1}, "extraction.cpus=-1: type a number above 0"),
-        ({"devices": "all"}, r"extraction.devices is of one machine; .* type extraction.workers=N"),
+        ({"devices": "all"}, r"extraction.devices applies to one machine; .* type extraction.workers=N"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
