@@ -20,7 +20,7 @@ class Extraction(NamedTuple):
 
     `masks`: one float32 (B, 1, H_l, W_l) per tap, 0..1, shallow to deep; fewer, the deepest ones, from an extractor whose
     `shallowest` is above 0. `taps`: the maps they were read from (gated).
-    `last`: float (B, C, H, W), the map that descriptors pool. `pictures`: uint8 (B, 3, S, S), what was looked at.
+    `last`: float (B, C, H, W), the map that descriptors pool. `pictures`: (B, 3, S, S), what was looked at.
     `logits`: where a decoder drew one mask from all taps, its logits, float32 (B, 1, H_l, W_l), shallow to deep; `masks` are
     then the finest one at each tap's size.
     """
@@ -48,6 +48,12 @@ def resize_mask(mask: Tensor, size: int | Sequence[int]) -> Tensor:
     if mask.shape[-2] > height:
         return F.adaptive_avg_pool2d(mask, (height, width))
     return F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)
+
+
+def check_pictures(pictures: Tensor) -> None:
+    """Raise ValueError where pictures are not uint8 (B, 3, S, S): floats could be 0..1, which it takes for black."""
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
 
 
 class MaskEncoder(nn.Sequential):
@@ -124,13 +130,16 @@ class BackgroundAgnosticExtractor(nn.Module):
         return self
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> float (B, 3, S, S) as the backbone takes it."""
+        """(B, 3, S, S), 0..255 -> float (B, 3, S, S) as the backbone takes it."""
         return ((pictures.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Extraction:
-        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
+        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction. Raises ValueError for others."""
+        check_pictures(pictures)
+        return self.look(pictures)
+
+    def look(self, pictures: Tensor) -> Extraction:
+        """(B, 3, S, S), uint8, or float of 0..255 as views.py makes them -> Extraction."""
         inputs = self.normalise(pictures)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(inputs)
