@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .extractor import Extraction, resize_mask
@@ -46,7 +47,8 @@ class Pooling:
         """Descriptors, float32 (B, C), not normalised. Raises ValueError for a tap that the network does not have."""
         if self.map == "picture":
             size = extraction.pictures.shape[-1]
-            return self.function(extraction.pictures, extraction.saliency(size) if self.saliency else None)
+            pixels = extraction.pictures.round().clamp(0, 255).to(torch.uint8)  # views leave floats
+            return self.function(pixels, extraction.saliency(size) if self.saliency else None)
         if self.map == "last":
             maps, level = extraction.last, -1
         elif 1 <= int(self.map) <= len(extraction.taps):

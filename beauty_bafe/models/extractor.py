@@ -20,7 +20,7 @@ class Extraction(NamedTuple):
 
     `masks`: float32 (B, 1, H_l, W_l) in 0..1, one per tap, shallow to deep; only the deepest ones if `shallowest` of the
     extractor is above 0. `taps`: the (gated) feature maps. `last`: float (B, C, H, W), the map that descriptors pool.
-    `pictures`: uint8 (B, 3, S, S), the input. `logits`: those of the decoder, float32 (B, 1, H, W) each, if there is one;
+    `pictures`: (B, 3, S, S), the input. `logits`: those of the decoder, float32 (B, 1, H, W) each, if there is one;
     `masks` are then the first of them at the size of each tap.
     """
 
@@ -47,6 +47,12 @@ def resize_mask(mask: Tensor, size: int | Sequence[int]) -> Tensor:
     if mask.shape[-2] > height:
         return F.adaptive_avg_pool2d(mask, (height, width))
     return F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)
+
+
+def check_pictures(pictures: Tensor) -> None:
+    """Raise ValueError where pictures are not uint8 (B, 3, S, S): floats could be 0..1, which it takes for black."""
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
 
 
 class MaskEncoder(nn.Sequential):
@@ -126,13 +132,16 @@ class BackgroundAgnosticExtractor(nn.Module):
         return self
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) -> float (B, 3, S, S), the input of the backbone."""
+        """(B, 3, S, S), 0..255 -> float (B, 3, S, S), the input of the backbone."""
         return ((pictures.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Extraction:
-        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
+        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction. Raises ValueError for others."""
+        check_pictures(pictures)
+        return self.look(pictures)
+
+    def look(self, pictures: Tensor) -> Extraction:
+        """(B, 3, S, S), uint8, or float of 0..255 as views.py makes them -> Extraction."""
         inputs = self.normalise(pictures)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(inputs)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .descriptor import Pooling
-from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
+from .extractor import BackgroundAgnosticExtractor, Extraction, check_pictures, resize_mask
 from .folding import fold_norms
 from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
 
@@ -111,7 +111,8 @@ class Describer(nn.Module):
         return 1 + (self.view.closer is not None) + described
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        whole = self.extractor(resize(pictures, self.extractor.size))
+        check_pictures(pictures)
+        whole = self.extractor.look(resize(pictures, self.extractor.size))
         outputs, saliency = self._look(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
         if self.masks:
             drawn = whole.saliency(MASK_SIZE) if saliency is None else resize_mask(saliency, MASK_SIZE)
@@ -127,7 +128,7 @@ class Describer(nn.Module):
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
             seen = look_through(pictures, window, pad)
-            known = self.extractor(resize(seen, self.extractor.size))
+            known = self.extractor.look(resize(seen, self.extractor.size))
             saliency = known.saliency(self.canvas)
         if view.edges > 0:
             saliency = guided_filter(saliency, seen, view.edges)
@@ -147,9 +148,9 @@ class Describer(nn.Module):
         extractions = []
         for side in self.sides:
             seen = resize(pictures, side)
-            extractions.append(known if known is not None and side == self.extractor.size else self.extractor(seen))
+            extractions.append(known if known is not None and side == self.extractor.size else self.extractor.look(seen))
             if self.flip:
-                extractions.append(self.extractor(seen.flip(3)))
+                extractions.append(self.extractor.look(seen.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]

@@ -1,4 +1,8 @@
-"""How a picture is looked at before it is described: at several sizes, mirrored, without its background."""
+"""How a picture is looked at before it is described: at several sizes, mirrored, without its background.
+
+What is made of a picture stays float, 0 to 255: rounded to bytes, a difference in the last digit between two processors or
+onnxruntime would become one of 1/255.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from .descriptor import describe_partial
 from .extractor import resize_mask
 
+VERSION = 2  # counts up when the same settings give other descriptors
 MOST = 0.9  # of the picture; a mask that covers more has found nothing
 EDGE_STRIDE = 8  # pixels a cell of the grid on which edges are looked for
 FAINT = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge
@@ -24,10 +29,10 @@ class View:
 
     `closer`: the network looks again through a window of that many times the product's longer side, for a finer mask and for
     the descriptor. `edges`: share of what is seen, 0..1, within which the mask follows the colours (`guided_filter`); 0: as
-    drawn. `change(pictures, saliency, pad)` makes another picture to describe: uint8 (B, 3, S, S) and float (B, 1, S, S), 0..1,
-    to uint8 (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times the
-    network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask covers less, or
-    nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
+    drawn. `change(pictures, saliency, pad)` makes another picture to describe: (B, 3, S, S), 0..255, and float (B, 1, S, S),
+    0..1, to float (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times
+    the network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask covers less,
+    or nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
     Raises ValueError for values outside these.
     """
 
@@ -53,7 +58,8 @@ class View:
     def __str__(self) -> str:
         """What tells its descriptors from another view's."""
         change = None if self.change is None else describe_partial(self.change)
-        return f"closer {self.closer}, edges {self.edges}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
+        seen = f"closer {self.closer}, edges {self.edges}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
+        return f"{seen}, version {VERSION}"
 
     def trusts(self, saliency: Tensor) -> Tensor:
         """Which masks, float (B, 1, S, S), can be right: bool (B, 1, 1, 1)."""
@@ -61,15 +67,11 @@ class View:
         return ((share > self.least) & (share < MOST)) | (self.least == 0)
 
 
-def _bytes(values: Tensor) -> Tensor:
-    return (values + 0.5).clamp(0, 255).to(torch.uint8)
-
-
 def resize(pictures: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, S, S) -> uint8 (B, 3, side, side), smoothed before shrinking."""
+    """(B, 3, S, S), uint8 or float -> float (B, 3, side, side), smoothed before shrinking; as it came where S is `side`."""
     if pictures.shape[-1] == side:
         return pictures
-    return _bytes(F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False))
+    return F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
@@ -77,43 +79,56 @@ def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
 
     Around each place, `reach` of the side to each direction, the mask is fitted as a linear function of the colour (on a
     coarser grid: He and Sun, 2015); all fits that cover a pixel then speak for it by its own colour.
-    `saliency`: float (B, 1, S, S), 0..1. `pictures`: uint8 (B, 3, S, S). Gives the like of `saliency`.
+    `saliency`: float (B, 1, S, S), 0..1. `pictures`: (B, 3, S, S), uint8 or float, 0..255. Gives the like of `saliency`.
     """
-    colour, cells = pictures.float() / 255, max(1, pictures.shape[-1] // EDGE_STRIDE)
-    radius = round(reach * cells)
+    # Around 0, where float32 is finest: what follows are small differences of means of squares.
+    colour, cells = pictures / 255 - 0.5, max(1, pictures.shape[-1] // EDGE_STRIDE)
+    at = torch.arange(cells, device=pictures.device)
+    near = ((at[:, None] - at).abs() <= round(reach * cells)).to(colour.dtype)
+    near = near / near.sum(dim=1, keepdim=True)
 
     def mean(values: Tensor) -> Tensor:
-        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
+        return near @ values @ near.T  # fifty times as fast as avg_pool2d
 
-    guide, mask = F.adaptive_avg_pool2d(colour, cells), resize_mask(saliency, cells)
+    guide, mask = F.adaptive_avg_pool2d(colour, cells), resize_mask(saliency, cells) - 0.5
     middle, level = mean(guide), mean(mask)
-    x, y, z = guide.split(1, dim=1)
-    shared = [
-        mean(guide * channel) - middle * average for channel, average in zip((x, y, z), middle.split(1, dim=1), strict=True)
+    covariance = [
+        mean(guide * channel) - middle * average for channel, average in zip(guide.split(1, 1), middle.split(1, 1), strict=True)
     ]
-    # The covariance's rows; its inverse is made of their cross products.
-    rows = [row + FAINT * torch.eye(3, device=row.device)[i].view(1, 3, 1, 1) for i, row in enumerate(shared)]
-    crossed = [torch.linalg.cross(rows[i - 2], rows[i - 1], dim=1) for i in range(3)]
-    determinant = (rows[0] * crossed[0]).sum(dim=1, keepdim=True)
-    with_mask = (mean(guide * mask) - middle * level).split(1, dim=1)
-    slope = torch.stack([one * other for one, other in zip(crossed, with_mask, strict=True)]).sum(dim=0) / determinant
+    slope = _solve(covariance, mean(guide * mask) - middle * level)
     offset = level - (slope * middle).sum(dim=1, keepdim=True)
     fit = F.interpolate(mean(torch.cat([slope, offset], dim=1)), saliency.shape[-2:], mode="bilinear", align_corners=False)
     fitted = (fit[:, :3] * colour).sum(dim=1, keepdim=True) + fit[:, 3:]
-    return (STEEPNESS * (fitted - 0.5) + 0.5).clamp(0, 1)
+    return (STEEPNESS * fitted + 0.5).clamp(0, 1)
+
+
+def _solve(covariance: list[Tensor], wanted: Tensor) -> Tensor:
+    """x of (C + FAINT I) x = `wanted`, (B, 3, H, W), at each place; C's rows, (B, 3, H, W) each, are `covariance`.
+
+    By elimination, as LDL: grey pictures make C nearly singular, and an inverse by cross products is then off by percents.
+    """
+    (xx, xy, xz), (_, yy, yz), (_, _, zz) = (row.split(1, dim=1) for row in covariance)
+    x, y, z = wanted.split(1, dim=1)
+    xx, yy, zz = xx + FAINT, yy + FAINT, zz + FAINT
+    yx, zx = xy / xx, xz / xx
+    yy, yz, y = yy - yx * xy, yz - yx * xz, y - yx * x
+    zy = yz / yy
+    z = (z - zx * x - zy * y) / (zz - zx * xz - zy * yz)
+    y = y / yy - zy * z
+    return torch.cat([x / xx - yx * y - zx * z, y, z], dim=1)
 
 
 def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None) -> Tensor:
     """Lay the product on the catalogue's backdrop: w x + (1 - w) `pad` (Yu et al., ACM MM 2020, for queries).
 
-    `pictures`: uint8 (B, 3, S, S). `saliency`: float (B, 1, S, S), 0..1, the w; with `threshold` 1 above it and 0 below.
+    `pictures`: (B, 3, S, S), 0..255. `saliency`: float (B, 1, S, S), 0..1, the w; with `threshold` 1 above it and 0 below.
 
     >>> picture, mask = torch.full((1, 3, 1, 2), 55, dtype=torch.uint8), torch.tensor([[[[1.0, 0.4]]]])
     >>> whiten(picture, mask, 255, None)[0, 0].tolist(), whiten(picture, mask, 255, 0.5)[0, 0].tolist()
-    ([[55, 175]], [[55, 255]])
+    ([[55.0, 175.0]], [[55.0, 255.0]])
     """
     weight = saliency if threshold is None else (saliency > threshold).to(saliency.dtype)
-    return _bytes(pictures.float() * weight + pad * (1 - weight))
+    return pictures * weight + pad * (1 - weight)
 
 
 def cut_out(pictures: Tensor, saliency: Tensor, pad: int, fill: float) -> Tensor:
@@ -131,13 +146,26 @@ def product_window(saliency: Tensor, margin: float) -> Tensor:
     [[-0.75, 0.0, 0.75]]
     """
     height, width = saliency.shape[-2:]
-    inside = saliency[:, 0] > 0.5
-    # First and last row (column) that the product touches; of none, the whole canvas.
-    rows, columns = inside.any(dim=2).float(), inside.any(dim=1).float()
-    top, left = (edge.argmax(dim=1).float() for edge in (rows, columns))
-    bottom, right = (edge.shape[1] - edge.flip(1).argmax(dim=1).float() for edge in (rows, columns))
+    rows, columns = saliency[:, 0].amax(dim=2), saliency[:, 0].amax(dim=1)
+    top, left = _first(rows), _first(columns)
+    bottom, right = height - _first(rows.flip(1)), width - _first(columns.flip(1))
     side = torch.maximum((bottom - top) / height, (right - left) / width) * margin
-    return torch.stack([(left + right) / width - 1, (top + bottom) / height - 1, side], dim=1)
+    return torch.cat([(left + right) / width - 1, (top + bottom) / height - 1, side], dim=1)
+
+
+def _first(values: Tensor) -> Tensor:
+    """Where rows of values, float (B, S), first rise above one half, in cells from their start: float (B, 1); 0 for never.
+
+    Between the middles of two cells by how far each is from one half. In steps of whole cells the last digit of a value,
+    where onnxruntime and PyTorch differ, would move the window, and the mask seen through it by up to a third.
+
+    >>> _first(torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.25, 0.75, 1.0], [0.0, 0.5, 0.5, 0.0]]))[:, 0].tolist()
+    [2.0, 2.0, 0.0]
+    """
+    inside = values > 0.5
+    at = inside.float().argmax(dim=1, keepdim=True)
+    above, below = values.gather(1, at), F.pad(values, (1, 0)).gather(1, at)
+    return torch.where(inside.any(dim=1, keepdim=True), at - 0.5 + (0.5 - below) / (above - below), 0)
 
 
 def move_inside(window: Tensor) -> Tensor:
@@ -153,7 +181,7 @@ def look_back(window: Tensor) -> Tensor:
 
 
 def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
-    """What is seen through a window (see `product_window`), enlarged to the canvas: of (B, C, S, S), uint8 or float, the same.
+    """What is seen through a window (see `product_window`), enlarged to the canvas: (B, C, S, S) -> float (B, C, S, S).
 
     `outside`: the value beyond the canvas.
     """
@@ -161,5 +189,4 @@ def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
     theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
     theta[:, :, 2] = window[:, :2]
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    seen = F.grid_sample(pictures.float() - outside, grid, padding_mode="zeros", align_corners=False) + outside
-    return _bytes(seen) if pictures.dtype == torch.uint8 else seen
+    return F.grid_sample(pictures.float() - outside, grid, padding_mode="zeros", align_corners=False) + outside

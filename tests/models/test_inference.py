@@ -29,7 +29,7 @@ def pictures(count: int, size: int = 64) -> torch.Tensor:
 def test_any_number_of_pictures_in_batches_of_one_shape(extractor: BackgroundAgnosticExtractor) -> None:
     engine = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
     shapes = []
-    engine.describer.extractor.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    engine.describer.extractor.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     outputs = engine(pictures(10))
     assert [tuple(output.shape) for output in outputs] == [(10, 256), (10, 256), (10, MASK_SIZE, MASK_SIZE)]
     assert set(shapes) == {torch.Size([4, 3, 64, 64])}
