@@ -223,7 +223,7 @@ def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole, strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
     assert torch.equal(alone(seen)[2], mixed(seen)[2])
-    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0"
+    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0, version 2"
 
 
 def guided_slowly(mask: torch.Tensor, guide: torch.Tensor, radius: int, faint: float) -> torch.Tensor:
