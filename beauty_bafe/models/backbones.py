@@ -91,6 +91,15 @@ class Backbone(nn.Module):
         *taps, last = [self._as_map(outputs[tap], pictures) for tap in self.tap_names]
         return FeatureMaps(taps, last)
 
+    def freeze_through(self, taps: int) -> None:
+        """Keep everything up to the shallowest `taps` taps as it is. Raises ValueError for more taps than there are."""
+        if not 0 <= taps < len(self.tap_names):
+            raise ValueError(f"objective.freeze={taps}: type a number of taps, 0 to {len(self.tap_names) - 1}")
+        names = [name for name, _ in self.net.named_parameters()]  # in the order in which a picture passes them
+        inside = [place for place, name in enumerate(names) if name.startswith(tuple(f"{tap}." for tap in self.tap_names[:taps]))]
+        for name in names[: max(inside, default=-1) + 1]:
+            self.net.get_parameter(name).requires_grad_(False)
+
     def _as_map(self, output: Tensor, pictures: Tensor) -> Tensor:
         """Turn a transformer's tokens (B, N, C) into a map (B, C, H, W), without its prefix tokens."""
         if output.ndim == 4:

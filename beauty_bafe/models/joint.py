@@ -28,6 +28,7 @@ class JointModule(SaliencyModule):
     `model`: see SaliencyModule; its `frozen` is ignored. `decoder`: see BackgroundAgnosticExtractor. `lr`: learning rate of
     the decoder; `backbone_lr`: of the backbone; both rise over `warmup` steps, but at most a tenth of all, then follow a
     cosine to 0. A `backbone_lr` of 0 freezes the backbone, so that only the decoder learns; `contrast` must then be 0.
+    `freeze`: the shallowest so many taps of the backbone, and all before them, stay as pretrained.
 
     `contrast`: weight of InfoNCE at `temperature` between the products of a batch; the descriptor is GeM of power `p` under
     the predicted mask. `distill`: weight of the distance of the street views' feature map to that of the pretrained network.
@@ -53,6 +54,7 @@ class JointModule(SaliencyModule):
         distill: float,
         average: float,
         settle: float,
+        freeze: int,
     ) -> None:
         for name, share in {"average": average, "settle": settle}.items():
             if not 0 <= share <= 1:
@@ -76,10 +78,11 @@ class JointModule(SaliencyModule):
             )
         super().__init__({**model, "frozen": frozen, "decoder": decoder}, lr, warmup)
         extra = {"decoder": dict(decoder), "backbone_lr": backbone_lr, "contrast": contrast, "temperature": temperature, "p": p}
-        extra |= {"distill": distill, "average": average, "settle": settle}
+        extra |= {"distill": distill, "average": average, "settle": settle, "freeze": freeze}
         self.save_hyperparameters(extra)
         self.backbone_lr, self.contrast, self.temperature, self.p = backbone_lr, contrast, temperature, p
         self.distill, self.average, self.settle = distill, average, settle
+        self.extractor.backbone.freeze_through(freeze)
         self.register_buffer("averaged", torch.tensor(False))
         # In a tuple, so that PyTorch neither saves nor trains it.
         self._pretrained: tuple[Backbone, ...] = (
@@ -143,7 +146,8 @@ class JointModule(SaliencyModule):
         assert decoder is not None
         groups = [{"params": list(decoder.parameters()), "lr": self.lr}]
         if not self.extractor.frozen:
-            groups.append({"params": list(self.extractor.backbone.parameters()), "lr": self.backbone_lr})
+            learning = [weight for weight in self.extractor.backbone.parameters() if weight.requires_grad]
+            groups.append({"params": learning, "lr": self.backbone_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
         trainer = self.trainer
 
