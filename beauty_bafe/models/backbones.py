@@ -96,7 +96,8 @@ class Backbone(nn.Module):
         if not 0 <= taps < len(self.tap_names):
             raise ValueError(f"objective.freeze={taps}: type a number of taps, 0 to {len(self.tap_names) - 1}")
         names = [name for name, _ in self.net.named_parameters()]  # in the order in which a picture passes them
-        inside = [place for place, name in enumerate(names) if name.startswith(tuple(f"{tap}." for tap in self.tap_names[:taps]))]
+        prefixes = tuple(f"{tap}." for tap in self.tap_names[:taps])
+        inside = [place for place, name in enumerate(names) if name.startswith(prefixes)]
         for name in names[: max(inside, default=-1) + 1]:
             self.net.get_parameter(name).requires_grad_(False)
 

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from beauty_bafe.models.backbones import Backbone
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.joint import JointModule
 from beauty_bafe.models.module import SaliencyModule, load_extractor
@@ -27,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "distill": 0.0,
     "average": 0.0,
     "settle": 0.0,
+    "freeze": 0,
 }
 
 
@@ -234,6 +236,8 @@ def test_distillation_holds_the_feature_map_near_the_pretrained_one(tiny: dict[s
     [
         ({"average": 1.5, "settle": 0.2}, "objective.average=1.5: type a share from 0 to 1"),
         ({"settle": -1}, "objective.settle=-1: type a share from 0 to 1"),
+        ({"freeze": 5}, "objective.freeze=5: type a number of taps, 0 to 4"),
+        ({"freeze": -1}, "objective.freeze=-1: type a number of taps, 0 to 4"),
         ({"average": 0.5}, "objective.average=0.5 with objective.settle=0: .* type objective.settle=0.2"),
     ],
 )
@@ -273,3 +277,25 @@ def test_random_weights_are_not_worth_keeping(settings: dict[str, float], tiny: 
 def test_a_frozen_backbone_has_nothing_to_contrast(tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"objective.contrast=0.5 has nothing to train; type objective.contrast=0"):
         JointModule(tiny, **SETTINGS | {"backbone_lr": 0.0})
+
+
+def test_what_is_frozen_stays_as_pretrained(tiny: dict[str, Any], tmp_path: Path) -> None:
+    module = JointModule(tiny, **SETTINGS | {"freeze": 2})
+    before = {name: value.clone() for name, value in module.extractor.backbone.named_parameters()}
+    trainer = fit(module, tmp_path, 2)
+    stays = {name for name, value in module.extractor.backbone.named_parameters() if torch.equal(before[name], value)}
+    assert stays == {name for name in before if name.startswith(("net.conv_stem", "net.bn1", "net.blocks.0.", "net.blocks.1."))}
+    learning = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
+    assert learning == sum(value.requires_grad for value in module.extractor.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"), [("vit_tiny_patch16_224", ["blocks.2", "blocks.5"]), ("resnet18", ["layer1", "layer2"])]
+)
+def test_all_before_a_tap_is_frozen_with_it(name: str, taps: list[str]) -> None:
+    backbone = Backbone(name, [*taps, *taps], taps[-1], 224, pretrained=False)
+    backbone.freeze_through(1)
+    picture = torch.zeros(1, 3, 224, 224)
+    maps = backbone(picture)
+    assert not maps.taps[0].requires_grad
+    assert maps.taps[1].requires_grad
