@@ -110,7 +110,7 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path, gallery: Path, tiny_chec
     [
         ({"workers": 0}, "extraction.workers=0: type a number above 0"),
         ({"cpus": -1}, "extraction.cpus=-1: type a number above 0"),
-        ({"devices": "all"}, r"extraction.devices is of one machine; .* type extraction.workers=N"),
+        ({"devices": "all"}, r"extraction.devices applies to one machine; .* type extraction.workers=N"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
