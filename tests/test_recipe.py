@@ -202,7 +202,7 @@ def test_pictures_are_described_at_the_size_that_a_checkpoint_asks_for(write, ti
     files = [str(tiny_checkpoint), str(write("a.ckpt", **BEST, enlarge=1.5)), str(write("b.ckpt", **BEST, enlarge=0.5))]
     assert [member.extractor.size for member in load_members(files, poolings)] == [64, 96, 32]
     assert [member.extractor.size for member in load_members(files, poolings, size=48)] == [48, 48, 48]
-    with pytest.raises(ValueError, match="size=0: type pixels, or null"):
+    with pytest.raises(ValueError, match="size=0: type a number of pixels, or null"):
         load_members(files, poolings, size=0)
     for wrong in (0, 99, True, "1; rm", [2], None):
         with pytest.raises(ValueError, match=r"c\.ckpt' has enlarge=.*from 0\.25 to 4\.0, and size=PIXELS overrides it"):

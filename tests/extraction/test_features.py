@@ -293,7 +293,7 @@ def test_work_that_will_not_fit_says_so_at_once(
     monkeypatch.undo()
     monkeypatch.setattr(describing, "FEW", 3)
     monkeypatch.setattr(describing.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
-    with pytest.raises(ValueError, match=r"GB of memory to be searched, 0.0 GB are free; use fewer checkpoints"):
+    with pytest.raises(ValueError, match=r"needs about 0.0 GB of memory, 0.0 GB are free; use fewer checkpoints"):
         describe(folder, store="memory")
 
 

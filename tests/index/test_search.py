@@ -95,7 +95,7 @@ def test_k_beyond_the_gallery_is_refused(k: int) -> None:
     ("positions", "scores", "message"),
     [
         ([[0, 0]], [[0.9, 0.8]], "twice"),
-        ([[0, 1]], [[0.8, 0.9]], "must not rise"),
+        ([[0, 1]], [[0.8, 0.9]], "must not increase"),
         ([[0, -1]], [[0.9, 0.8]], "must lie in 0..2"),
         ([[0, 1], [0, 1]], [[0.9, 0.8]], "do not fit 1 queries"),
         ([[0, 1]], [[np.nan, 0.8]], r"scores of query 'q' are not finite: \[nan, 0.8\]; type rerank=none"),
