@@ -18,9 +18,9 @@ class Calibration:
     """Scores of a query's answers -> the probability that each is right; what is left over is that none is.
 
     P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)), j among the first SHORTLIST answers: the conditional logit
-    (McFadden, 1974) with the choice of none. Scores count from the median of those answers, as another camera or a blurred
-    picture lowers all of them alike. `strangers`: of queries whose product the gallery lacked, the largest probability that
-    an answer had, rising.
+    (McFadden, 1974) with the option "none of them". Scores count from the median of those answers, as another camera or a
+    blurred picture lowers all of them alike. `strangers`: of queries whose product the gallery lacked, the largest
+    probability that an answer had, rising.
     """
 
     scale: float
