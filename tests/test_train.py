@@ -31,7 +31,9 @@ TINY_MODEL = [
 def test_a_pooling_that_cuts_a_transformer_maps_off_is_refused(configure: Callable[..., DictConfig], tmp_path: Path) -> None:
     words = ["model=dinov3_small", "model.pretrained=false", "+model.options={depth:12,embed_dim:64,num_heads:2}"]
     words += ["objective=frozen", "data.root=none", f"output_dir={tmp_path}"]
-    with pytest.raises(ValueError, match=r"of the pretrained transformer vit_small_patch16_dinov3.*; type retrieval.pooling=attention$"):
+    with pytest.raises(
+        ValueError, match=r"of the pretrained transformer vit_small_patch16_dinov3.*; type retrieval.pooling=attention$"
+    ):
         train(configure("train", *words))
 
 

@@ -31,6 +31,7 @@ COLUMNS = {
     "ms": "ms/query",
     "size": "index MB",
 }
+SUFFIXES = (".csv", ".md", ".html", ".png")
 NOTE = (
     "mAP with AP divided by min(matches, k); / hits and / matches: by the matches found, by all matches. "
     "ms/query: search and re-ranking. *: the 95 % interval of the paired difference excludes 0."
@@ -149,15 +150,17 @@ def draw_plot(rows: Sequence[dict[str, str]], file: Path) -> None:
 def write_table(rows: Sequence[dict[str, str]], stem: Path) -> list[Path]:
     """Write `stem`.csv, .md and .html, and `stem`.png if all runs have times; returns the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+    if stem.suffix in SUFFIXES:
+        stem = stem.with_suffix("")
+    table, markdown, page, plot = (stem.with_name(stem.name + suffix) for suffix in SUFFIXES)
+    with table.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(row.values() for row in rows)
-    stem.with_suffix(".md").write_text(as_markdown(rows), encoding="utf-8")
-    stem.with_suffix(".html").write_text(as_html(rows), encoding="utf-8")
-    files = [stem.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
-    if all(row.get("ms") for row in rows):
-        files.append(stem.with_suffix(".png"))
-        draw_plot(rows, files[-1])
-    return files
+    markdown.write_text(as_markdown(rows), encoding="utf-8")
+    page.write_text(as_html(rows), encoding="utf-8")
+    if not all(row.get("ms") for row in rows):
+        return [table, markdown, page]
+    draw_plot(rows, plot)
+    return [table, markdown, page, plot]
 
 
 def show(rows: Sequence[dict[str, str]]) -> None:

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, Self
 
 import numpy as np
@@ -18,8 +19,8 @@ from .candidates import Candidates, check_depth, reorder, with_depth
 
 log = logging.getLogger("beauty_bafe")
 
-RIDGE = 0.01  # on weights of evidence at unit variance
-DOUBT = 0.1  # the least weight of likeness, so that no other outweighs it beyond measure
+RIDGE = 0.01  # penalty on the squared weights of evidence, all brought to unit variance
+DOUBT = 0.1  # the least weight that likeness can get; with less, evidence could outweigh it without bound
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class EvidenceReranker(ABC):
         if unknown := sorted({*self.weights} - {*self.kinds}):
             raise ValueError(f"weights: {{{unknown[0]}: ...}} is no evidence here; type some of {', '.join(self.kinds)}")
         for kind, weight in self.weights.items():
-            if not isinstance(weight, int | float) or not math.isfinite(weight):
+            if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"weights: {{{kind}: {weight}}} is no number; type one, as in {typed}")
 
     @abstractmethod
@@ -64,10 +65,10 @@ class EvidenceReranker(ABC):
         likeness, evidence = _likeness(practice, self.depth), self.evidence(practice)
         fitted = fit_weights(likeness, evidence, hit)
         weights = dict(zip(self.kinds, fitted.tolist(), strict=True))
-        together, alone = (_mean_rank(scores, hit) for scores in (likeness + evidence @ fitted, likeness))
+        together, alone = (_mean_reciprocal_rank(scores, hit) for scores in (likeness + evidence @ fitted, likeness))
         log.info(
             f"weights beside likeness: {', '.join(f'{name} {weight:.3f}' for name, weight in weights.items())}; {len(hit)} "
-            f"gallery pictures found from their own street views at mean 1/rank {together:.3f}, without {alone:.3f}"
+            f"gallery pictures found from their own street views: mean reciprocal rank {together:.3f}, {alone:.3f} without"
         )
         return replace(self, weights=weights)
 
@@ -128,7 +129,7 @@ def _likeness(found: Candidates, depth: int) -> np.ndarray:
     return -np.sort(-cosines, axis=1)
 
 
-def _mean_rank(scores: np.ndarray, hit: np.ndarray) -> float:
-    """Mean of 1 / rank of the right answers, 0 where there is none."""
+def _mean_reciprocal_rank(scores: np.ndarray, hit: np.ndarray) -> float:
+    """Queries without a right answer count 0."""
     ranked = np.take_along_axis(hit, np.argsort(-scores, axis=1, kind="stable"), axis=1)
     return float(np.where(ranked.any(axis=1), 1 / (1 + ranked.argmax(axis=1)), 0).mean())

@@ -15,7 +15,7 @@ from ..data.pictures import letterbox
 from ..extraction.features import unit
 from ..models.views import View, move_inside, product_window
 
-DETAIL = 2  # times the canvas is the picture that a closer look is cut from, so that small products stay sharp
+DETAIL = 2  # a closer look is cut from a picture of so many times the canvas, so that small products stay sharp
 LEAST = 0.005  # share of the picture; a smaller mask must be wrong
 THUMBNAIL = 64  # pixels; what differs between the flavours of one brand is larger
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .keypoints import Keypoints, compare_by
 
-REACH = 4.0  # pixels within which a match agrees with a homography or affine map
+REACH = 4.0  # pixels by which an inlier may miss where the homography or affine map leads it
 Matches = tuple[np.ndarray, np.ndarray]  # int (M,) each: rows of the query's keypoints and of the candidate's
 
 
@@ -23,7 +23,7 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """Keypoints whose descriptors are each other's nearest, both nearer than `ratio` times the next; 1 asks for no more."""
+    """Keypoints whose descriptors are each other's nearest, both nearer than `ratio` times the next; 1 sets no condition."""
 
     ratio: float
 
@@ -48,7 +48,7 @@ def count_matches(query: Keypoints, candidate: Keypoints, ratio: float) -> tuple
 
 
 def match_mutually(query: np.ndarray, candidate: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two RootSIFT arrays, float32 (K, 128), (L, 128), that are each other's nearest and pass the ratio both ways."""
+    """Rows of two arrays, float32 (K, D), (L, D) of length 1, that are each other's nearest and pass the ratio both ways."""
     if len(query) < 2 or len(candidate) < 2:
         return np.zeros(0, int), np.zeros(0, int)
     distance = np.sqrt(np.maximum(2 - 2 * query @ candidate.T, 0))

@@ -91,7 +91,7 @@ class LabelReading(EvidenceReranker):
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case, numbers with their unit; what has fewer than three letters and no digit is left out.
+    """Words in lower case, numbers with decimals and per cent sign; what has under three letters and no digit is left out.
 
     >>> split_words("Mellanmjölk 1,5% FETT, 1 l à la carte")
     ['mellanmjölk', '1,5%', 'fett', '1', 'carte']

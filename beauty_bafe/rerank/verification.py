@@ -41,11 +41,11 @@ class MatchCount:
 
 @dataclass(frozen=True)
 class Verification(EvidenceReranker):
-    """Geometry, and what it lays over each other: see APPEARANCE.
+    """Geometric verification, and how alike the pictures are where the geometry lays them over each other: see APPEARANCE.
 
     With `detector.foreground` the keypoints are the product's: of the query by its predicted mask, of a catalogue photo by
     its plain backdrop. `every_turn`: the query is matched upright and turned by 90, 180 and 270 degrees, and the most
-    inliers count, for keypoints that bear little rotation.
+    inliers count, for keypoints that change as the picture is turned.
     """
 
     detector: Detector

@@ -63,6 +63,13 @@ def test_table_over_runs(runs: list[str], tmp_path: Path, capsys: pytest.Capture
     assert "systems.png" in printed
 
 
+@pytest.mark.parametrize("name", ["dev-0.5", "dev-0.5.md"])
+def test_a_tables_name_may_have_a_dot(runs: list[str], tmp_path: Path, name: str) -> None:
+    main([*runs, "--output", str(tmp_path / "tables" / name)])
+    written = {file.name for file in (tmp_path / "tables").iterdir()}
+    assert written == {f"dev-0.5.{kind}" for kind in ("csv", "html", "md", "png")}
+
+
 def test_a_table_says_what_it_cannot_compare(runs: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"has no metrics.json and per_query.csv; name runs of retrieve.py with truth"):
         main([str(tmp_path)])

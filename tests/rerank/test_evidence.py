@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -71,6 +71,42 @@ def test_without_geometry_or_overlap_nothing_is_seen() -> None:
     assert compare_looks(look(0), look(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
     flat = Look(NOTHING, np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8))
     assert compare_looks(flat, flat, Geometry(3, np.eye(3)), SIZE)[1:] == [0, 0, 0], "a plain picture is like every other"
+
+
+def test_a_fit_may_miss_by_a_pixel() -> None:
+    """Print as fine as a thumbnail's pixels, laid over itself one of them off."""
+    thumbnail = np.random.default_rng(0).integers(0, 255, (THUMBNAIL, THUMBNAIL, 4), np.uint8)
+    thumbnail[..., 3] = 255
+    shop, step = Look(NOTHING, thumbnail), SIZE / THUMBNAIL
+    for matrix, least in ((np.eye(3), 0.99), (np.array([[1, 0, step], [0, 1, 0], [0, 0, 1]]), 0.6)):
+        _, lightness, chroma, _ = compare_looks(shop, shop, Geometry(5, matrix), SIZE)
+        assert min(lightness, chroma) > least
+
+
+def test_only_what_shows_both_products_is_compared() -> None:
+    shop = look(0)
+    other = look(1).thumbnail.copy()
+    other[8:32] = shop.thumbnail[8:32]
+    half = other.copy()
+    half[32:, :, 3] = 0
+    geometry = Geometry(5, np.eye(3))
+    for pair in ((shop, Look(NOTHING, half)), (Look(NOTHING, half), shop)):
+        assert min(compare_looks(*pair, geometry, SIZE)[1:3]) > 0.95
+    assert max(compare_looks(Look(NOTHING, other), shop, geometry, SIZE)[1:3]) < 0.9
+    corner = shop.thumbnail.copy()
+    corner[..., 3] = 0
+    corner[8:21, 8, 3] = 255
+    assert compare_looks(Look(NOTHING, corner), shop, geometry, SIZE)[1:] == [0, 0, 0], "13 pixels"
+    corner[21, 8, 3] = 255
+    assert compare_looks(Look(NOTHING, corner), shop, geometry, SIZE)[1] > 0.95, "14 pixels"
+
+
+def test_colours_that_differ_wholly_count_no_more_than_two_dozen_levels() -> None:
+    thumbnails = np.random.default_rng(0).choice([0, 255], (2, THUMBNAIL, THUMBNAIL, 4)).astype(np.uint8)
+    thumbnails = np.repeat(np.repeat(thumbnails[:, ::16, ::16], 16, 1), 16, 2)
+    thumbnails[..., 3] = 255
+    first, second = (Look(NOTHING, np.ascontiguousarray(thumbnail)) for thumbnail in thumbnails)
+    assert compare_looks(first, second, Geometry(5, np.eye(3)), SIZE)[3] == -2
 
 
 def practice(weights: list[float], queries: int = 400, answers: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,6 +206,31 @@ def test_without_evidence_the_order_stays_whatever_the_index_measures(found: Can
     assert ranked.as_answers() == found.ranking.as_answers()
     cosines = unit(found.vectors(10)) @ unit(found.queries.vectors)[..., None]
     np.testing.assert_allclose(ranked.scores, -np.sort(-cosines[..., 0], axis=1), atol=1e-6)
+
+
+def test_it_looks_deeper_than_what_was_found(found: Candidates) -> None:
+    """Also when it learns: 30 pictures are asked for where 10 were found, and each query is named after the 20th."""
+    last = (0.0,) * 29 + (1.0,)
+    deep = found.index.search(found.queries.vectors, found.queries.ids, 30)
+    ranked = Told(30, {"told": 3.0}, last)(found).ranking
+    assert [ranked.answers(row)[0] for row in range(3)] == [deep.answers(row)[-1] for row in range(3)]
+    names = tuple(deep.answers(row)[19] for row in range(3))
+    named = replace(found, queries=replace(found.queries, ids=names), ranking=replace(found.ranking, query_ids=names))
+    learned = Told(30, None, (0.0,) * 19 + (1.0,) + (0.0,) * 10).learned(named)
+    assert learned.weights is not None
+    assert learned.weights["told"] > 0.1
+    assert learned(named).ranking.as_answers().keys() == {*names}
+    assert all(answers[0] == name for name, answers in learned(named).ranking.as_answers().items())
+
+
+def test_what_is_not_found_has_no_rank(found: Candidates, capsys: pytest.CaptureFixture[str]) -> None:
+    """One query is named after its second answer, one after its first, one after none."""
+    names = found.ranking.answers(0)[1], found.ranking.answers(1)[0], "nobody"
+    named = replace(found, queries=replace(found.queries, ids=names), ranking=replace(found.ranking, query_ids=names))
+    Told(10, None).learned(named)
+    assert "; 3 gallery pictures found from their own street views: mean reciprocal rank 0.500, 0.500 without" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("kind", [Told, Placing])

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from beauty_bafe.data.catalog import Catalog
+from beauty_bafe.data.images import Images
+from beauty_bafe.data.pictures import letterbox
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.extraction.store import Store
 from beauty_bafe.index.exact import ExactIndex
@@ -125,6 +127,24 @@ def test_another_gallery_and_a_changed_picture_are_looked_at(tmp_path: Path) -> 
     assert look_at_answers(changed, 3, Brightness(), greys)[0, :, 0].tolist() == [0, 1, 7]
 
 
+def test_galleries_do_not_push_each_other_out(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    searches = [search(tmp_path / name) for name in ("first", "second")]
+    for turn in range(2):
+        for found in searches:
+            assert found.context is not None
+            shared = replace(found.context, folder=tmp_path / "features", looks={})
+            assert seen(replace(found, context=shared)) == ([] if turn else [0, 1, 2])
+
+
+@pytest.mark.parametrize("what", ["MASKS", "PREPROCESSING"])
+def test_other_pixels_or_masks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    assert [seen(search(tmp_path)) for _ in range(2)] == [[0, 1, 2], []]
+    monkeypatch.setattr(looking, what, "other")
+    assert seen(search(tmp_path)) == [0, 1, 2]
+
+
 def test_relative_and_resolved_paths_are_one_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """retrieve.py has what is typed; an index_dir, and a gallery that has changed, the resolved paths."""
     found = search(tmp_path)
@@ -184,3 +204,68 @@ def test_progress_is_shown_of_long_work_and_to_those_who_want_it(
     with caplog.at_level("WARNING", "beauty_bafe"):
         seen(found)
     assert capsys.readouterr().out == ""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A viewer whose look is the picture and the mask as they came, on a canvas of its own size; no mask is all 7."""
+
+    size: int = 64
+
+    def key(self) -> dict[str, Any]:
+        return {}
+
+    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        shown = np.full((64, 64), 7, np.uint8) if mask is None else cv2.resize(mask, (64, 64))
+        return np.dstack([letterbox(rgb, 64), shown])
+
+    def pack(self, look: np.ndarray) -> dict[str, np.ndarray]:
+        return {"look": look}
+
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(arrays["look"])
+
+
+def recorded(found: Candidates, turns: int = 1) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """Each look at a query, and the answers it was scored with."""
+    pairs: list[tuple[np.ndarray, list[np.ndarray]]] = []
+
+    def note(query: np.ndarray, answers: Sequence[np.ndarray]) -> np.ndarray:
+        pairs.append((query, list(answers)))
+        return np.zeros((len(answers), 1))
+
+    look_at_answers(found, 9, Recorder(), note, turns)
+    return pairs
+
+
+def test_gallery_pictures_come_with_the_product_that_stands_before_a_plain_backdrop(tmp_path: Path) -> None:
+    (tmp_path / "gallery").mkdir()
+    packshot = np.full((60, 120, 3), 255, np.uint8)
+    cv2.rectangle(packshot, (20, 15), (60, 45), (40, 90, 160), -1)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for number, picture in enumerate((packshot, noise)):
+        cv2.imwrite(str(tmp_path / "gallery" / f"{number}.png"), picture)
+    ((_, (shown, scene)),) = recorded(search(tmp_path, count=2))
+    np.testing.assert_array_equal(scene[..., :3], noise[..., ::-1])
+    assert (scene[..., 3] == 7).all(), "no mask"
+    mask = shown[..., 3]
+    assert mask[26:38, 14:30].min() == 255
+    for beside in (mask[:20], mask[44:], mask[:, :6], mask[:, 40:]):
+        assert not beside.any(), "beside the product, or above and below the picture"
+
+
+def test_queries_come_with_their_own_pixels_and_mask_in_every_turn(tmp_path: Path) -> None:
+    """Also where descriptors are in another order than the pictures, and some pictures are left out."""
+    found = search(tmp_path, count=3, queries=2)
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (4, 64, 64, 3), np.uint8)
+    masks = rng.integers(0, 255, (2, 64, 64), np.uint8)
+    asked = Features(found.queries.vectors, ("d", "b"), masks)
+    ranking = replace(found.ranking, query_ids=asked.ids)
+    assert found.context is not None
+    context = replace(found.context, queries=Images(tuple("abcd"), tuple(pictures)))
+    pairs = recorded(replace(found, ranking=ranking, queries=asked, context=context), turns=4)
+    expected = [np.dstack([pictures[row], masks[number]]) for number, row in enumerate((3, 1))]
+    seen_looks = {query.tobytes() for query, _ in pairs}
+    assert seen_looks == {np.rot90(picture, turn).tobytes() for picture in expected for turn in range(4)}
+    assert len(pairs) == 8

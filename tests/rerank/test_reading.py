@@ -104,3 +104,14 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
         assert reader.unpack(reader.pack(words)) == words
     with pytest.raises(ValueError, match=r"weights: \{words: ...\} is no evidence here; type some of text"):
         LabelReading(4, {"words": 1.0}, reader)
+
+
+def test_any_confidence_can_be_asked_for() -> None:
+    """Print that can hardly be read: RapidOCR by itself would never say what it is less than half sure of."""
+    canvas = np.full((640, 640, 3), 255, np.uint8)
+    for row, word in enumerate(("YOGHURT", "VANILLA", "QXZJKW", "BERRIES")):
+        cv2.putText(canvas, word, (100, 120 + 140 * row), cv2.FONT_HERSHEY_SIMPLEX, 1.4, (60, 60, 60), 3)
+    blurred = cv2.GaussianBlur(canvas, (0, 0), 6)
+    noisy = np.clip(blurred + np.random.default_rng(0).normal(0, 40, blurred.shape), 0, 255).astype(np.uint8)
+    doubtful, sure = (set(Reader(640, None, confidence).look(noisy, None)) for confidence in (0.0, 0.5))
+    assert sure < doubtful

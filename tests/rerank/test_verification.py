@@ -19,111 +19,13 @@ from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.rerank import looking
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
-from beauty_bafe.rerank.keypoints import Keypoints, Sift, root_sift
-from beauty_bafe.rerank.matching import NearestNeighbours, count_matches, fit_geometry, match_mutually
+from beauty_bafe.rerank.keypoints import Keypoints, Sift
+from beauty_bafe.rerank.matching import NearestNeighbours
 from beauty_bafe.rerank.verification import MatchCount, Verification
+from tests.textured import SIZE, textured, warped
 
-SIZE = 200
 DETECTOR = Sift(SIZE, 300)
 MATCHER = NearestNeighbours(0.9)
-
-
-def textured(seed: int, blocks: int = 40) -> np.ndarray:
-    """A white canvas with a product of random blocks in its middle, uint8 (SIZE, SIZE, 3)."""
-    rng = np.random.default_rng(seed)
-    canvas = np.full((SIZE, SIZE, 3), 255, np.uint8)
-    for _ in range(blocks):
-        x, y = rng.integers(40, 140, 2).tolist()
-        cv2.rectangle(
-            canvas, (x, y), (x + int(rng.integers(6, 30)), y + int(rng.integers(6, 30))), rng.integers(0, 200, 3).tolist(), -1
-        )
-    return canvas
-
-
-HOMOGRAPHY = np.array([[0.8, -0.25, 40], [0.3, 0.75, -5], [2e-4, -3e-4, 1]])
-
-
-def warped(picture: np.ndarray) -> np.ndarray:
-    return cv2.warpPerspective(picture, HOMOGRAPHY, (SIZE, SIZE), borderValue=(255, 255, 255))
-
-
-def test_matches_of_a_known_homography() -> None:
-    query, same, other = (DETECTOR(picture) for picture in (warped(textured(0)), textured(0), textured(1)))
-    matches, distance = count_matches(query, same, 0.8)
-    assert matches > 3 * count_matches(query, other, 0.8)[0]
-    assert 0 < distance < 300
-    table = np.sort(np.linalg.norm(query.descriptors[:, None].astype(float) - same.descriptors[None], axis=2), axis=1)
-    assert matches == int((table[:, 0] < 0.8 * table[:, 1]).sum()), "against every distance"
-    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(same.descriptors), 0.9)
-    truth = cv2.perspectiveTransform(same.points[columns][None], HOMOGRAPHY)[0]
-    error = np.linalg.norm(truth - query.points[rows], axis=1)
-    geometry = fit_geometry(query.points[rows], same.points[columns])
-    assert geometry is not None
-    assert np.median(error) < 2
-    assert abs(geometry.inliers + 4 - int((error < 4).sum())) <= max(3, 0.15 * len(rows))
-    corners = np.array([[[50.0, 50.0], [150, 50], [150, 150], [50, 150]]])
-    back = cv2.perspectiveTransform(cv2.perspectiveTransform(corners, HOMOGRAPHY), geometry.matrix)
-    assert np.abs(back - corners).max() < 3, "the map leads from the query to the candidate"
-    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(other.descriptors), 0.9)
-    wrong = fit_geometry(query.points[rows], other.points[columns])
-    assert wrong is None or wrong.inliers < geometry.inliers / 4
-
-
-def test_mutual_matches_against_a_slow_twin() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.random((30, 128)).astype(np.float32)
-    query, candidate = (unit(part).astype(np.float32) for part in (base[:25] + 0.2 * rng.random((25, 128)), base[5:]))
-    expected = []
-    for row in range(25):
-        forward = np.linalg.norm(candidate - query[row], axis=1)
-        column = int(forward.argmin())
-        backward = np.linalg.norm(query - candidate[column], axis=1)
-        if int(backward.argmin()) == row and all(d.min() < 0.9 * np.sort(d)[1] for d in (forward, backward)):
-            expected.append((row, column))
-    assert 10 < len(expected) < 25
-    assert list(zip(*match_mutually(query, candidate, 0.9), strict=True)) == expected
-
-
-def test_few_or_no_matches_prove_nothing() -> None:
-    points = np.random.default_rng(0).random((4, 2)).astype(np.float32) * 100
-    assert fit_geometry(points[:3], points[:3]) is None
-    enlarged = fit_geometry(points, points * 2)
-    assert enlarged is not None
-    assert enlarged.inliers == 1, "the affine map has one match to spare, the homography none"
-    np.testing.assert_allclose(enlarged.matrix, np.diag([2, 2, 1]), atol=1e-3)
-    mirrored = points * [-1, 1] + [100, 0]
-    assert fit_geometry(points, mirrored.astype(np.float32)) is None, "no photo is a mirror image"
-    nothing = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
-    some = DETECTOR(textured(0))
-    assert count_matches(nothing, some, 0.8) == count_matches(some, nothing, 0.8) == (0, 0.0)
-    assert match_mutually(root_sift(nothing.descriptors), root_sift(some.descriptors), 0.9)[0].size == 0
-
-
-def test_keypoints_can_keep_to_the_product() -> None:
-    picture = textured(0)
-    inside = np.zeros((SIZE, SIZE), bool)
-    inside[:100] = True
-    kept = Sift(SIZE, 300, foreground=True)(picture, inside)
-    assert 0 < len(kept.points) < len(DETECTOR(picture).points)
-    assert kept.points[:, 1].max() <= 101
-    assert len(DETECTOR(picture, inside).points) == len(DETECTOR(picture).points), "heeded where asked for only"
-
-
-def test_a_closer_look_shows_the_product_alone() -> None:
-    small = np.full((SIZE, SIZE, 3), 255, np.uint8)
-    small[:50, 100:150] = cv2.resize(textured(0)[40:160, 40:160], (50, 50), interpolation=cv2.INTER_AREA)
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    mask[:50, 100:150] = 255
-    looks = [Sift(SIZE, 300, foreground=True, closer=closer).look(small, mask) for closer in (1.0, None)]
-    near, whole = (look.keypoints for look in looks)
-    assert np.ptp(near.points, axis=0).min() > 3 * np.ptp(whole.points, axis=0).max()
-    shown = [(look.thumbnail[..., 3] > 127).mean() for look in looks]
-    assert shown == pytest.approx([1, 1 / 16], abs=0.05), "the thumbnail is of the same canvas"
-    for wrong in (np.zeros_like(mask), np.full_like(mask, 255)):
-        for foreground, closer in ((False, 1.0), (True, 1.0), (True, None)):
-            seen, plain = (Sift(SIZE, 300, foreground, closer).look(small, part) for part in (wrong, None))
-            np.testing.assert_array_equal(seen.keypoints.points, plain.keypoints.points, "such masks show nothing")
-            np.testing.assert_array_equal(seen.thumbnail, plain.thumbnail)
 
 
 @pytest.fixture
@@ -165,6 +67,18 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
 
 
+def test_of_as_many_matches_the_nearer_ones_win() -> None:
+    query = DETECTOR.look(textured(0), None)
+    points, descriptors = query.keypoints
+    noise = np.random.default_rng(0).integers(0, 5, descriptors.shape).astype(np.uint8)
+    near, far = (query._replace(keypoints=Keypoints(points, descriptors + step * noise)) for step in (0, 1))
+    none = query._replace(keypoints=Keypoints(points[:0], descriptors[:0]))
+    scores = MatchCount(3, 0.99, DETECTOR)._score(query, [none, far, near])[:, 0]
+    assert scores[0] == 0
+    assert np.floor(scores[1]) == np.floor(scores[2] - 1) > 50
+    assert scores[1] < scores[2]
+
+
 def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": warped(textured(3))})
     assert found.context is not None
@@ -204,7 +118,7 @@ def test_weights_come_from_street_views_of_the_gallery(
         ignorant(practice)
     learned = ignorant.learned(practice)
     printed = capsys.readouterr().out
-    assert "5 gallery pictures found from their own street views at mean 1/rank 1.000" in printed
+    assert "5 gallery pictures found from their own street views: mean reciprocal rank 1.000" in printed
     assert learned.weights is not None
     assert learned.weights["inliers"] > 0
     assert learned(shop({"q4": warped(textured(4))})).ranking.answers(0)[0] == "p4"
