@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
@@ -101,17 +102,20 @@ def test_workers_and_driver_killed_and_the_same_command_again(tmp_path: Path, ga
 
 @pytest.mark.server
 def test_pictures_behind_urls_and_in_shards(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
-    ray = pytest.importorskip("ray", reason="the extra `ray`")
+    pytest.importorskip("ray.data", reason="the extra `ray`")
     expected = describe(FeatureExtraction, str(tiny_checkpoint), str(gallery), str(tmp_path / "one"), num_workers=0)
     loose = open_catalog(gallery)
     make_shards(loose.ids, loose.paths, tmp_path / "shards", 16)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    try:
-        for number, source in enumerate((f"file://{gallery}", f"file://{tmp_path / 'shards'}")):
-            found = describe(RayExtraction, str(tiny_checkpoint), source, str(tmp_path / str(number)), workers=1, shard=20)
-            assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), source
-    finally:
-        ray.shutdown()
+    alone, packed = open_catalog(f"file://{gallery}"), open_catalog(f"file://{tmp_path / 'shards'}")
+    assert alone.ids == packed.ids == loose.ids
+    places = [(alone, packed)[row % 2].paths[row] for row in range(PICTURES)]
+    with (tmp_path / "list.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("id", "path"), *zip(loose.ids, places, strict=True)])
+    found = describe(
+        RayExtraction, str(tiny_checkpoint), str(tmp_path / "list.csv"), str(tmp_path / "ray"), workers=1, shard=PICTURES
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.server
