@@ -91,11 +91,12 @@ def test_answers_are_those_of_the_script_to_the_bit(
     assert 0 <= sure.min() <= sure.max() <= 1
 
 
-def test_sixteen_threads_answer_as_one(shop: Retriever, queries: list[Path]) -> None:
-    alone = [shop.search([query], k=5) for query in queries[:8]]
+def test_sixteen_threads_answer_as_one(toy: Path, tiny_checkpoint: Path, queries: list[Path]) -> None:
+    shop = Retriever.build(tiny_checkpoint, toy / "gallery", ["batch_size=1", "rehearsal.views=0"])
+    alone = [shop.search([query], k=5) for query in queries]
     with ThreadPoolExecutor(16) as threads:
-        together = list(threads.map(lambda number: shop.search([queries[number % 8]], k=5), range(64)))
-    assert together == [alone[number % 8] for number in range(64)]
+        together = list(threads.map(lambda number: shop.search([queries[number % len(queries)]], k=5), range(2000)))
+    assert together == [alone[number % len(queries)] for number in range(2000)]
 
 
 def test_changes_are_seen_whole_while_others_search(shop: Retriever, queries: list[Path]) -> None:

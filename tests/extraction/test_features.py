@@ -137,7 +137,9 @@ def test_a_new_pooling_is_added_beside_the_old(folder: Path, describe: Callable[
     assert all(file.stat().st_mtime_ns == time for file, time in attention.items()), "not written twice"
 
 
-def test_what_changes_a_descriptor_has_a_store_of_its_own(folder: Path, describe: Callable[..., list[Features]]) -> None:
+def test_what_changes_a_descriptor_has_a_store_of_its_own(
+    folder: Path, describe: Callable[..., list[Features]], tiny_checkpoint: Path
+) -> None:
     """All in one folder of features, against a folder each."""
     choices: list[dict[str, object]] = [
         {},
@@ -146,6 +148,7 @@ def test_what_changes_a_descriptor_has_a_store_of_its_own(folder: Path, describe
         {"precision": "bf16-mixed"},
         {"dtype": "float16"},
         {"view": View(change=lambda pictures, *_: pictures.flip(2))},
+        {"members": load_members(str(tiny_checkpoint), {"gem": GEM}, size=96)},
     ]
     found = []
     for number, options in enumerate(choices):
