@@ -97,7 +97,7 @@ def test_a_network_without_masks_is_not_asked_for_any(
     for overrides, message in (
         (
             ["model=efficientnet_lite0", "pooling=attention"],
-            "needs masks, and test_efficientnet was not trained to predict any; .* such as pooling=gem",
+            "needs masks, but test_efficientnet was not trained to predict any; .* such as pooling=gem",
         ),
         (
             ["model=efficientnet_lite0", "pooling=gem", "query=whitened"],

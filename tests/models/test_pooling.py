@@ -180,7 +180,8 @@ def test_pooling_the_picture_itself() -> None:
 
     Pooling(look, saliency=False, map="picture")(e)
     Pooling(look, saliency=True, map="picture")(e)
-    assert seen[0][0] is e.pictures
+    assert torch.equal(seen[0][0], e.pictures)
+    assert seen[0][0].dtype == torch.uint8
     assert seen[0][1] is None
     assert torch.equal(seen[1][1], e.saliency(16))
     assert [Pooling(look, saliency=s, map="picture").shallowest(4) for s in (False, True)] == [4, 0]

@@ -188,7 +188,7 @@ def test_training_steps(
     name: str, objective: str, model: Callable[..., dict[str, Any]], configure: Callable[..., Any], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    cfg = configure("train", f"objective={objective}", "objective.average=0").objective  # these weights are random
+    cfg = configure("train", f"objective={objective}", "objective.average=0", "objective.freeze=0").objective  # random weights
     module = instantiate(cfg, model=model(name, NARROW, size=64), _recursive_=False, _convert_="all")
     before = {key: value.clone() for key, value in module.extractor.named_parameters()}
     loader = torch.utils.data.DataLoader(Pairs(), batch_size=2)

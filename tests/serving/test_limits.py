@@ -26,12 +26,12 @@ pytest.importorskip("fastapi", reason="the extra `serve`")
         (bomb(60_000, 60_000), 413, "over 1,000,000 pixels|more than 1,000,000 pixels"),
         (bomb(2000, 600), 413, "2000 x 600, over 1,000,000 pixels"),
         (b"GIF89a" + bytes(50), 415, "this is gif; allowed are jpeg, png, webp"),
-        (b"<html>", 415, "no picture"),
+        (b"<html>", 415, "not a picture"),
         (b"", 422, "empty"),
         (b"\xff\xd8\xff\xe0", 422, "the jpeg file is broken"),
         (bomb(10, 10), 422, "the picture is broken: "),
     ],
-    ids=["bytes", "bomb", "pixels", "kind", "no picture", "empty", "head", "body"],
+    ids=["bytes", "bomb", "pixels", "kind", "not a picture", "empty", "head", "body"],
 )
 @pytest.mark.parametrize("form", [True, False], ids=["form", "body"])
 def test_what_is_refused(content: bytes, status: int, reason: str, form: bool, server: Server) -> None:
