@@ -22,10 +22,10 @@ demo: .venv/installed
 	@rm -rf $(DEMO)/train $(DEMO)/frozen $(DEMO)/trained $(DEMO)/features $(DEMO)/shop
 	$(BIN)/python -m beauty_bafe.data.toy --root $(DEMO)/toy --products 240 --queries 120 --seed 7
 	$(BIN)/python train.py experiment=demo data.root=$(TOY)/gallery output_dir=$(DEMO)/train
-	$(BIN)/python retrieve.py model=efficientnet_lite0 pooling=spoc report=false \
+	$(BIN)/python retrieve.py model=efficientnet_lite0 pooling=spoc report=false rehearsal.views=0 \
 	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/frozen
 	$(BIN)/python retrieve.py checkpoints='[$(DEMO)/train/checkpoints/best.ckpt]' \
-	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features output_dir=$(DEMO)/trained
+	  gallery=$(TOY)/gallery queries=$(TOY)/queries truth=$(TOY)/truth.csv masks=$(TOY)/masks features=$(DEMO)/features rehearsal.views=120 output_dir=$(DEMO)/trained
 	@$(BIN)/python -m beauty_bafe.evaluation.table $(DEMO)/frozen $(DEMO)/trained --against $(DEMO)/frozen
 	@echo "submission  $(DEMO)/trained/submission.csv"
 	@echo "report      $(DEMO)/trained/report.html"

@@ -18,10 +18,29 @@ FIGURES = {  # of metrics.json
 }
 
 
-def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: Mapping[str, Any], drawn: bool) -> None:
+def read_answers(folder: Path) -> dict[str, Any]:
+    """The figures that retrieve.py wrote to `folder` with truth=FILE. Raises ValueError if there are none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"answers='{folder}': {error}; type a folder that retrieve.py wrote with truth=FILE") from error
+    if not any(f"{key}_interval" in found for key in found):
+        raise ValueError(f"answers='{folder}' was written without truth=FILE; type retrieve.py again with it")
+    return found
+
+
+def write_card(
+    file: Path,
+    content: Mapping[str, Any],
+    checkpoint: Path,
+    files: Mapping[str, Any],
+    drawn: bool,
+    answers: Mapping[str, Any] | None = None,
+) -> None:
     """Write the card of a checkpoint's `content` (see `read_checkpoint`), read from `checkpoint`.
 
     `files`: what `export` returned about each ONNX file. `drawn`: whether they were compared on drawn pictures.
+    `answers`: the figures of `read_answers`.
     """
     model = content["hyper_parameters"]["model"]
     agreement = [
@@ -71,6 +90,7 @@ def write_card(file: Path, content: Mapping[str, Any], checkpoint: Path, files: 
         "## Figures",
         "",
         *_figures(checkpoint),
+        *([] if answers is None else _measured(answers)),
         "",
         "## Licence",
         "",
@@ -114,6 +134,19 @@ def _figures(checkpoint: Path) -> list[str]:
         "| figure | value |",
         "| --- | --- |",
         *rows,
+    ]
+
+
+def _measured(answers: Mapping[str, Any]) -> list[str]:
+    """The figures of a retrieval run that have an interval."""
+    rows = {key: answers[f"{key}_interval"] for key in answers if answers.get(f"{key}_interval") is not None}
+    return [
+        "",
+        f"Measured by retrieve.py on {answers['queries']} queries with known answers; intervals by bootstrap over queries:",
+        "",
+        "| figure | value | 95 % interval |",
+        "| --- | --- | --- |",
+        *(f"| {key} | {answers[key]:.4f} | {low:.4f} – {high:.4f} |" for key, (low, high) in rows.items()),
     ]
 
 

@@ -109,8 +109,12 @@ def test_export_writes_what_it_compared(
     """Both ways of looking, on photos; then the files are run again here, in the order of the photos."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export`")
     pytest.importorskip("onnxscript", reason="the extra `export`")
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    measured = {"queries": 40, "recall@1": 0.5, "recall@1_interval": [0.35, 0.65], "ms_per_query": 3.0, "median_rank": None}
+    (answers / "metrics.json").write_text(json.dumps(measured))
     words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path}", f"pictures={toy / 'queries'}", "most_pictures=12"]
-    files = export(configure("export", *words))
+    files = export(configure("export", *words, f"answers={answers}"))
     assert files.keys() == {"model.onnx", "query.onnx"}
     assert (files["model.onnx"]["size"], files["query.onnx"]["size"]) == (96, 192)
     for found in files.values():
@@ -133,6 +137,9 @@ def test_export_writes_what_it_compared(
     card = (tmp_path / "README.md").read_text()
     for text in ("| mask IoU | 0.5000 |", 'retrieval.query: `"closer"`', "queries with `query.onnx`", "on real pictures"):
         assert text in card, text
+    assert "on 40 queries" in card
+    assert "| recall@1 | 0.5000 | 0.3500 – 0.6500 |" in card
+    assert "ms_per_query" not in card
     assert "NaN" not in card
 
 
@@ -151,18 +158,29 @@ def test_export_compares_photographs(
 def test_a_file_that_gives_something_else_is_refused(
     recipe_checkpoint: Path, tmp_path: Path, configure: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is left does not pass for a good one."""
+    """An earlier export stays as it was; a later one leaves nothing of it."""
     pytest.importorskip("onnxruntime", reason="the extra `export`")
     pytest.importorskip("onnxscript", reason="the extra `export`")
+    earlier = ["README.md", "config.json", "model.onnx", "model.safetensors", "query.onnx"]
+    for name in earlier:
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "query.onnx").write_text("of a run that was killed")
 
     def check(file: Path, describer: torch.nn.Module, pictures: list[Tensor]) -> object:
         return check_onnx(file, lambda batch: [output.flip(1) for output in describer(batch)], pictures)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("beauty_bafe.models.onnx_export.check_onnx", check)
     words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path}", "query=whole"]
-    with pytest.raises(RuntimeError, match=r"model.onnx: .* differs from PyTorch among pictures 1 to 1: cosine .* from 0.9999"):
-        export(configure("export", *words))
-    assert not list(tmp_path.glob("*.onnx"))
+    with monkeypatch.context() as patch:
+        patch.setattr("beauty_bafe.models.onnx_export.check_onnx", check)
+        message = r"model.onnx: .* differs from PyTorch among pictures 1 to 1: cosine .* from 0.9999"
+        with pytest.raises(RuntimeError, match=message):
+            export(configure("export", *words))
+    assert sorted(file.name for file in tmp_path.iterdir()) == earlier
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"earlier"}
+    export(configure("export", *words))
+    assert sorted(file.name for file in tmp_path.iterdir()) == earlier[:-1]
+    load_extractor(tmp_path)
 
 
 def test_licences_are_quoted_from_conf() -> None:
@@ -175,3 +193,20 @@ def test_export_says_what_it_needs(configure: Callable[..., DictConfig]) -> None
         export(configure("export"))
     with pytest.raises(ValueError, match="most_pictures=3: type 10 or more"):
         export(configure("export", "checkpoint=a.ckpt", "most_pictures=3"))
+
+
+def test_export_looks_at_its_settings_before_the_work(
+    recipe_checkpoint: Path, tmp_path: Path, configure: Callable[..., DictConfig]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export`")
+    pytest.importorskip("onnxscript", reason="the extra `export`")
+    (tmp_path / "metrics.json").write_text('{"queries": 3, "ms_per_query": 2.0}')
+    words = [f"checkpoint={recipe_checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    for word, message in {
+        f"answers={tmp_path / 'none'}": r"No such file.*; type a folder that retrieve.py wrote with truth=FILE",
+        f"answers={tmp_path}": r"was written without truth=FILE",
+        f"pictures={tmp_path / 'none'}": r"none",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export(configure("export", *words, word))
+    assert not (tmp_path / "out").exists()

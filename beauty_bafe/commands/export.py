@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +22,17 @@ log = logging.getLogger("beauty_bafe")
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from beauty_bafe.data.catalog import Catalog
+
 LEAST_PICTURES = 10  # one batch of 1, one of 2, one of 7
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
     """Write model.safetensors, config.json, model.onnx, query.onnx where queries are seen another way, and README.md.
 
-    Returns what is known of each ONNX file. Raises ValueError for wrong settings, RuntimeError where a file does not give
-    what PyTorch gives.
+    Writes all of them or none: an export that fails leaves an earlier one as it was. Returns what is known of each ONNX
+    file. Raises ImportError without the extra `export`, ValueError for wrong settings, RuntimeError where a file does not
+    give what PyTorch gives.
     """
     if OmegaConf.is_missing(cfg, "checkpoint"):
         raise ValueError("export needs checkpoint=RUN/checkpoints/best.ckpt, what train.py wrote")
@@ -36,6 +41,32 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     with open_dict(cfg):
         cfg.checkpoints = [cfg.checkpoint]  # where resolve_auto looks
     recipe.resolve_auto(cfg, CONF)
+    # All that may be missing or wrong is looked at before the work, which takes a minute.
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    from beauty_bafe.data.catalog import open_catalog
+    from beauty_bafe.model_card import read_answers
+
+    catalog = None if cfg.pictures is None else open_catalog(cfg.pictures)
+    answers = None if cfg.answers is None else read_answers(Path(cfg.answers))
+
+    output = Path(cfg.output_dir)
+    part = output / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        files = _write(cfg, part, catalog, answers)
+        _publish(part, output)
+    finally:
+        shutil.rmtree(part)
+    log.info(f"exported: {output}; retrieve.py checkpoints='[{output}]' takes it")
+    return files
+
+
+def _write(cfg: DictConfig, folder: Path, catalog: Catalog | None, answers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Write all files to `folder`, and compare them with the checkpoint; returns what is known of each ONNX file."""
     import torch
     from hydra.utils import instantiate
 
@@ -46,28 +77,22 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     from beauty_bafe.models.module import load_extractor, read_checkpoint
     from beauty_bafe.models.onnx_export import check_onnx, export_onnx
 
-    output = Path(cfg.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     (member,) = load_members(cfg.checkpoint, {"pooling": instantiate(cfg.pooling)}, size=cfg.size)
     content = read_checkpoint(cfg.checkpoint)
-    write_network(content, output)
-    loaded = load_extractor(output).state_dict()
+    write_network(content, folder)
+    loaded = load_extractor(folder).state_dict()
     if not all(torch.equal(value, loaded[key]) for key, value in member.extractor.state_dict().items()):
-        raise RuntimeError(f"the weights in '{output}' are not those of '{cfg.checkpoint}'; is the disk full or broken?")
+        raise RuntimeError(f"the weights in '{folder}' are not those of '{cfg.checkpoint}'; is the disk full or broken?")
 
     view = instantiate(cfg.query.view)
     files: dict[str, Any] = {}
-    for name, seen in {"model.onnx": None, "query.onnx": view}.items():
-        (output / name).unlink(missing_ok=True)  # an earlier one must not stay where this one fails
-        if name == "query.onnx" and view is None:
-            continue
+    for name, seen in ({"model.onnx": None} | ({} if view is None else {"query.onnx": view})).items():
         describer = Describer(member.extractor, [member.pooling], masks=True, view=seen).eval()
-        pictures = _pictures(cfg, describer.canvas, member.extractor.pad)
         try:
-            export_onnx(describer, output / name)
-            agreement = check_onnx(output / name, describer, pictures)
+            export_onnx(describer, folder / name)
+            pictures = _pictures(cfg, catalog, describer.canvas, member.extractor.pad)
+            agreement = check_onnx(folder / name, describer, pictures)
         except RuntimeError as error:
-            (output / name).unlink(missing_ok=True)
             what = f"the pooling {member.pooling}" if seen is None else f"the query view ({view})"
             typed = "another pooling=NAME" if seen is None else "query=whole to export without query.onnx"
             raise RuntimeError(f"{name}: {what} cannot be exported: {error}; type {typed}") from error
@@ -83,23 +108,30 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         log.info(
             f"{name}: {agreement.pictures} pictures, cosine from {agreement.cosine:.7f}, mask to {agreement.mask}/255",
         )
-    config = json.loads((output / CONFIG).read_text(encoding="utf-8")) | {"onnx": files}
-    (output / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    write_card(output / "README.md", content, Path(cfg.checkpoint), files, drawn=cfg.pictures is None)
-    log.info(f"exported: {output}; retrieve.py checkpoints='[{output}]' takes it")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"onnx": files}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_card(folder / "README.md", content, Path(cfg.checkpoint), files, catalog is None, answers)
     return files
 
 
-def _pictures(cfg: DictConfig, size: int, pad: int) -> Iterator[Tensor]:
+def _publish(part: Path, output: Path) -> None:
+    """Move the files of `part` to `output`, in place of an earlier export, which may have had more of them."""
+    from beauty_bafe.models.exported import CONFIG
+
+    for name in (CONFIG, "query.onnx"):  # without config.json nothing loads the folder while it is half old, half new
+        (output / name).unlink(missing_ok=True)
+    for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
+        os.replace(file, output / file.name)
+
+
+def _pictures(cfg: DictConfig, catalog: Catalog | None, size: int, pad: int) -> Iterator[Tensor]:
     """uint8 (3, S, S) each: photos where there are some, else drawn street views; repeated where they are too few."""
     import numpy as np
     import torch
 
-    from beauty_bafe.data.catalog import open_catalog
     from beauty_bafe.data.pictures import letterbox
     from beauty_bafe.data.toy import draw_query
 
-    catalog = None if cfg.pictures is None else open_catalog(cfg.pictures)
     count = LEAST_PICTURES if catalog is None else min(len(catalog), cfg.most_pictures)
     rows = np.linspace(0, (len(catalog) if catalog is not None else count) - 1, count).round().astype(int).tolist()
     for row in [rows[i % count] for i in range(max(count, LEAST_PICTURES))]:

@@ -29,12 +29,8 @@ def export_onnx(describer: Describer, file: Path) -> None:
     """Write `describer`, of one pooling and with masks, as ONNX.
 
     Input `pictures`, uint8 (N, 3, S, S), S being the describer's canvas; outputs `descriptor`, float32 (N, D) of length 1,
-    and `mask`, uint8 (N, 112, 112). Raises ImportError without the extra `export`, RuntimeError for what ONNX cannot express.
+    and `mask`, uint8 (N, 112, 112). Raises RuntimeError for what ONNX cannot express.
     """
-    import onnx  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import onnxscript  # noqa: F401
-
     for name in ("onnxscript", "onnx_ir"):  # they tell of every node that they simplify
         logging.getLogger(name).setLevel(logging.WARNING)
     # Two pictures: the exporter takes a size of one for a constant.
