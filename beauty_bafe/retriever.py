@@ -66,7 +66,7 @@ class Retriever:
     of an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods are thread-safe. Only `save` writes to disk,
     except that re-rankers on pictures (rerank=sift, sift_verified) and VLAD keep files in a temporary folder, which is
     removed with the object. Answers are bit for bit those of retrieve.py for the same checkpoints, gallery, queries and
-    settings, unless its network is compiled and this one is not (extraction.compiled).
+    settings, unless its network is compiled and this one is not (extraction.runtime, on a GPU).
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:

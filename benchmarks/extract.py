@@ -1,4 +1,4 @@
-"""Images per second of describing pictures, ours beside a plain eager float32 loop, in one run.
+"""Images per second of describing pictures, by each runtime beside a plain eager float32 loop, in one run.
 
 python benchmarks/extract.py --pictures GALLERY --checkpoints RUN/checkpoints/best.ckpt resnet50
 """
@@ -32,6 +32,7 @@ from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.models.precision import fastest_precision, pick_device
+from beauty_bafe.models.runtime import pick_precision, pick_runtime
 
 ATTENTION = Pooling(spoc, saliency=True)
 CONF = (Path(__file__).parents[1] / "conf").resolve()
@@ -72,42 +73,52 @@ def plain_loop(extractor: BackgroundAgnosticExtractor, pictures: torch.Tensor, d
     return torch.cat(parts)
 
 
+def ways(device: str) -> list[tuple[str, str]]:
+    """Runtime and precision of the engines to compare; the first is the default."""
+    runtime = pick_runtime("auto", device)
+    first = runtime.replace("auto", "compiled"), pick_precision("auto", device, runtime)
+    others = [("openvino", "bf16-mixed")] if runtime == "openvino" else []
+    return list(dict.fromkeys([first, *others, *((kind, fastest_precision(device)) for kind in ("torch", "compiled"))]))
+
+
 def compare(name: str, catalog: Catalog, device: str) -> None:
     extractor = network(name).to(memory_format=torch.contiguous_format).to(device)
     pictures = load(catalog, extractor.size, extractor.pad)
     reference = plain_loop(extractor, pictures, device)
     few = pictures[:128]
 
-    engine = Engine(Describer(network(name), [ATTENTION], False), device, fastest_precision(device), None, True)
-    compiling = engine.compile()
-    # Interleaved, as the machine may be shared: each pair is measured under the same conditions.
-    rounds = [
-        (
-            best_rate(lambda: plain_loop(extractor, few, device), len(few), 1),
-            best_rate(lambda: engine(few), len(few), 2),
-        )
-        for _ in range(3)
-    ]
-    alone, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
-    cosines = (engine(pictures)[0] * reference).sum(1)
+    engines = {}
+    starting = {}
+    for runtime, precision in ways(device):
+        start = time.perf_counter()
+        engine = Engine(Describer(network(name), [ATTENTION], False), device, precision, None, runtime)
+        engine.compile()
+        engine(few[:1])
+        engines[f"{runtime}, {precision}"], starting[f"{runtime}, {precision}"] = engine, time.perf_counter() - start
+    # Interleaved, as the machine may be shared: each round is measured under the same conditions.
+    works = {"plain": lambda: plain_loop(extractor, few, device)}
+    works |= {key: partial(engine, few) for key, engine in engines.items()}
+    rounds = [{key: best_rate(work, len(few), 2) for key, work in works.items()} for _ in range(3)]
+    rates = {key: statistics.median(found[key] for found in rounds) for key in works}
 
     start = time.perf_counter()
     plain_loop(extractor, load(catalog, extractor.size, extractor.pad), device)
     whole = len(catalog) / (time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
-        settings = FeatureExtraction(folder, device=device, compiled=True)
-        member = Member(name, "benchmark", network(name), ATTENTION)
-        settings([member], catalog.subset(range(8)), "warm-up", "pictures, compiling", Skipped())
+        settings = FeatureExtraction(folder, device=device)
         member = Member(name, "benchmark", network(name), ATTENTION)
         start = time.perf_counter()
         settings([member], catalog, "benchmark", f"pictures, {Path(name).stem}", Skipped())
         whole_ours = len(catalog) / (time.perf_counter() - start)
-    print(f"{name}: {len(catalog)} pictures, compiled in {compiling:.0f} s (left out below)")
-    print(f"  network alone   plain {alone:7.1f} img/s   ours {ours:7.1f} img/s   {ours / alone:5.2f} times")
-    print(f"  whole pipeline  plain {whole:7.1f} img/s   ours {whole_ours:7.1f} img/s   {whole_ours / whole:5.2f} times")
-    print(
-        f"  cosine to the plain features: mean {cosines.mean():.5f}, median {cosines.median():.5f}, least {cosines.min():.5f}"
-    )
+    print(f"{name}: {len(catalog)} pictures; cosines to the plain loop's")
+    print(f"  plain, float32          {rates['plain']:7.1f} img/s")
+    for key, engine in engines.items():
+        cosines = (engine(pictures)[0] * reference).sum(1)
+        print(
+            f"  {key:22s}  {rates[key]:7.1f} img/s  {rates[key] / rates['plain']:5.2f} times, after {starting[key]:4.1f} s; "
+            f"cosine: median {cosines.median():.6f}, least {cosines.min():.6f}"
+        )
+    print(f"  whole pipeline  plain {whole:7.1f} img/s   default {whole_ours:7.1f} img/s   {whole_ours / whole:5.2f} times")
 
 
 def read_all(read: Callable[[Path], object], paths: Sequence[Path]) -> None:

@@ -66,7 +66,7 @@ def network(name: str) -> BackgroundAgnosticExtractor:
 
 def describe(extractor: BackgroundAgnosticExtractor, pictures: Path, features: Path, **options: object) -> np.ndarray:
     members = [Member("network", "network", extractor, GEM, False)]
-    extraction = FeatureExtraction(features, compiled=False, **options)  # type: ignore[arg-type]
+    extraction = FeatureExtraction(features, runtime="torch", **options)  # type: ignore[arg-type]
     return extraction(members, open_catalog(pictures), str(pictures), "pictures", Skipped())[0].vectors
 
 
@@ -106,7 +106,7 @@ def extraction(work: Path, size: argparse.Namespace) -> Lines:
     for name in size.models:
         extractor = network(name)
         for precision in dict.fromkeys(["32-true", fastest_precision("cuda")]):
-            engine = Engine(Describer(extractor, [GEM], False), "cuda", precision, None, False)
+            engine = Engine(Describer(extractor, [GEM], False), "cuda", precision, None, "torch")
             side = engine.describer.canvas
             batch = torch.randint(0, 256, (4 * engine.batch, 3, side, side), dtype=torch.uint8).pin_memory()
             memory = len(batch) / seconds(lambda engine=engine, batch=batch: engine(batch))  # type: ignore[misc]
@@ -185,12 +185,12 @@ def short_memory(_work: Path, _size: argparse.Namespace) -> Lines:
     """A batch that does not fit is halved until it does, and gives the same vectors. Raises ValueError where it does not."""
     extractor = network("resnet50")
     pictures = torch.randint(0, 256, (512, 3, extractor.size, extractor.size), dtype=torch.uint8)
-    expected = Engine(Describer(extractor, [GEM], False), "cuda", "32-true", 16, False)(pictures)[0]
+    expected = Engine(Describer(extractor, [GEM], False), "cuda", "32-true", 16, "torch")(pictures)[0]
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5e9 / total + torch.cuda.memory_reserved() / total))
     try:
-        engine = Engine(Describer(extractor, [GEM], False), "cuda", "32-true", 512, False)
+        engine = Engine(Describer(extractor, [GEM], False), "cuda", "32-true", 512, "torch")
         cosine = (engine(pictures)[0] * expected).sum(dim=1).min().item()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -154,7 +154,7 @@ def describe(gallery: str) -> None:
     tiny = {"name": "test_efficientnet", "taps": [f"blocks.{n}" for n in range(4)], "last": "bn2", "size": 64, "hidden": 8}
     member = Member("tiny", "tiny", BackgroundAgnosticExtractor(**tiny, pretrained=False).eval(), ATTENTION)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        FeatureExtraction(folder, compiled=False)([member], from_folder(gallery), gallery, "pictures", Skipped())
+        FeatureExtraction(folder)([member], from_folder(gallery), gallery, "pictures", Skipped())
 
 
 def main() -> None:

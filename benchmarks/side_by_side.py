@@ -45,7 +45,7 @@ def describe(pictures: str, model: str) -> None:
                 print("ready", flush=True)
                 sys.stdin.readline()
             start = time.perf_counter()
-            extraction = FeatureExtraction(folder, device="cpu", compiled=False)
+            extraction = FeatureExtraction(folder, device="cpu")
             extraction(members, catalog.subset(range(count)), pictures, "pictures", Skipped())
             seconds = time.perf_counter() - start
     print(f"took {seconds}", flush=True)

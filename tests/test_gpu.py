@@ -46,7 +46,7 @@ def test_vectors_are_the_processors(gpu: str, precision: str, tiny_checkpoint: P
     extractor = load_extractor(tiny_checkpoint)
     pictures = torch.randint(0, 256, (5, 3, extractor.size, extractor.size), dtype=torch.uint8)
     ours, theirs = (
-        Engine(Describer(extractor, POOLINGS, False), device, kind, 4, False)(pictures)
+        Engine(Describer(extractor, POOLINGS, False), device, kind, 4, "torch")(pictures)
         for device, kind in ((gpu, precision), ("cpu", "32-true"))
     )
     for one, other in zip(ours, theirs, strict=True):
@@ -62,7 +62,7 @@ def test_memory_that_runs_out_halves_the_batch(gpu: str, tiny: dict[str, Any], t
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 5e8) / total))
     try:
-        engine = Engine(Describer(extractor, POOLINGS, False), gpu, "32-true", 4096, False)
+        engine = Engine(Describer(extractor, POOLINGS, False), gpu, "32-true", 4096, "torch")
         assert len(engine(pictures)[0]) == 4096
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -74,7 +74,7 @@ def test_several_engines_on_one_gpu_write_what_one_does(gpu: str, toy: Path, tmp
     members = load_members(str(tiny_checkpoint), dict(enumerate(POOLINGS)))
 
     def describe(name: str, **options: Any) -> list[np.ndarray]:
-        extraction = FeatureExtraction(tmp_path / name, shard=8, compiled=False, batch_size=8, device=gpu, **options)
+        extraction = FeatureExtraction(tmp_path / name, shard=8, runtime="torch", batch_size=8, device=gpu, **options)
         return [f.vectors for f in extraction(members, from_folder(toy / "gallery"), "source", "pictures", Skipped())]
 
     for one, two in zip(describe("one"), describe("two", devices=["cuda:0", "cuda:0"]), strict=True):

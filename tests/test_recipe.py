@@ -174,7 +174,7 @@ def test_every_experiment_names_what_is_there(name: str | None, configure) -> No
     check_recipe(cfg.retrieval, CONF)
     masks_alone = name in ("bafe_paper", "whitened_query_2020")
     assert cfg.objective._target_.endswith("SaliencyModule" if masks_alone else "JointModule")
-    assert cfg.trainer.max_epochs == (30 if masks_alone else 22 if name == "demo" else 16)
+    assert cfg.trainer.max_epochs == (30 if masks_alone else 16)
 
 
 def test_settings_of_a_group_left_at_auto_are_answered(tiny_checkpoint: Path, resolved) -> None:

@@ -64,7 +64,7 @@ def cutout(cfg: DictConfig) -> int:
     else:
         replace_file(note, lambda part: part.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
 
-    settings = FeatureExtraction(output, batch_size=cfg.batch_size, device=cfg.device, precision=cfg.precision, compiled=False)
+    settings = FeatureExtraction(output, batch_size=cfg.batch_size, device=cfg.device, precision=cfg.precision)
     networks = {number: (member.extractor, member.pooling) for number, member in enumerate(members)}
     engine = EnsembleEngine(settings, networks, True, view)
 

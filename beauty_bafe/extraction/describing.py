@@ -136,7 +136,7 @@ class LocalRun:
         plans = {number: network.engine for network in self.networks for number in network.numbers}
         for number, store in enumerate(job.stores):
             engine = plans.get(number)
-            plan = {key: store.manifest[key] for key in ("compiled", "batch")} if engine is None else engine.describe()
+            plan = {key: store.manifest[key] for key in ("runtime", "batch")} if engine is None else engine.describe()
             store.begin(job.pictures, plan)
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
@@ -153,7 +153,7 @@ class LocalRun:
         # To search: the descriptors, their ensemble, and its rounded copy.
         disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
         memory = 10 * sum(widths) * len(job.pictures)
-        how = ", less when compiled" if any(network.engine.compiled for network in self.networks) else ""
+        how = ", less when compiled" if any(network.engine.runtime == "compiled" for network in self.networks) else ""
         log.info(
             f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
             f"{memory / 1e9:.1f} GB of memory to search them"

@@ -25,7 +25,7 @@ class Settings(Protocol):
     batch_size: int | None
     device: str
     precision: str
-    compiled: bool | None
+    runtime: str
     scales: tuple[float, ...]
     flip: bool
 
@@ -50,7 +50,7 @@ class EnsembleEngine:
     """The networks of all members: built once, safe to call from several threads. Descriptors depend on their picture alone.
 
     `members`: network and pooling by the number of the member. `masks`: whether to return the masks of members whose pooling
-    uses them. `view`: see Describer. `begun`: by member, the batch size and compilation of a run that is being resumed.
+    uses them. `view`: see Describer. `begun`: by member, the batch size and runtime of a run that is being resumed.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class EnsembleEngine:
             poolings = [self.poolings[number] for number in numbers]
             drawn = masks and any(pooling.saliency for pooling in poolings)
             describer = Describer(extractor, poolings, drawn, settings.scales, settings.flip, view)
-            compiled = settings.compiled if settings.compiled is not None else plan.get("compiled")
+            runtime = plan.get("runtime", "auto") if settings.runtime == "auto" else settings.runtime
             batch = settings.batch_size or plan.get("batch")
-            engines.append((numbers, Engine(describer, settings.device, settings.precision, batch, compiled)))
+            engines.append((numbers, Engine(describer, settings.device, settings.precision, batch, runtime)))
         taken = [(engine.describer.canvas, engine.describer.extractor.pad) for _, engine in engines]
         self.canvases: list[Canvas] = sorted(set(taken))
         self.networks = [

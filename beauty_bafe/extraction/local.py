@@ -16,7 +16,8 @@ from ..data.places import absolute, stamp
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
 from ..models.inference import MASK_SIZE
-from ..models.precision import fastest_precision, pick_devices
+from ..models.precision import pick_devices
+from ..models.runtime import pick_precision, pick_runtime
 from ..models.views import View
 from .describing import ExtractionJob, LocalRun, readable_now
 from .features import Features
@@ -34,7 +35,7 @@ class FeatureExtraction:
     `features`: folder of the stores. `scales`: sizes as multiples of the network's own; `flip`: also the mirror image; their
     descriptors are summed. `batch_size`: pictures per batch, None for a default of the device. `num_workers`: loading
     processes, 0 for threads that take turns with the network, None for a default of the device. `device`: see
-    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `compiled`: whether to use torch.compile, None if it saves time.
+    `pick_device`. `precision`: auto, bf16-mixed, 32-true. `runtime`: see `pick_runtime`.
     `shard`: pictures per file, which is the most that an interruption loses. `dtype`: float32 or float16, on disk.
     `max_skipped`: largest share of unreadable pictures. `devices`: all for every GPU of this machine, or a list of devices,
     which share the pictures; None for `device` alone. Raises ValueError for an unavailable device or an unknown dtype.
@@ -49,7 +50,7 @@ class FeatureExtraction:
         num_workers: int | None = None,
         device: str = "auto",
         precision: str = "auto",
-        compiled: bool | None = None,
+        runtime: str = "auto",
         shard: int = 2048,
         dtype: str = "float32",
         max_skipped: float = 0.1,
@@ -63,8 +64,9 @@ class FeatureExtraction:
         self.root, self.batch_size, self.num_workers = Path(features), batch_size, num_workers
         self.devices = pick_devices(devices, device)
         self.device = self.devices[0]
-        self.precision = fastest_precision(self.device) if precision == "auto" else precision
-        self.compiled, self.shard, self.dtype, self.max_skipped = compiled, shard, np.dtype(dtype), max_skipped
+        self.runtime = pick_runtime(runtime, self.device)
+        self.precision = pick_precision(precision, self.device, self.runtime)
+        self.shard, self.dtype, self.max_skipped = shard, np.dtype(dtype), max_skipped
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
@@ -137,6 +139,7 @@ class FeatureExtraction:
             "source": absolute(source),
             "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
+            "runtime": "openvino" if self.runtime == "openvino" else "torch",  # compiled or not is in the store's plan
             "dtype": str(self.dtype),
             "scales": str(self.scales),
             "flip": self.flip,
@@ -146,6 +149,6 @@ class FeatureExtraction:
         rest = {
             "pad": member.extractor.pad,
             "preprocessing": PREPROCESSING,
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": {name: version(name) for name in (*PACKAGES, *(["openvino"] if self.runtime == "openvino" else []))},
         }
         return self.root / name, key | rest

@@ -32,13 +32,13 @@ CHUNK = 32  # pictures decoded together before they go to the network
 class MemoryExtraction:
     """Like FeatureExtraction, but nothing is stored, and each engine is built once, at its first use. Thread-safe.
 
-    `settings`: how to describe. Networks are compiled only if `settings.compiled` is true. `root`: a temporary folder for
+    `settings`: how to describe. Networks are compiled only if `settings.runtime` is compiled. `root`: a temporary folder for
     re-rankers and descriptors that keep files (SIFT, VLAD), created when needed and removed with this object.
     """
 
     def __init__(self, settings: FeatureExtraction) -> None:
         self.settings = copy.copy(settings)
-        self.settings.compiled = bool(settings.compiled)
+        self.settings.runtime = "torch" if settings.runtime == "auto" else settings.runtime
         self.scales, self.flip = settings.scales, settings.flip
         self.root = Path(tempfile.gettempdir()) / f"beauty_bafe-{uuid.uuid4().hex}"
         weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)

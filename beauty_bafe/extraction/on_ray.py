@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..models.precision import fastest_precision
+from ..models.runtime import pick_precision, pick_runtime
 from .describing import ExtractionJob
 from .features import Features
 from .local import FeatureExtraction
@@ -41,6 +42,7 @@ class RayExtraction(FeatureExtraction):
         gpus: float | None = None,
         device: str = "auto",
         precision: str = "auto",
+        runtime: str = "auto",
         **settings: Any,
     ) -> None:
         for name, value in {"workers": workers, "cpus": cpus}.items():
@@ -50,8 +52,8 @@ class RayExtraction(FeatureExtraction):
             raise ValueError("extraction.devices applies to one machine; with extraction=ray type extraction.workers=N instead")
         # Whether there are GPUs, the cluster decides in `_choose_device`; until then, and in memory, this machine.
         here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
-        super().__init__(features, device=here, precision=precision, **settings)
-        self.wanted, self.wanted_precision = device, precision
+        super().__init__(features, device=here, precision=precision, runtime=runtime, **settings)
+        self.wanted, self.wanted_precision, self.wanted_runtime = device, precision, runtime
         self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
 
     def __call__(self, *arguments: Any, **options: Any) -> list[Features]:
@@ -91,9 +93,10 @@ class RayExtraction(FeatureExtraction):
         if self.wanted in ("auto", "gpu", "cuda"):
             self.device = "cuda" if there else "cpu"
         self.devices = [self.device]
-        if self.wanted_precision == "auto":
-            remote = ray.remote(num_gpus=self._gpus)(fastest_precision)
-            self.precision = fastest_precision(self.device) if self.address is None else ray.get(remote.remote(self.device))
+        self.runtime = pick_runtime(self.wanted_runtime, self.device)
+        self.precision = pick_precision(self.wanted_precision, self.device, self.runtime)
+        if self.wanted_precision == "auto" and self.runtime != "openvino" and self.address is not None:
+            self.precision = ray.get(ray.remote(num_gpus=self._gpus)(fastest_precision).remote(self.device))
 
     @property
     def _gpus(self) -> float:

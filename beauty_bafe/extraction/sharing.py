@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 class Worker(NamedTuple):
     """What a worker needs to describe shards; can be pickled and sent to another machine.
 
-    `begun`: number of each store that lacks pictures -> the batch size and compilation in its manifest.
+    `begun`: number of each store that lacks pictures -> the batch size and runtime in its manifest.
     """
 
     settings: Settings
@@ -115,7 +115,7 @@ Run = Callable[[Worker, Sequence[Shard]], Iterable[tuple[int, int]]]
 
 
 class SharedRun:
-    """Runs an ExtractionJob by several workers. Networks are compiled only if `settings.compiled` is true."""
+    """Runs an ExtractionJob by several workers. Networks are compiled only if `settings.runtime` is compiled."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self.job = job
@@ -143,7 +143,7 @@ class SharedRun:
         for number, (store, (extractor, pooling)) in enumerate(zip(job.stores, job.requested, strict=True)):
             side = Describer(extractor, [pooling], False, settings.scales, settings.flip, job.view).canvas
             batch = settings.batch_size or suitable_batch(settings.device, side)
-            plan = {"compiled": bool(settings.compiled), "batch": batch}
+            plan = {"runtime": "torch" if settings.runtime == "auto" else settings.runtime, "batch": batch}
             plan |= {key: value for key, value in store.plan(job.pictures).items() if key in plan}
             if job.lacks(number, job.lacking):
                 plans[number] = plan

@@ -106,7 +106,8 @@ class Backbone(nn.Module):
         if output.ndim == 4:
             return output
         tokens = output[:, getattr(self.net, "num_prefix_tokens", 0) :]
-        rows = round((tokens.shape[1] * pictures.shape[-2] / pictures.shape[-1]) ** 0.5)
+        count, height, width = int(tokens.shape[1]), int(pictures.shape[-2]), int(pictures.shape[-1])  # tensors in a trace
+        rows = round((count * height / width) ** 0.5)
         return tokens.transpose(1, 2).unflatten(2, (rows, -1))
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, check_pictures, resize_mask
 from .folding import fold_norms
+from .runtime import OpenVinoLook
 from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
 
 log = logging.getLogger("beauty_bafe")
@@ -77,6 +78,7 @@ class Describer(nn.Module):
     ) -> None:
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
+        self.look: Callable[[Tensor], Extraction] = extractor.look
         self.sides, self.flip, self.view = [round(extractor.size * scale) for scale in scales], flip, view
         for side in set(self.sides) - {extractor.size}:
             try:
@@ -112,7 +114,7 @@ class Describer(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
-        whole = self.extractor.look(resize(pictures, self.extractor.size))
+        whole = self.look(resize(pictures, self.extractor.size))
         outputs, saliency = self._look(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
         if self.masks:
             drawn = whole.saliency(MASK_SIZE) if saliency is None else resize_mask(saliency, MASK_SIZE)
@@ -121,19 +123,22 @@ class Describer(nn.Module):
 
     def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
         """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
-        saliency, pad = whole.saliency(self.canvas), self.extractor.pad
+        # A window is found, and the mask drawn, at the network's own size; what is cut out needs all pixels.
+        side, pad = self.extractor.size if view.change is None else self.canvas, self.extractor.pad
+        saliency = whole.saliency(side)
         trusted = view.trusts(saliency)
         seen, known, window = pictures, whole, None
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
             seen = look_through(pictures, window, pad)
-            known = self.extractor.look(resize(seen, self.extractor.size))
-            saliency = known.saliency(self.canvas)
-        if view.edges > 0:
-            saliency = guided_filter(saliency, seen, view.edges)
-        if window is not None:
-            saliency = look_through(saliency, look_back(window), 0)
+            known = self.look(resize(seen, self.extractor.size))
+            saliency = known.saliency(side)
+        if self.masks or view.change is not None:
+            if view.edges > 0:
+                saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)
+            if window is not None:
+                saliency = look_through(saliency, look_back(window), 0)
         if view.change is None:
             outputs = self._describe(seen, known)
         else:
@@ -148,9 +153,9 @@ class Describer(nn.Module):
         extractions = []
         for side in self.sides:
             seen = resize(pictures, side)
-            extractions.append(known if known is not None and side == self.extractor.size else self.extractor.look(seen))
+            extractions.append(known if known is not None and side == self.extractor.size else self.look(seen))
             if self.flip:
-                extractions.append(self.extractor.look(seen.flip(3)))
+                extractions.append(self.look(seen.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]
@@ -162,17 +167,19 @@ class Engine:
     """Runs a Describer in batches of one fixed size, so that a picture's descriptor does not depend on its neighbours.
 
     `precision`: "32-true", or "bf16-mixed" for `halve`. `batch`: pictures a batch, None for the device's own choice;
-    halved when memory runs out. `compiled`: None lets `plan` decide.
+    halved when memory runs out. `runtime`: openvino, torch, compiled (torch.compile), or auto: `plan` decides between these.
     """
 
-    def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, compiled: bool | None) -> None:
-        self.device, self.compiled = device, compiled
+    def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, runtime: str) -> None:
+        self.device, self.runtime = device, runtime
         self.batch = batch or suitable_batch(device, describer.canvas)
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
         if not describer.masks and describer.view is None:
             taps = len(describer.extractor.backbone.channels)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
-        if precision == "bf16-mixed":
+        if runtime == "openvino":
+            describer.look = OpenVinoLook(describer.extractor, precision)
+        elif precision == "bf16-mixed":
             size = describer.extractor.size
             fold_norms(describer.extractor, torch.zeros(1, 3, size, size, dtype=torch.uint8))
             halve(describer.extractor)
@@ -189,13 +196,14 @@ class Engine:
             start = time.perf_counter()
             self._try()
             seconds = (time.perf_counter() - start) / self.batch * pictures
-        if self.compiled is None:
-            self.compiled = seconds > COMPILE_ABOVE * self.describer.passes and _compiler_is_there(self.device)
+        if self.runtime == "auto":
+            compiling = seconds > COMPILE_ABOVE * self.describer.passes and _compiler_is_there(self.device)
+            self.runtime = "compiled" if compiling else "torch"
         return seconds
 
     def describe(self) -> dict[str, Any]:
         """What a resumed run must do alike, plain values."""
-        return {"compiled": bool(self.compiled), "batch": self.batch}
+        return {"runtime": self.runtime, "batch": self.batch}
 
     def widths(self) -> list[int]:
         """Dimensions of each pooling's descriptor."""
@@ -203,7 +211,7 @@ class Engine:
 
     def compile(self) -> float:
         """Compile if planned; returns the seconds it took. Raises RuntimeError where PyTorch finds no compiler."""
-        if not self.compiled or self._run is not self.describer:
+        if self.runtime != "compiled" or self._run is not self.describer:
             return 0.0
         start = time.perf_counter()
         # One program a network: with PyTorch's limit of 8, larger ensembles would fall back to eager.
@@ -214,7 +222,7 @@ class Engine:
             self._try()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
-                f"torch.compile failed here ({str(error).splitlines()[0][:200]}); type extraction.compiled=false"
+                f"torch.compile failed here ({str(error).splitlines()[0][:200]}); type extraction.runtime=torch"
             ) from error
         return time.perf_counter() - start
 

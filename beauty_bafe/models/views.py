@@ -16,7 +16,7 @@ from torch import Tensor
 from .descriptor import describe_partial
 from .extractor import resize_mask
 
-VERSION = 2  # counts up when the same settings give other descriptors
+VERSION = 3  # counts up when the same settings give other descriptors
 MOST = 0.9  # of the picture; a mask that covers more has found nothing
 EDGE_STRIDE = 8  # pixels a cell of the grid on which edges are looked for
 FAINT = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge

@@ -216,7 +216,9 @@ def test_stopped_while_shards_are_replaced(shop: Path, tmp_path: Path, monkeypat
     for name in ("p0", "p7"):
         os.utime(shop / f"{name}.jpg", (1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("beauty_bafe.data.shards.zlib.crc32", Mock(side_effect=chain(5 * [0], repeat(OSError(28, "No space left")))))
+        patch.setattr(
+            "beauty_bafe.data.shards.zlib.crc32", Mock(side_effect=chain(5 * [0], repeat(OSError(28, "No space left"))))
+        )
         with pytest.raises(OSError, match=r"could not write .*photos-\d+.tar': No space left; is the disk full"):
             pack(shop, tmp_path / "shards")
     with pytest.raises(ValueError, match="holds no shards, or not all yet"):

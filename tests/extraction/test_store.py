@@ -37,7 +37,7 @@ def vectors(rows: int) -> dict[str, np.ndarray]:
 
 def filled(folder: Path, key: dict[str, str] | None = None) -> Store:
     store = Store(folder, key or {"checkpoint": "x"})
-    store.begin(PICTURES, {"compiled": False})
+    store.begin(PICTURES, {"runtime": "torch"})
     store.append(PICTURES[:2], vectors(2), {PICTURES[2]: "cut short"})
     return store
 
@@ -48,7 +48,7 @@ def test_what_was_written_is_read_in_any_order(tmp_path: Path) -> None:
     assert all(picture in again for picture in PICTURES)
     assert again.unreadable == {("c", "1"): "cut short"}
     assert again.read([("b", "1"), ("a", "1")])["vectors"].tolist() == [[2, 3], [0, 1]]
-    assert again.plan(PICTURES)["compiled"] is False
+    assert again.plan(PICTURES)["runtime"] == "torch"
     assert again.plan(PICTURES[:2]) == {}
 
 
@@ -144,7 +144,8 @@ def test_a_read_only_folder_needs_no_lock(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def describe(checkpoint: Path, catalog: Catalog, features: Path) -> list[Features]:
-    extraction = FeatureExtraction(features, device="cpu", precision="32-true", num_workers=0, shard=4)
+    # In torch, as processes are forked here.
+    extraction = FeatureExtraction(features, device="cpu", precision="32-true", num_workers=0, shard=4, runtime="torch")
     members = load_members(str(checkpoint), dict(enumerate(POOLINGS)))
     return extraction(members, catalog, "gallery", "pictures", Skipped(), masks=True)
 

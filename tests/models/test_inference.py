@@ -27,7 +27,7 @@ def pictures(count: int, size: int = 64) -> torch.Tensor:
 
 
 def test_any_number_of_pictures_in_batches_of_one_shape(extractor: BackgroundAgnosticExtractor) -> None:
-    engine = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
+    engine = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, "torch")
     shapes = []
     engine.describer.extractor.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     outputs = engine(pictures(10))
@@ -63,10 +63,10 @@ def test_halving_leaves_sensitive_layers_alone(name: str) -> None:
 
 def test_compiled_agrees_with_eager(extractor: BackgroundAgnosticExtractor) -> None:
     other = copy.deepcopy(extractor)
-    eager = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, False)
-    compiled = Engine(Describer(other, POOLINGS, masks=True), "cpu", "32-true", 4, True)
+    eager = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, "torch")
+    compiled = Engine(Describer(other, POOLINGS, masks=True), "cpu", "32-true", 4, "compiled")
     if not inference._compiler_is_there("cpu"):
-        with pytest.raises(RuntimeError, match=r"type extraction.compiled=false"):
+        with pytest.raises(RuntimeError, match=r"type extraction.runtime=torch"):
             compiled.compile()
         pytest.skip("no compiler")
     assert eager.compile() == 0
@@ -83,26 +83,28 @@ def test_without_a_compiler_the_error_says_what_to_type(
 
     monkeypatch.setattr(settings.cpp, "cxx", ("/nonexistent/g++",))
     assert not inference._compiler_is_there("cpu")
-    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, True)
-    with pytest.raises(RuntimeError, match=r"torch.compile failed here \(.*compiler.*; type extraction.compiled=false"):
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, "compiled")
+    with pytest.raises(RuntimeError, match=r"torch.compile failed here \(.*compiler.*; type extraction.runtime=torch"):
         engine.compile()
 
 
 def test_small_galleries_stay_eager(extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_compiler_is_there", lambda _: True)
-    few, many, told = (Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, c) for c in (None, None, False))
+    few, many, told = (
+        Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, c) for c in ("auto", "auto", "torch")
+    )
     assert few.plan(100) == 0
     assert many.plan(100_000_000) > inference.COMPILE_ABOVE
     told.plan(100_000_000)
-    assert [few.compiled, many.compiled, told.compiled] == [False, True, False]
+    assert [few.runtime, many.runtime, told.runtime] == ["torch", "compiled", "torch"]
     monkeypatch.setattr(inference, "_compiler_is_there", lambda _: False)
-    without = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, None)
+    without = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, "auto")
     without.plan(100_000_000)
-    assert without.compiled is False
+    assert without.runtime == "torch"
 
 
 def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, False)
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, "torch")
     expected = engine(pictures(8))[0]
     run = engine._run
 
@@ -121,7 +123,7 @@ def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, c
 
 
 def test_a_batch_that_another_thread_halves_loses_no_picture(extractor: BackgroundAgnosticExtractor) -> None:
-    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, False)
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, "torch")
     expected = engine(pictures(8))[0]
     run = engine._run
 
@@ -140,7 +142,7 @@ def test_masks_that_no_pooling_needs_are_not_made(
     extractor: BackgroundAgnosticExtractor, map: str | int, saliency: bool, calls: int
 ) -> None:
     pooling = Pooling(spoc, saliency, map)
-    engine = Engine(Describer(extractor, [pooling], masks=False), "cpu", "32-true", 2, False)
+    engine = Engine(Describer(extractor, [pooling], masks=False), "cpu", "32-true", 2, "torch")
     made: list[object] = []
     for encoder in engine.describer.extractor.encoders:
         encoder.register_forward_hook(lambda *_: made.append(1))
@@ -152,7 +154,7 @@ def test_masks_that_no_pooling_needs_are_not_made(
 
 
 def test_other_errors_are_not_taken_for_short_memory(extractor: BackgroundAgnosticExtractor) -> None:
-    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, False)
+    engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 8, "torch")
     with pytest.raises(ValueError, match="pictures must be uint8"):
         engine(pictures(8).float())
 

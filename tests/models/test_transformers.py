@@ -159,7 +159,7 @@ def test_half_precision(name: str, model: Callable[..., dict[str, Any]]) -> None
     torch.manual_seed(0)
     extractor = BackgroundAgnosticExtractor(**model(name, NARROW, size=224, decoder=DECODER)).eval()
     describer = Describer(extractor, POOLINGS, masks=True, scales=[1.0, 1.5])
-    whole, half = (Engine(describer, "cpu", precision, 2, False) for precision in ("32-true", "bf16-mixed"))
+    whole, half = (Engine(describer, "cpu", precision, 2, "torch") for precision in ("32-true", "bf16-mixed"))
     halved = {key for key, module in half.describer.named_modules() if isinstance(module, HalfPrecision)}
     assert any(key.endswith("blocks.3.mlp.fc2") for key in halved)
     assert any(key.endswith("blocks.3.attn.qkv") for key in halved)

@@ -65,7 +65,7 @@ def test_one_scale_is_the_plain_descriptor(extractor: BackgroundAgnosticExtracto
 def test_a_whitened_picture_is_described_without_its_background(extractor: BackgroundAgnosticExtractor) -> None:
     view = View(change=partial(whiten, threshold=0.5))
     seen = pictures(64)
-    engine = Engine(Describer(extractor, POOLINGS, masks=False, view=view), "cpu", "32-true", 4, False)
+    engine = Engine(Describer(extractor, POOLINGS, masks=False, view=view), "cpu", "32-true", 4, "torch")
     white = view.change(seen, extractor(seen).saliency(64), 255)
     assert not torch.equal(white, seen)
     expected = [F.normalize(pooling(extractor.look(white))) for pooling in POOLINGS]
@@ -200,7 +200,7 @@ def test_the_network_looks_again_from_close_by(extractor: BackgroundAgnosticExtr
     describer = Describer(network, POOLINGS, True, view=View(closer=1.25, detail=2, least=0.005))  # type: ignore[arg-type]
     assert describer.canvas == 128
     *vectors, saliency = describer(torch.cat([picture, nothing]))
-    rough = Grey(extractor).look(resize(picture, 64)).saliency(128)
+    rough = Grey(extractor).look(resize(picture, 64)).saliency(64)
     closer = resize(look_through(picture, move_inside(product_window(rough, 1.25)), 255), 64)
     assert torch.equal(network.seen[1][0], closer[0])
     assert torch.equal(network.seen[1][1], resize(nothing, 64)[0]), "where nothing was found it looks at all again"
@@ -223,7 +223,7 @@ def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole, strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
     assert torch.equal(alone(seen)[2], mixed(seen)[2])
-    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0, version 2"
+    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0, version 3"
 
 
 def guided_slowly(mask: torch.Tensor, guide: torch.Tensor, radius: int, faint: float) -> torch.Tensor:
@@ -291,8 +291,8 @@ def test_the_mask_that_is_shown_has_followed_edges(extractor: BackgroundAgnostic
     picture, _ = scene(128, 80, 16, 16, 32)
     view = View(closer=1.25, edges=0.1, detail=2)
     *_, shown = Describer(Grey(extractor), POOLINGS, True, view=view)(picture)  # type: ignore[arg-type]
-    window = move_inside(product_window(Grey(extractor).look(resize(picture, 64)).saliency(128), 1.25))
-    seen = look_through(picture, window, 255)
-    drawn = guided_filter(Grey(extractor).look(resize(seen, 64)).saliency(128), seen, 0.1)
+    window = move_inside(product_window(Grey(extractor).look(resize(picture, 64)).saliency(64), 1.25))
+    seen = resize(look_through(picture, window, 255), 64)
+    drawn = guided_filter(Grey(extractor).look(seen).saliency(64), seen, 0.1)
     wanted = resize_mask(look_through(drawn, look_back(window), 0), 112)[0, 0] * 255
     assert (shown[0].float() - wanted).abs().max() < 1

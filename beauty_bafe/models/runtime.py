@@ -1,0 +1,132 @@
+"""What runs a network to describe pictures: PyTorch as it is or compiled, or OpenVINO, the fastest on CPUs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import queue
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .extractor import BackgroundAgnosticExtractor, Extraction
+from .precision import fastest_precision
+
+if TYPE_CHECKING:
+    from openvino import CompiledModel, Core, InferRequest
+
+RUNTIMES = ("auto", "torch", "compiled", "openvino")
+
+
+def pick_runtime(runtime: str, device: str) -> str:
+    """The setting `runtime` on a torch device: openvino on a CPU if it is installed; auto leaves the rest to `Engine.plan`.
+
+    Raises ValueError for an unknown one, or OpenVINO on another device than a CPU.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"extraction.runtime={runtime}: type {', '.join(RUNTIMES)}")
+    if runtime == "openvino" and device != "cpu":
+        raise ValueError(f"extraction.runtime=openvino runs on a CPU, not on {device}; type device=cpu or runtime=auto")
+    installed = importlib.util.find_spec("openvino") is not None
+    if runtime == "openvino" and not installed:
+        raise ValueError("extraction.runtime=openvino needs the package openvino; type pip install openvino")
+    return "openvino" if runtime == "auto" and device == "cpu" and installed else runtime
+
+
+def pick_precision(precision: str, device: str, runtime: str) -> str:
+    """The setting `precision`: auto is float32 in OpenVINO, which is fast in it, otherwise the fastest safe one."""
+    if precision != "auto":
+        return precision
+    return "32-true" if runtime == "openvino" else fastest_precision(device)
+
+
+class _Flat(nn.Module):
+    """`BackgroundAgnosticExtractor.look` with a tuple of tensors as its output, as tracing needs."""
+
+    def __init__(self, extractor: BackgroundAgnosticExtractor) -> None:
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        found = self.extractor.look(pictures)
+        self.counts = len(found.masks), len(found.taps), None if found.logits is None else len(found.logits)
+        return *found.masks, *found.taps, found.last, *(found.logits or [])
+
+
+class OpenVinoLook:
+    """`BackgroundAgnosticExtractor.look` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
+
+    `precision`: 32-true or bf16-mixed, in which all layers are rounded. Each shape of pictures is converted at its first use,
+    which takes some seconds. Raises RuntimeError for a network that OpenVINO cannot convert, and in a process forked from one
+    that has used it.
+    """
+
+    def __init__(self, extractor: BackgroundAgnosticExtractor, precision: str) -> None:
+        self._network = _Flat(extractor).eval()
+        self._hint = "bf16" if precision == "bf16-mixed" else "f32"
+        self._models: dict[tuple[int, ...], CompiledModel] = {}
+        self._converting = threading.Lock()
+        # A request holds the buffers of one run, so that each thread needs its own.
+        self._free: dict[tuple[int, ...], queue.SimpleQueue[InferRequest]] = {}
+
+    def __call__(self, pictures: Tensor) -> Extraction:
+        """(B, 3, S, S), uint8, or float of 0..255 -> Extraction."""
+        process, core = _core()
+        if process != os.getpid():  # its threads stayed behind, and the child would wait for them forever
+            raise RuntimeError(
+                "this process was forked from one that has used OpenVINO; start it by spawn instead, or type "
+                "extraction.runtime=torch"
+            )
+        shape = tuple(pictures.shape)
+        with self._converting:
+            if shape not in self._models:
+                self._models[shape], self._free[shape] = self._convert(core, shape), queue.SimpleQueue()
+        try:
+            request = self._free[shape].get_nowait()
+        except queue.Empty:
+            request = self._models[shape].create_infer_request()
+        results = request.infer([pictures.float().contiguous().numpy()], share_inputs=True)
+        outputs = [torch.from_numpy(result) for result in results.to_tuple()]
+        self._free[shape].put(request)
+        masks, taps, logits = self._network.counts
+        found = outputs[masks + taps + 1 :] if logits is not None else None
+        return Extraction(outputs[:masks], outputs[masks : masks + taps], outputs[masks + taps], pictures, found)
+
+    def _convert(self, core: Core, shape: tuple[int, ...]) -> CompiledModel:
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # tracing makes sizes constants, which is what is wanted here
+                traced: Any = torch.jit.trace(self._network, torch.zeros(shape), check_trace=False)
+                frontend = FrontEndManager().load_by_framework("pytorch")
+                decoder = TorchScriptPythonDecoder(traced)  # has to outlive the conversion
+                model = frontend.convert(frontend.load(decoder))
+                model.reshape({model.inputs[0]: list(shape)})
+        except Exception as error:  # of the tracer's and the converter's own kinds
+            raise RuntimeError(
+                f"OpenVINO cannot run this network ({str(error).strip().splitlines()[0][:200]}); type extraction.runtime=torch"
+            ) from error
+        settings = {
+            "INFERENCE_PRECISION_HINT": self._hint,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # pinned threads of two runs at once would share one core
+        }
+        return core.compile_model(model, "CPU", settings)
+
+
+@functools.cache
+def _core() -> tuple[int, Core]:
+    # Only one, which stays. On processors with AMX each brings a stack for signals of its own, and takes it along when it
+    # goes, also where a later one counts on it: the next signal then kills the process.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it reports every import; without, none
+    from openvino import Core
+
+    return os.getpid(), Core()

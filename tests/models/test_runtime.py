@@ -1,0 +1,140 @@
+"""Networks run by OpenVINO: the maps of PyTorch, from any thread, and errors that say what to type."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beauty_bafe.models import runtime
+from beauty_bafe.models.descriptor import Pooling
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, Extraction
+from beauty_bafe.models.inference import Describer, Engine
+from beauty_bafe.models.pooling import gem
+from beauty_bafe.models.runtime import OpenVinoLook, pick_precision, pick_runtime
+
+TOPDOWN = {"_target_": "beauty_bafe.models.decoder.TopDownDecoder", "width": 8}
+
+
+def pictures(count: int, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+
+
+def check(extractor: BackgroundAgnosticExtractor, seen: torch.Tensor) -> None:
+    with torch.inference_mode():
+        expected, found = extractor.look(seen), OpenVinoLook(extractor, "32-true")(seen)
+    assert found.pictures is seen
+    pairs = [*zip(found.masks, expected.masks, strict=True), *zip(found.taps, expected.taps, strict=True)]
+    assert (found.logits is None) == (expected.logits is None)
+    pairs += [(found.last, expected.last), *zip(found.logits or [], expected.logits or [], strict=True)]
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("decoder", [None, TOPDOWN])
+def test_maps_are_those_of_pytorch(tiny: dict[str, Any], decoder: dict[str, Any] | None) -> None:
+    torch.manual_seed(0)
+    extractor = BackgroundAgnosticExtractor(**tiny, decoder=decoder).eval()
+    for count in (1, 4):
+        check(extractor, pictures(count))
+    check(extractor, pictures(2).float())  # as views make them
+    check(extractor, pictures(2, 96))  # another scale
+    extractor.shallowest = len(extractor.backbone.channels)
+    check(extractor, pictures(2))
+
+
+def test_a_transformer_runs() -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 64, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    extractor = BackgroundAgnosticExtractor(
+        "vit_tiny_patch16_224", ["blocks.0", "blocks.1"], "norm", 64, pretrained=False, options=options
+    )
+    check(extractor.eval(), pictures(2))
+
+
+def test_threads_get_their_own_maps(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    extractor = BackgroundAgnosticExtractor(**tiny).eval()
+    engine = Engine(Describer(extractor, [Pooling(gem, saliency=True)], masks=True), "cpu", "32-true", 2, "openvino")
+    batches = [pictures(count) for count in range(1, 9)]
+    expected = [engine(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            for found, wanted in zip(threads.map(engine, batches), expected, strict=True):
+                assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_bfloat16_is_close(tiny: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    extractor = BackgroundAgnosticExtractor(**tiny).eval()
+    describer = Describer(extractor, [Pooling(gem, saliency=False)], masks=False)
+    whole, half = (Engine(describer, "cpu", kind, 2, "openvino")(pictures(4))[0] for kind in ("32-true", "bf16-mixed"))
+    assert F.cosine_similarity(whole, half).min() > 0.99
+
+
+def test_auto_is_openvino_in_float32_on_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [pick_runtime("auto", device) for device in ("cpu", "cuda:0", "mps")] == ["openvino", "auto", "auto"]
+    assert [pick_runtime(name, "cpu") for name in ("torch", "compiled", "openvino")] == ["torch", "compiled", "openvino"]
+    assert pick_precision("auto", "cpu", "openvino") == "32-true"
+    assert pick_precision("bf16-mixed", "cpu", "openvino") == "bf16-mixed"
+    with pytest.raises(ValueError, match=r"extraction.runtime=onnx: type auto, torch, compiled, openvino"):
+        pick_runtime("onnx", "cpu")
+    with pytest.raises(ValueError, match=r"runs on a CPU, not on cuda:0; type device=cpu or runtime=auto"):
+        pick_runtime("openvino", "cuda:0")
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: None)
+    assert pick_runtime("auto", "cpu") == "auto"
+    with pytest.raises(ValueError, match=r"needs the package openvino; type pip install openvino"):
+        pick_runtime("openvino", "cpu")
+
+
+def test_a_network_that_cannot_be_converted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = BackgroundAgnosticExtractor(**tiny).eval()
+    look = extractor.look
+
+    def unusual(seen: torch.Tensor) -> Extraction:
+        return look(torch.special.bessel_j0(seen.float()))
+
+    monkeypatch.setattr(extractor, "look", unusual)
+    with pytest.raises(RuntimeError, match=r"OpenVINO cannot run this network \(.*\); type extraction.runtime=torch"):
+        OpenVinoLook(extractor, "32-true")(pictures(1))
+
+
+FORKS = """
+import os, sys, torch
+from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
+from beauty_bafe.models.runtime import OpenVinoLook
+
+extractor = BackgroundAgnosticExtractor("test_efficientnet", ["blocks.1"], "bn2", 64, pretrained=False).eval()
+look = OpenVinoLook(extractor, "32-true")
+look(torch.zeros(1, 3, 64, 64))
+child = os.fork()
+if child == 0:
+    try:
+        look(torch.zeros(1, 3, 64, 64))
+    except RuntimeError as error:
+        print(error, flush=True)
+        os._exit(0)
+    os._exit(1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_is_told_and_nothing_is_reported_elsewhere(tmp_path: Path) -> None:
+    """Before it reports to its makers, OpenVINO leaves a file about that in the home folder."""
+    environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "start it by spawn instead, or type extraction.runtime=torch" in done.stdout
+    assert not (tmp_path / "intel").exists()
+
+
+def test_one_core_stays() -> None:
+    assert runtime._core()[1] is runtime._core()[1]
