@@ -41,7 +41,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     with open_dict(cfg):
         cfg.checkpoints = [cfg.checkpoint]  # where resolve_auto looks
     recipe.resolve_auto(cfg, CONF)
-    # All that may be missing or wrong is looked at before the work, which takes a minute.
+    # Check everything that can be missing or wrong before the work, which takes a minute.
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401

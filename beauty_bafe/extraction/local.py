@@ -64,7 +64,8 @@ class FeatureExtraction:
         self.root, self.batch_size, self.num_workers = Path(features), batch_size, num_workers
         self.devices = pick_devices(devices, device)
         self.device = self.devices[0]
-        self.runtime = pick_runtime(runtime, self.device)
+        # One for all devices: OpenVINO if they are all CPUs.
+        self.runtime = pick_runtime(runtime, next((one for one in self.devices if one != "cpu"), "cpu"))
         self.precision = pick_precision(precision, self.device, self.runtime)
         self.shard, self.dtype, self.max_skipped = shard, np.dtype(dtype), max_skipped
 
@@ -139,7 +140,7 @@ class FeatureExtraction:
             "source": absolute(source),
             "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
-            "runtime": "openvino" if self.runtime == "openvino" else "torch",  # compiled or not is in the store's plan
+            "openvino": self.runtime == "openvino",  # whether it is compiled is in the store's plan
             "dtype": str(self.dtype),
             "scales": str(self.scales),
             "flip": self.flip,

@@ -123,7 +123,7 @@ class Describer(nn.Module):
 
     def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
         """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
-        # A window is found, and the mask drawn, at the network's own size; what is cut out needs all pixels.
+        # The network's own size is enough to find the window and draw the mask, but not to cut the product out.
         side, pad = self.extractor.size if view.change is None else self.canvas, self.extractor.pad
         saliency = whole.saliency(side)
         trusted = view.trusts(saliency)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from openvino import CompiledModel, Core, InferRequest
 
 RUNTIMES = ("auto", "torch", "compiled", "openvino")
+_ONE_AT_A_TIME = threading.Lock()  # tracing is not thread-safe, and two threads must not both create a core
 
 
 def pick_runtime(runtime: str, device: str) -> str:
@@ -39,7 +40,7 @@ def pick_runtime(runtime: str, device: str) -> str:
 
 
 def pick_precision(precision: str, device: str, runtime: str) -> str:
-    """The setting `precision`: auto is float32 in OpenVINO, which is fast in it, otherwise the fastest safe one."""
+    """The setting `precision`: auto means float32 with OpenVINO, whose bfloat16 is rough, otherwise the fastest safe one."""
     if precision != "auto":
         return precision
     return "32-true" if runtime == "openvino" else fastest_precision(device)
@@ -70,20 +71,20 @@ class OpenVinoLook:
         self._network = _Flat(extractor).eval()
         self._hint = "bf16" if precision == "bf16-mixed" else "f32"
         self._models: dict[tuple[int, ...], CompiledModel] = {}
-        self._converting = threading.Lock()
         # A request holds the buffers of one run, so that each thread needs its own.
         self._free: dict[tuple[int, ...], queue.SimpleQueue[InferRequest]] = {}
 
     def __call__(self, pictures: Tensor) -> Extraction:
         """(B, 3, S, S), uint8, or float of 0..255 -> Extraction."""
-        process, core = _core()
-        if process != os.getpid():  # its threads stayed behind, and the child would wait for them forever
+        with _ONE_AT_A_TIME:
+            process, core = _core()
+        if process != os.getpid():  # OpenVINO's threads do not exist in a forked child, which would wait for them forever
             raise RuntimeError(
                 "this process was forked from one that has used OpenVINO; start it by spawn instead, or type "
                 "extraction.runtime=torch"
             )
         shape = tuple(pictures.shape)
-        with self._converting:
+        with _ONE_AT_A_TIME:
             if shape not in self._models:
                 self._models[shape], self._free[shape] = self._convert(core, shape), queue.SimpleQueue()
         try:
@@ -103,10 +104,10 @@ class OpenVinoLook:
 
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # tracing makes sizes constants, which is what is wanted here
+                warnings.simplefilter("ignore")  # that tracing makes sizes constants, as intended here
                 traced: Any = torch.jit.trace(self._network, torch.zeros(shape), check_trace=False)
                 frontend = FrontEndManager().load_by_framework("pytorch")
-                decoder = TorchScriptPythonDecoder(traced)  # has to outlive the conversion
+                decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
                 model = frontend.convert(frontend.load(decoder))
                 model.reshape({model.inputs[0]: list(shape)})
         except Exception as error:  # of the tracer's and the converter's own kinds
@@ -124,9 +125,12 @@ class OpenVinoLook:
 
 @functools.cache
 def _core() -> tuple[int, Core]:
-    # Only one, which stays. On processors with AMX each brings a stack for signals of its own, and takes it along when it
-    # goes, also where a later one counts on it: the next signal then kills the process.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it reports every import; without, none
+    """This process's only core, and the number of the process that created it.
+
+    On processors with AMX, each core installs a stack for signals and frees it when it is deleted. With two cores, the
+    thread can be left with a freed stack, and the next signal kills the process.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report each import to Intel
     from openvino import Core
 
     return os.getpid(), Core()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,5 +138,17 @@ def test_a_forked_process_is_told_and_nothing_is_reported_elsewhere(tmp_path: Pa
     assert not (tmp_path / "intel").exists()
 
 
-def test_one_core_stays() -> None:
-    assert runtime._core()[1] is runtime._core()[1]
+def test_threads_that_start_together_share_one_core(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[Any] = []
+    core = runtime._core()
+
+    def slowly() -> Any:
+        created.append(core)
+        time.sleep(0.1)
+        return core  # not another one, whose end would do what this guards against
+
+    monkeypatch.setattr(runtime, "_core", functools.cache(slowly))
+    extractor = BackgroundAgnosticExtractor(**tiny).eval()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda seen: OpenVinoLook(extractor, "32-true")(seen), [pictures(1)] * 4))
+    assert len(created) == 1
