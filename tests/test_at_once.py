@@ -1,13 +1,17 @@
-"""Two runs of retrieve.py at once on one store and one index_dir."""
+"""Many threads on one Retriever; two runs of retrieve.py on one store and one index_dir."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from omegaconf import DictConfig
+
+from beauty_bafe.data.catalog import from_folder
+from beauty_bafe.retriever import Retriever
 
 from .conftest import ROOT
 
@@ -44,3 +48,12 @@ def test_two_scripts_at_once_answer_as_one(
         expected = (tmp_path / "alone" / "one" / file).read_text()
         for name in ("one", "other"):
             assert (tmp_path / "together" / name / file).read_text() == expected
+
+
+def test_sixteen_threads_answer_as_one(toy: Path, tiny_checkpoint: Path) -> None:
+    queries = from_folder(toy / "queries").paths
+    shop = Retriever.build(tiny_checkpoint, toy / "gallery", ["batch_size=1", "rehearsal.views=0"])
+    alone = [shop.search([query], k=5) for query in queries]
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda number: shop.search([queries[number % len(queries)]], k=5), range(2000)))
+    assert together == [alone[number % len(queries)] for number in range(2000)]

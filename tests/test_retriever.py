@@ -91,14 +91,6 @@ def test_answers_are_those_of_the_script_to_the_bit(
     assert 0 <= sure.min() <= sure.max() <= 1
 
 
-def test_sixteen_threads_answer_as_one(toy: Path, tiny_checkpoint: Path, queries: list[Path]) -> None:
-    shop = Retriever.build(tiny_checkpoint, toy / "gallery", ["batch_size=1", "rehearsal.views=0"])
-    alone = [shop.search([query], k=5) for query in queries]
-    with ThreadPoolExecutor(16) as threads:
-        together = list(threads.map(lambda number: shop.search([queries[number % len(queries)]], k=5), range(2000)))
-    assert together == [alone[number % len(queries)] for number in range(2000)]
-
-
 def test_changes_are_seen_whole_while_others_search(shop: Retriever, queries: list[Path]) -> None:
     """Twins of a query are added and removed in pairs; every search sees both or none."""
     query, done, seen = queries[0], threading.Event(), []

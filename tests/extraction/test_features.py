@@ -3,61 +3,28 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from beauty_bafe.data import catalog
-from beauty_bafe.data.catalog import Catalog, Skipped, from_folder
-from beauty_bafe.data.pictures import UnreadablePicture, letterbox, read_picture
+from beauty_bafe.data.catalog import Skipped, from_folder
+from beauty_bafe.data.pictures import letterbox, read_picture
 from beauty_bafe.extraction import describing
 from beauty_bafe.extraction.features import Features, mean_masks
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import Member, load_members
 from beauty_bafe.models.descriptor import Pooling
-from beauty_bafe.models.inference import MASK_SIZE
+from beauty_bafe.models.inference import MASK_SIZE, Engine
 from beauty_bafe.models.module import load_extractor
-from beauty_bafe.models.pooling import gem, mac, spoc
+from beauty_bafe.models.pooling import mac
 from beauty_bafe.models.views import View
 
-ATTENTION = Pooling(spoc, saliency=True)
-GEM = Pooling(gem, saliency=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_picture: Callable[..., Path]) -> Path:
-    for number in range(7):
-        write_picture(f"pictures/p{number}.jpg", (40 + 9 * number, 50), seed=number)
-    (tmp_path / "pictures" / "p3.jpg").write_bytes(b"no picture")
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
-def describe(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., list[Features]]:
-    """Describe a folder or catalogue with the tiny network."""
-
-    def describe(
-        source: Path | Catalog,
-        *poolings: Pooling,
-        store: str = "features",
-        members: Sequence[Member] | None = None,
-        skipped: Skipped | None = None,
-        masks: bool = False,
-        view: View | None = None,
-        **options: object,
-    ) -> list[Features]:
-        settings: dict[str, object] = {"num_workers": 0, "device": "cpu", "precision": "32-true", "max_skipped": 0.99}
-        extraction = FeatureExtraction(tmp_path / store, **settings | options)  # type: ignore[arg-type]
-        catalog = source if isinstance(source, Catalog) else from_folder(source)
-        members = members or load_members(str(tiny_checkpoint), dict(enumerate(poolings or (ATTENTION,))))
-        return extraction(members, catalog, "source", "pictures", skipped or Skipped(), masks, view)
-
-    return describe
+from .conftest import ATTENTION, GEM
 
 
 def test_row_i_is_picture_i(folder: Path, describe: Callable[..., list[Features]], tiny_checkpoint: Path) -> None:
@@ -158,6 +125,26 @@ def test_what_changes_a_descriptor_has_a_store_of_its_own(
     assert all(not np.array_equal(one, other) for one, other in itertools.combinations(found, 2))
 
 
+def test_a_compiled_run_is_found_again(
+    folder: Path, describe: Callable[..., list[Features]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "compile", lambda _: 0.0)  # it takes ten seconds, and here only its name counts
+    (first,) = describe(folder, runtime="compiled")
+    (again,) = describe(folder, runtime="compiled")
+    (torch_s,) = describe(folder, runtime="torch")
+    for other in (again, torch_s):
+        assert np.array_equal(other.vectors, first.vectors)
+    assert len(list((tmp_path / "features").rglob("manifest.json"))) == 1
+    describe(folder, runtime="openvino")
+    assert len(list((tmp_path / "features").rglob("manifest.json"))) == 2
+
+
+def test_devices_of_two_kinds_share_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beauty_bafe.extraction.local.pick_devices", lambda devices, _: list(devices))
+    for devices, runtime in {("cpu", "cuda:0"): "auto", ("cuda:0",): "auto", ("cpu", "cpu"): "openvino"}.items():
+        assert FeatureExtraction(tmp_path, devices=devices).runtime == runtime
+
+
 def test_several_checkpoints_share_one_pass(
     folder: Path, describe: Callable[..., list[Features]], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,108 +159,6 @@ def test_several_checkpoints_share_one_pass(
     assert not np.allclose(one.vectors, two.vectors, atol=1e-3)
     (alone,) = describe(folder, members=members[1:], store="alone")
     np.testing.assert_allclose(two.vectors, alone.vectors, atol=1e-6)
-
-
-def unreadable(folder: Path) -> dict[str, str]:
-    """One file of every kind that cannot be read; file name to reason."""
-    Image.effect_noise((200, 200), 80).convert("RGB").save(folder / "whole.jpg")
-    data = (folder / "whole.jpg").read_bytes()
-    kinds = {"cut.jpg": data[: len(data) // 2], "empty.jpg": b"", "text.png": b"hello", "header.gif": b"GIF89a"}
-    for name, content in kinds.items():
-        (folder / name).write_bytes(content)
-    Image.new("1", (30_000, 30_000)).save(folder / "vast.png")
-    (folder / "dangling.jpg").symlink_to(folder / "nothing.jpg")
-    return {
-        "cut": "truncated",
-        "empty": "cannot identify",
-        "text": "cannot identify",
-        "header": "",
-        "vast": "is over",
-        "dangling": "no such file",
-    }
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_unreadable_kind_inside_a_gallery_of_many(
-    toy: Path, tmp_path: Path, describe: Callable[..., list[Features]], workers: int
-) -> None:
-    shutil.copytree(toy / "gallery", tmp_path / "many")
-    reasons = unreadable(tmp_path / "many")
-    skipped = Skipped()
-    (features,) = describe(tmp_path / "many", skipped=skipped, num_workers=workers, shard=10)
-    assert {row[0] for row in skipped.rows} == set(reasons)
-    for name, _, reason in skipped.rows:
-        assert reasons[name] in reason, (name, reason)
-    (clean,) = describe(toy / "gallery", store="clean")
-    rows = [features.ids.index(name) for name in clean.ids]
-    assert rows == sorted(rows)
-    np.testing.assert_allclose(features.vectors[rows], clean.vectors, atol=1e-5)
-    again = Skipped()
-    describe(tmp_path / "many", skipped=again)
-    assert again.rows == skipped.rows, "remembered, with the reason"
-
-
-@pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let the picture of this name give a read error, as a network drive does; of no name, let all be read again."""
-
-    def fail(name: str) -> None:
-        def read(path: Path, size: int) -> object:
-            if path.stem == name:
-                raise UnreadablePicture("OSError: [Errno 5] Input/output error")
-            return read_picture(path, size)
-
-        monkeypatch.setattr(catalog, "read_picture", read)
-
-    return fail
-
-
-def test_a_read_error_that_passes_is_not_remembered(
-    folder: Path, describe: Callable[..., list[Features]], fail: Callable[[str], None]
-) -> None:
-    fail("p1")
-    skipped = Skipped()
-    (without,) = describe(folder, skipped=skipped)
-    assert [row[0] for row in skipped.rows] == ["p1", "p3"]
-    fail("")
-    skipped = Skipped()
-    for _ in range(2):  # the second time from disk
-        (after,) = describe(folder, skipped=skipped)
-        assert after.ids == ("p0", "p1", "p2", "p4", "p5", "p6")
-    assert {row[0] for row in skipped.rows} == {"p3"}
-    (folder / "p0.jpg").unlink()  # rows of the store are dropped, and with them the old note
-    (dropped,) = describe(folder)
-    assert np.array_equal(dropped.vectors, after.vectors[1:])
-    assert not np.array_equal(without.vectors[1], after.vectors[1])
-
-
-@pytest.mark.parametrize("failing", [True, False])
-def test_stores_that_disagree_on_what_can_be_read(
-    folder: Path, describe: Callable[..., list[Features]], fail: Callable[[str], None], failing: bool
-) -> None:
-    """One pooling's store has the picture, the other's does not: both have a row, or neither."""
-    describe(folder, GEM)
-    fail("p1")
-    describe(folder, ATTENTION)
-    fail("p1" if failing else "")
-    skipped = Skipped()
-    for poolings in ((ATTENTION, GEM), (GEM, ATTENTION)):
-        one, other = describe(folder, *poolings, skipped=skipped)
-        assert one.ids == other.ids
-        assert ("p1" in one.ids) is not failing
-    assert {row[0] for row in skipped.rows} == ({"p1", "p3"} if failing else {"p3"})
-
-
-def test_too_many_unreadable_pictures_stop(folder: Path, describe: Callable[..., list[Features]]) -> None:
-    with pytest.raises(ValueError, match=r"1 of 7 pictures cannot be read, more than max_skipped=0.1 allows"):
-        describe(folder, max_skipped=0.1)
-
-
-def test_a_folder_of_broken_files_stops(tmp_path: Path, describe: Callable[..., list[Features]]) -> None:
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "a.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the 1 pictures can be read; the first: .*a.jpg: .*cannot identify"):
-        describe(tmp_path / "broken")
 
 
 def test_half_precision_on_disk(folder: Path, describe: Callable[..., list[Features]], tmp_path: Path) -> None:

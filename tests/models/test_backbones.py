@@ -158,3 +158,15 @@ def test_unknown_names_are_answered_with_known_ones() -> None:
         Backbone("resnet5000", ["layer1"], "layer1", 64, pretrained=False)
     with pytest.raises(ValueError, match=r"no module 'layer9'; among its modules: .*layer1"):
         Backbone("resnet18", ["layer9"], "layer4", 64, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "taps"), [("vit_tiny_patch16_224", ["blocks.2", "blocks.5"]), ("resnet18", ["layer1", "layer2"])]
+)
+def test_all_before_a_tap_is_frozen_with_it(name: str, taps: list[str]) -> None:
+    backbone = Backbone(name, [*taps, *taps], taps[-1], 224, pretrained=False)
+    backbone.freeze_through(1)
+    picture = torch.zeros(1, 3, 224, 224)
+    maps = backbone(picture)
+    assert not maps.taps[0].requires_grad
+    assert maps.taps[1].requires_grad

@@ -10,7 +10,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from beauty_bafe.models.backbones import Backbone
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.joint import JointModule
 from beauty_bafe.models.module import SaliencyModule, load_extractor
@@ -287,15 +286,3 @@ def test_what_is_frozen_stays_as_pretrained(tiny: dict[str, Any], tmp_path: Path
     assert stays == {name for name in before if name.startswith(("net.conv_stem", "net.bn1", "net.blocks.0.", "net.blocks.1."))}
     learning = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
     assert learning == sum(value.requires_grad for value in module.extractor.parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "taps"), [("vit_tiny_patch16_224", ["blocks.2", "blocks.5"]), ("resnet18", ["layer1", "layer2"])]
-)
-def test_all_before_a_tap_is_frozen_with_it(name: str, taps: list[str]) -> None:
-    backbone = Backbone(name, [*taps, *taps], taps[-1], 224, pretrained=False)
-    backbone.freeze_through(1)
-    picture = torch.zeros(1, 3, 224, 224)
-    maps = backbone(picture)
-    assert not maps.taps[0].requires_grad
-    assert maps.taps[1].requires_grad
