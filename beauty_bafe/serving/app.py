@@ -72,6 +72,7 @@ class Service:
             self.settings.batch_size,
             self.settings.batch_wait_ms,
             self.metrics,
+            lambda: self.places.taken,
         )
         self.changing = asyncio.Lock()
         loading = asyncio.create_task(self._start())

@@ -26,13 +26,18 @@ class _Job:
 class Batcher:
     """Calls `work` with up to `size` pictures, waiting at most `wait_ms` for more of them.
 
+    It waits only while `in_progress`, the number of requests whose pictures are being received, queued or processed, is larger
+    than the number of pictures it holds: a lone request starts at once.
+
     Two batches are processed at once, so that one is decoded while the other is in the network. Create it inside the event
     loop.
     """
 
-    def __init__(self, work: Work, size: int, wait_ms: float, metrics: Metrics) -> None:
+    def __init__(self, work: Work, size: int, wait_ms: float, metrics: Metrics, in_progress: Callable[[], int]) -> None:
         self._work, self._size, self._wait, self._metrics = work, size, wait_ms / 1e3, metrics
+        self._in_progress, self._held = in_progress, 0
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
+        self._gathering = asyncio.Lock()
         self._threads = ThreadPoolExecutor(2, "batch")
         self._tasks = [asyncio.create_task(self._run()) for _ in range(2)]
 
@@ -41,7 +46,11 @@ class Batcher:
         job = _Job(kind, content, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(job)
         self._metrics.waiting.set(self._queue.qsize())
-        return await job.answer
+        self._held += 1
+        try:
+            return await job.answer
+        finally:
+            self._held -= 1
 
     async def close(self) -> None:
         """Stop; waiting requests are dropped."""
@@ -52,7 +61,8 @@ class Batcher:
 
     async def _run(self) -> None:
         while True:
-            jobs = [job for job in await self._gather() if not job.answer.done()]
+            async with self._gathering:  # one at a time, or both would gather halves
+                jobs = [job for job in await self._gather() if not job.answer.done()]
             self._metrics.waiting.set(self._queue.qsize())
             for kind in dict.fromkeys(job.kind for job in jobs):
                 await self._answer(kind, [job for job in jobs if job.kind == kind])
@@ -61,7 +71,7 @@ class Batcher:
         jobs = [await self._queue.get()]
         try:
             async with asyncio.timeout(self._wait):
-                while len(jobs) < self._size:
+                while len(jobs) < self._size and (self._queue.qsize() or self._in_progress() > self._held):
                     jobs.append(await self._queue.get())
         except TimeoutError:
             pass
