@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -43,8 +44,27 @@ class FastestIndex(MemoryIndex):
         return self.device == "cpu" and self.vectors.size < SMALL
 
     def _build(self) -> None:
-        self._chosen = FaissIndex("Flat", self.metric, "cpu") if self._is_small() else ExactIndex(self.metric, self.device)
+        self._chosen = self._choose()
         self._chosen._replace(self.vectors)
+
+    def _choose(self) -> MemoryIndex:
+        return FaissIndex("Flat", self.metric, "cpu") if self._is_small() else ExactIndex(self.metric, self.device)
+
+    def _save(self, folder: Path) -> None:
+        if isinstance(self._chosen, ExactIndex):
+            self._chosen._save(folder)
+        else:
+            super()._save(folder)
+
+    def _load(self, folder: Path) -> int:
+        self._map(folder)
+        self._chosen = self._choose()
+        if isinstance(self._chosen, ExactIndex):
+            self._chosen._load(folder)
+            self.vectors = self._chosen.vectors
+        else:
+            self._chosen._replace(self.vectors)
+        return len(self.vectors)
 
     def clone(self) -> Self:
         twin = super().clone()

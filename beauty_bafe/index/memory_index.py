@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class MemoryIndex(Index):
         return np.asarray(self.vectors[np.array([self.row_of[name] for name in ids], np.int64)])
 
     def _save(self, folder: Path) -> None:
-        replace_file(folder / "vectors.npy", lambda part: _save_npy(part, self.vectors))
+        replace_file(folder / "vectors.npy", partial(save_npy, self.vectors))
 
     def _load(self, folder: Path) -> int:
         """Map the vectors from disk and build the search structure again; a subclass may load a saved one instead."""
@@ -67,6 +68,7 @@ class MemoryIndex(Index):
         """Update the search structure: the rows for which `keep`, bool (rows before,), is false have been removed."""
 
 
-def _save_npy(part: Path, vectors: np.ndarray) -> None:
+def save_npy(array: np.ndarray, part: Path) -> None:
+    """Write an array to a file of any name."""
     with part.open("wb") as stream:  # np.save would append .npy to the name
-        np.save(stream, vectors)
+        np.save(stream, array)

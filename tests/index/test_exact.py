@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from beauty_bafe.index import exact
+from beauty_bafe.index import exact, first_pass
 from beauty_bafe.index.exact import ExactIndex
 
 from .conftest import names, slow, unit
@@ -18,13 +18,13 @@ METRICS = ["ip", "l2", "l1"]
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("first_pass", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100)])
-def test_exact_is_exact(metric: str, first_pass: str, rows: int, queries: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(exact.CELLS, "cpu", 4096)  # several blocks
+def test_exact_is_exact(metric: str, kind: str, rows: int, queries: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(first_pass.CELLS, "cpu", 4096)  # several blocks
     monkeypatch.setattr(exact, "QUERIES", 16)  # several batches
     gallery, asked = unit(rows, 24, 0), unit(queries, 24, 1)
-    ranking = ExactIndex(metric, "cpu", first_pass).fit(gallery, names(rows)).search(asked, names(queries), k)
+    ranking = ExactIndex(metric, "cpu", kind).fit(gallery, names(rows)).search(asked, names(queries), k)
     positions, scores = slow(gallery, asked, metric, k)
     assert np.array_equal(ranking.positions, positions)
     assert np.array_equal(ranking.scores, scores)
@@ -34,7 +34,7 @@ def test_exact_is_exact(metric: str, first_pass: str, rows: int, queries: int, k
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_rows_that_bfloat16_cannot_tell_apart(metric: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows round to nearly the same numbers, lengths differ a thousandfold: only the bound finds the right ones."""
-    monkeypatch.setitem(exact.CELLS, "cpu", 2048)
+    monkeypatch.setitem(first_pass.CELLS, "cpu", 2048)
     rng = np.random.default_rng(0)
     centre = unit(1, 32, 3)
     gallery = centre + 1e-4 * rng.normal(size=(900, 32))
@@ -52,7 +52,7 @@ def test_the_floor_is_below_every_rounded_score_of_its_row(metric: str) -> None:
     for seed, width in ((0, 8), (1, 300), (2, 2048)):
         gallery, queries = 3 * unit(200, width, seed), unit(20, width, seed + 9)
         index = ExactIndex(metric, "cpu", "bfloat16").fit(gallery, names(200))
-        bound = exact._Bound(torch.from_numpy(queries), index._coarse, index._norms, index._errors, metric)
+        bound = first_pass.Bound(torch.from_numpy(queries), index._first)
         rounded = bound.scores(slice(0, 200)).float()
         who = torch.arange(20).repeat_interleave(200)
         true = index._score(torch.from_numpy(queries), who, torch.arange(200).repeat(20)).view(20, 200)

@@ -178,7 +178,7 @@ def test_mistakes_are_answered(kind: str, make, message: str) -> None:
     ("make", "message"),
     [
         (lambda: ExactIndex("cosine"), "index.metric=cosine: type ip, l2, l1"),
-        (lambda: ExactIndex(first_pass="int8"), "index.first_pass=int8: type auto, bfloat16 or float32"),
+        (lambda: ExactIndex(first_pass="int4"), "index.first_pass=int4: type auto, bfloat16, float32 or int8"),
         (lambda: FaissIndex("Flat", device="gpu"), "index.device=gpu, but faiss sees no GPU here"),
         (lambda: FaissIndex("Flat", device="cuda:1"), "index.device=cuda:1, but faiss sees no GPU here"),
         (lambda: FaissIndex("Flat", device="all_gpus"), "index.device=all_gpus: type auto, cpu, gpu, cuda, cuda:1"),

@@ -1,0 +1,145 @@
+"""Compiled loops of the exact search (Numba). They release the GIL; callers split the work among threads."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# Sums may be reordered and fused, which every bound allows for. NaN and infinities keep their meaning: a comparison with them
+# must not rule out a row. Loops run over slices, as an index that could be negative keeps them from being vectorised.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+ROUNDED = 1.02 / 256  # largest relative change of a number that is rounded to bfloat16, and more
+GROUP = 64  # rows of which `leading_sums` reports the best
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def _dot(values, codes):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for column in range(values.shape[0]):
+        total += values[column] * np.float32(codes[column])
+    return total
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-def]
+    """Products of a query, float32 (W,), with codes, int8 (R, W): float32 (R,), written into sums.
+
+    best, int64 (ceil(R / GROUP),): of each group, the row whose product times its scale, float32 (R,), is the highest.
+    """
+    for group in range(best.shape[0]):
+        start, highest = group * GROUP, np.float32(-np.inf)
+        best[group] = start
+        for row in range(start, min(start + GROUP, codes.shape[0])):
+            sums[row] = _dot(query, codes[row])
+            if sums[row] * scales[row] > highest:
+                highest, best[group] = sums[row] * scales[row], row
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def widen(codes, halves):  # type: ignore[no-untyped-def]
+    """Codes, int8 (R, C), as the bits of bfloat16 numbers, which hold them exactly: uint16, written into halves (R, C)."""
+    values = np.empty(codes.shape[1], np.float32)
+    bits = values.view(np.uint32)
+    for row in range(codes.shape[0]):
+        line, half = codes[row], halves[row]
+        for column in range(line.shape[0]):
+            values[column] = np.float32(line[column])
+        for column in range(line.shape[0]):
+            half[column] = np.uint16(bits[column] >> np.uint32(16))
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def survivors(  # type: ignore[no-untyped-def]
+    sums, halves, done, queries, edges, parts, rests, moved, floor, offsets, codes, others, numbers, first, some, found
+):
+    """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
+
+    sums: products of the queries with the codes of the first `done` blocks, float32 (B, R). halves: None; or the bits of
+    bfloat16 numbers, uint16 (B, R), the products of rounded queries, which are used instead. queries: float32 (B, D),
+    rotated; edges: int64 (blocks + 1,); parts, rests: float32 (B, blocks), lengths of each block, and of all dimensions
+    after it; moved, floor: float32 (B,), what rounding the query can change, and the least score. For all N rows, of which
+    those from `first` on are compared: offsets, float32 (N,), added to the floor; codes, int8 (N, W), of the first block, and
+    others, int8 (N, D - W); numbers, float32 (2 * blocks + 2, N), see Leading. some: the ranges of queries and of sums'
+    columns, (start, end, start, end). Writes query and row of each pair into found, int64 (2, P), ordered; returns their
+    number, or -1 if they are more.
+    """
+    query_start, query_end, start, end = some
+    count, width, blocks, size = 0, edges[1], edges.shape[0] - 1, end - start
+    scores, bounds, bits = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.uint32)
+    left = np.empty(size, np.int64)
+    here = slice(first + start, first + end)
+    scales, least_of_row = numbers[0, here], offsets[here]
+    for query in range(query_start, query_end):
+        least = floor[query]
+        if halves is None:
+            scores[:] = sums[query, start:end]
+            scores *= scales
+            bounds[:] = scores - least
+        else:
+            half = halves[query, start:end]
+            for column in range(size):
+                bits[column] = np.uint32(half[column]) << np.uint32(16)
+            scores[:] = bits.view(np.float32)
+            scores *= scales
+            least -= moved[query]
+            for column in range(size):
+                bounds[column] = scores[column] - least + np.float32(ROUNDED) * abs(scores[column])
+        for block in range(done):
+            part, error = parts[query, block], numbers[1 + block, here]
+            for column in range(size):
+                bounds[column] += part * error[column]
+        rest, tails, remaining = rests[query, done - 1], numbers[blocks + done, here], 0
+        for column in range(size):
+            left[remaining] = column
+            remaining += not bounds[column] + rest * tails[column] - least_of_row[column] < 0
+        # bounds now hold everything but the dimensions that have not been read.
+        for block in range(done, blocks):
+            values, line = (
+                queries[query, edges[block] : edges[block + 1]],
+                slice(edges[block] - width, edges[block + 1] - width),
+            )
+            part, rest, last = parts[query, block], rests[query, block], remaining
+            for number in range(last):
+                column = left[number]
+                row = first + start + column
+                bounds[column] += _dot(values, others[row, line]) * scales[column] + part * numbers[1 + block, row]
+            remaining = 0
+            for number in range(last):
+                column = left[number]
+                row = first + start + column
+                left[remaining] = column
+                remaining += not bounds[column] + rest * numbers[blocks + 1 + block, row] - least_of_row[column] < 0
+        for number in range(remaining):
+            column = left[number]
+            row = first + start + column
+            if halves is not None:  # again with sums in float32
+                exact = _dot(queries[query, :width], codes[row]) + _dot(
+                    queries[query, width : edges[done]], others[row, : edges[done] - width]
+                )
+                bound = bounds[column] - scores[column] - np.float32(ROUNDED) * abs(scores[column]) - moved[query]
+                if bound + exact * scales[column] - least_of_row[column] < 0:
+                    continue
+            if count == found.shape[1]:
+                return -1
+            found[0, count], found[1, count] = query, row
+            count += 1
+    return count
+
+
+@njit(nogil=True, fastmath=FAST, cache=True)
+def pair_scores(queries, rows, pairs, squared, scores):  # type: ignore[no-untyped-def]
+    """Scores of pairs, int64 (2, P), of queries and rows, float32 (B, D) and (N, D): float32 (P,), summed in float64.
+
+    The inner product, or with `squared` the negative squared distance.
+    """
+    for number in range(scores.shape[0]):
+        query, row = queries[pairs[0, number]], rows[pairs[1, number]]
+        total = np.float64(0)
+        if squared:
+            for column in range(query.shape[0]):
+                difference = np.float64(query[column]) - np.float64(row[column])
+                total -= difference * difference
+        else:
+            for column in range(query.shape[0]):
+                total += np.float64(query[column]) * np.float64(row[column])
+        scores[number] = total

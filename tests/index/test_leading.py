@@ -1,0 +1,216 @@
+"""The exact index with a first pass over leading dimensions in int8: the same answers, whatever the rows look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beauty_bafe.index import exact, fastest, leading
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.fastest import FastestIndex
+from beauty_bafe.index.leading import Axes, Leading, learn_axes
+
+from .conftest import names, slow, unit
+
+METRICS = ["ip", "l2"]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of dimensions and of rows that a small gallery has several of."""
+    monkeypatch.setattr(leading, "EDGES", (8, 16, 24))
+    monkeypatch.setattr(leading, "CELLS", 2048)
+
+
+def gathered(rows: int, dims: int, seed: int) -> np.ndarray:
+    """Rows of length 1 that are mixtures of 40 directions, most of them of a few, as descriptors of a trained network are."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(77).normal(size=(40, dims)) * np.geomspace(8, 0.05, 40)[:, None]
+    vectors = rng.normal(size=(rows, 40)) @ directions + 0.1 * rng.normal(size=(rows, dims))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def check(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> None:
+    index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
+    ranking = index.search(queries, names(len(queries)), k)
+    positions, scores = slow(gallery, queries, metric, k)
+    assert np.array_equal(ranking.positions, positions)
+    assert np.array_equal(ranking.scores, scores)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("draw", [gathered, unit])
+@pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100), (900, 15, 7)])
+@pytest.mark.parametrize("width", [5, 32, 41])
+def test_it_is_exact(metric: str, draw, rows: int, queries: int, k: int, width: int) -> None:  # type: ignore[no-untyped-def]
+    check(draw(rows, width, 0), draw(queries, width, 1), metric, k)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [3, 30])
+@pytest.mark.parametrize("scale", [1e-38, 1e-12, 1e-3, 1e4, 1e15])
+def test_near_ties_duplicates_zeros_and_lengths_of_any_size(metric: str, queries: int, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    centre = unit(1, 32, 3)
+    gallery = centre + 1e-4 * rng.normal(size=(900, 32))
+    gallery[::7] *= rng.uniform(1e-3, 1, (len(gallery[::7]), 1))
+    gallery[1::9] = gallery[1]
+    gallery[5] = 0
+    asked = centre + 1e-3 * unit(queries, 32, 4)
+    asked[1] = 0
+    asked[2] = gallery[1]
+    up = np.float32(min(1 / scale, 1e15)) if scale < 1 else np.float32(1)  # so that scores are not all 0
+    check((scale * gallery).astype(np.float32), (up * asked).astype(np.float32), metric, 7)
+
+
+def on_axes(gallery: np.ndarray, metric: str, axes: Axes) -> ExactIndex:
+    """An index whose first pass has these axes, whatever the gallery's own are."""
+    index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
+    index._first = Leading(torch.from_numpy(gallery), metric, axes)
+    return index
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [3, 30])
+def test_rows_at_the_bound(metric: str, queries: int) -> None:
+    """The best row has nothing in the leading dimensions, and all it has after them points where the query does."""
+    gallery, asked = gathered(2000, 32, 0), gathered(queries, 32, 1)
+    axes, _ = learn_axes(torch.from_numpy(gallery))
+    rotation, best = axes.rotation.numpy(), (asked.astype(float) @ gallery.T).max(1)
+    for number in range(queries):
+        tail = np.where(np.arange(32) >= (8, 16, 24)[number % 3], asked[number] @ rotation, 0)
+        row = rotation @ (tail * (1 + 1e-6) * best[number] / (tail @ tail))
+        gallery[100 + number] = row if metric == "ip" else asked[number] + 1e-3 * row / np.linalg.norm(row)
+    index = on_axes(gallery, metric, axes)
+    for k in (1, 7):
+        ranking = index.search(asked, names(queries), k)
+        positions, scores = slow(gallery, asked, metric, k)
+        assert np.array_equal(ranking.positions, positions)
+        assert np.array_equal(ranking.scores, scores)
+
+
+def check_bound(index: ExactIndex, asked: np.ndarray) -> float:
+    """The proof itself: were a row's exact score the k-th best, the row would be looked at. Returns how many others would."""
+    queries, rows, vectors = len(asked), len(index), torch.from_numpy(asked)
+    who = torch.arange(queries).repeat_interleave(rows)
+    true = index._score(vectors, who, torch.arange(rows).repeat(queries)).view(queries, rows)
+    comparison = index._first.compare(vectors, 7)
+    estimates, kept = next(comparison), 0
+    for row in range(rows):
+        query, found = estimates.reaching(true[:, row])
+        assert set(range(queries)) <= set(query[found == row].tolist())
+        kept += len(found)
+    return kept / (queries * rows**2)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [3, 20])
+def test_no_row_is_ruled_out_that_reaches_the_threshold(metric: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, "CELLS", 1 << 20)
+    for width in (24, 200):
+        index = ExactIndex(metric, "cpu", "int8").fit(3 * gathered(150, width, 0), names(150))
+        share = check_bound(index, gathered(queries, width, 9))
+        assert share < 0.6, "half of all rows are above a threshold, the other half must be ruled out nearly always"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [3, 20])
+@pytest.mark.parametrize("length", [1, 1_000_000])
+def test_rounding_of_the_sums_rules_out_no_row(metric: str, queries: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of whole numbers, which int8 holds exactly: only the rounding of float32 sums, which cancel, is left."""
+    monkeypatch.setattr(leading, "CELLS", 1 << 20)
+    monkeypatch.setattr(leading, "EDGES", (900,))
+    rng = np.random.default_rng(0)
+    gallery = rng.integers(-127, 128, size=(120, 1000)).astype(np.float32)
+    gallery[:, 0] = 127
+    asked = rng.normal(size=(queries, 1000))
+    asked -= asked @ np.linalg.pinv(gallery[:60]) @ gallery[:60]  # half of the scores are nearly 0
+    one = torch.ones(1000, dtype=torch.float64)
+    check_bound(on_axes(gallery, metric, Axes(torch.diag(one), one)), (length * asked).astype(np.float32))
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 60), st.integers(1, 20), st.floats(0, 3), st.booleans(),
+    st.sampled_from(METRICS),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_rows(seed: int, width: int, rows: int, queries: int, decay: float, repeat: bool, metric: str) -> None:
+    rng = np.random.default_rng(seed)
+    shape = np.exp(-decay * np.arange(width))
+    gallery = (rng.normal(size=(rows, width)) * shape).astype(np.float32)
+    if repeat:
+        gallery = np.round(gallery, 1)[rng.integers(rows, size=rows)]
+    asked = (rng.normal(size=(queries, width)) * shape).astype(np.float32)
+    check(gallery, asked, metric, min(rows, 5))
+
+
+def test_answers_do_not_depend_on_the_other_queries() -> None:
+    gallery, queries = gathered(2000, 40, 0), gathered(33, 40, 1)
+    index = ExactIndex(device="cpu", first_pass="int8").fit(gallery, names(2000))
+    together = index.search(queries, names(33), 7)
+    for row in range(33):
+        alone = index.search(queries[row : row + 1], ("q",), 7)
+        assert np.array_equal(alone.positions[0], together.positions[row])
+        assert np.array_equal(alone.scores[0], together.scores[row])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["exact", "fastest"])
+def test_growth_shrinkage_and_another_process(kind: str, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "LARGE", 500)
+    monkeypatch.setattr(fastest, "SMALL", 500)
+    rows, queries = gathered(1200, 40, 0), gathered(20, 40, 1)
+    make = {"exact": ExactIndex, "fastest": FastestIndex}[kind]
+    index = make(metric, "cpu").fit(rows[:800], names(1200)[:800])
+    before = index.clone()
+    index.add(rows[800:], names(1200)[800:])
+    index.remove(names(1200)[100:300])
+    assert "int8, 8 of 40 dimensions first" in str(index)
+    index.save(tmp_path, {})
+    monkeypatch.setattr(leading.Leading, "_encode", None)  # what is saved is not made again
+    for searched in (index, make(metric, "cpu").load(tmp_path, {})):
+        for count in (3, 20):
+            ranking = searched.search(queries[:count], names(count), 7)
+            kept = np.delete(np.arange(1200), np.arange(100, 300))
+            positions, scores = slow(rows[kept], queries[:count], metric, 7)
+            assert np.array_equal(ranking.positions, positions)
+            assert np.array_equal(ranking.scores, scores)
+    assert np.array_equal(before.search(queries, names(20), 7).positions, slow(rows[:800], queries, metric, 7)[0])
+
+
+def test_codes_of_other_rows_or_blocks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = gathered(600, 40, 0), gathered(5, 40, 1)
+    index = ExactIndex("ip", "cpu", "int8").fit(rows, names(600))
+    index.save(tmp_path, {})
+    monkeypatch.setattr(leading, "EDGES", (16, 24))
+    again = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
+    assert "16 of 40" in str(again)
+    assert np.array_equal(again.search(queries, names(5), 7).positions, slow(rows, queries, "ip", 7)[0])
+    ExactIndex("ip", "cpu", "bfloat16").fit(rows[::-1], names(600)).save(tmp_path, {})
+    other = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
+    assert np.array_equal(other.search(queries, names(5), 7).positions, slow(rows[::-1], queries, "ip", 7)[0])
+
+
+@pytest.mark.parametrize(("draw", "chosen"), [(gathered, "int8"), (unit, "float")])
+def test_the_first_pass_is_chosen_by_the_rows(draw, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(exact, "LARGE", 500)
+    assert f"first pass in {chosen}" in str(ExactIndex("ip", "cpu").fit(draw(1000, 40, 0), names(1000))).replace(
+        "bfloat", "float"
+    )
+    assert "float" in str(ExactIndex("l1", "cpu").fit(draw(1000, 40, 0), names(1000)))
+    assert "float" in str(ExactIndex("ip", "cpu").fit(draw(400, 40, 0), names(400)))
+
+
+def test_int8_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"index.first_pass=int8 needs index.device=cpu and index.metric=ip or l2; type .*auto"
+    ):
+        ExactIndex("l1", "cpu", "int8")
+    monkeypatch.setattr(exact, "search_device", lambda _: "cuda")
+    with pytest.raises(ValueError, match=r"index.first_pass=int8 needs"):
+        ExactIndex("ip", "auto", "int8")
