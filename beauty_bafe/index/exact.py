@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..models.precision import fastest_precision, pick_device
 from ..process import HeldSetting
-from .first_pass import FirstPass, Rounded
-from .leading import Leading, cuts, learn_axes
+from .axes import learn_axes
+from .first_pass import FirstPass, Rounded, cuts
+from .leading import Leading
 from .memory_index import MemoryIndex
 
 QUERIES = 1024  # per batch
-LARGE = 20_000  # rows from which it is worth a look whether leading dimensions are enough
-LEFT = 0.05  # share of rows that they may leave, with rows as queries; photos in shops leave some ten times as many
+LARGE = 20_000  # rows from which it is worth testing whether leading dimensions rule out nearly all of them
+LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave about ten times as many
 PAIRS = 1 << 19  # float64 numbers per block of re-scoring
 
 
@@ -55,7 +56,7 @@ class ExactIndex(MemoryIndex):
             raise ValueError(
                 "index.first_pass=int8 needs index.device=cpu and index.metric=ip or l2; type index.first_pass=auto"
             )
-        half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
+        half = fastest_precision(self.device).startswith("bf16") if first_pass in ("auto", "int8") else first_pass == "bfloat16"
         # L1 is no matrix product, so bfloat16 would only round it.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
@@ -78,11 +79,13 @@ class ExactIndex(MemoryIndex):
         if self._prunable and (large or self.first_pass == "int8"):
             axes, left = learn_axes(self._rows)
             if self.first_pass == "int8" or left <= LEFT:
-                return Leading(self._rows, self.metric, axes)
+                return Leading(self._rows, self.metric, self.rounded, axes)
         return Rounded(self._rows, self.metric, self.device, self.rounded)
 
     def _save(self, folder: Path) -> None:
         super()._save(folder)
+        for stale in Leading.files(folder):
+            stale.unlink()
         if isinstance(self._first, Leading):
             self._first.save(folder)
 
@@ -90,7 +93,7 @@ class ExactIndex(MemoryIndex):
         self._map(folder)
         saved = None
         if self._prunable and self.first_pass in ("auto", "int8"):
-            saved = Leading.load(folder, self.metric, len(self.vectors))
+            saved = Leading.load(folder, self.vectors, self.metric, self.rounded)
         if saved is None:
             self._build()
         else:

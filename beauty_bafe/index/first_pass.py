@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -56,6 +57,13 @@ def blocks(rows: int, queries: int, k: int, cells: int) -> Iterator[slice]:
     size = max(cells // queries, 4 * k, GROUP)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+def cuts(length: int, multiple: int = 1) -> list[slice]:
+    """0 to length in one slice for each thread, whose starts are multiples."""
+    threads = torch.get_num_threads()
+    edges = [length * number // threads // multiple * multiple for number in range(threads)] + [length]
+    return [slice(start, end) for start, end in pairwise(edges) if end > start]
 
 
 class Rounded(FirstPass):

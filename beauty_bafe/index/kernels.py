@@ -1,6 +1,12 @@
-"""Compiled loops of the exact search (Numba). They release the GIL; callers split the work among threads."""
+"""Compiled loops of the exact search (Numba). They release the GIL; callers split the work among threads.
+
+B queries, N rows of D dimensions, W of them in the first block; R rows are compared at a time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -8,11 +14,18 @@ from numba import njit
 # Sums may be reordered and fused, which every bound allows for. NaN and infinities keep their meaning: a comparison with them
 # must not rule out a row. Loops run over slices, as an index that could be negative keeps them from being vectorised.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-ROUNDED = 1.02 / 256  # largest relative change of a number that is rounded to bfloat16, and more
+ROUNDED = 1.02 / 256  # upper limit of the relative change of a number that is rounded to bfloat16
 GROUP = 64  # rows of which `leading_sums` reports the best
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, fastmath=FAST, cache=True)(function)
+    except RuntimeError:  # no folder that Numba could write to: compiled again in every process
+        return njit(nogil=True, fastmath=FAST)(function)
+
+
+@_compiled
 def _dot(values, codes):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for column in range(values.shape[0]):
@@ -20,7 +33,7 @@ def _dot(values, codes):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@_compiled
 def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-def]
     """Products of a query, float32 (W,), with codes, int8 (R, W): float32 (R,), written into sums.
 
@@ -35,7 +48,7 @@ def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-d
                 highest, best[group] = sums[row] * scales[row], row
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@_compiled
 def widen(codes, halves):  # type: ignore[no-untyped-def]
     """Codes, int8 (R, C), as the bits of bfloat16 numbers, which hold them exactly: uint16, written into halves (R, C)."""
     values = np.empty(codes.shape[1], np.float32)
@@ -48,7 +61,7 @@ def widen(codes, halves):  # type: ignore[no-untyped-def]
             half[column] = np.uint16(bits[column] >> np.uint32(16))
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@_compiled
 def survivors(  # type: ignore[no-untyped-def]
     sums, halves, done, queries, edges, parts, rests, moved, floor, offsets, codes, others, numbers, first, some, found
 ):
@@ -61,7 +74,7 @@ def survivors(  # type: ignore[no-untyped-def]
     those from `first` on are compared: offsets, float32 (N,), added to the floor; codes, int8 (N, W), of the first block, and
     others, int8 (N, D - W); numbers, float32 (2 * blocks + 2, N), see Leading. some: the ranges of queries and of sums'
     columns, (start, end, start, end). Writes query and row of each pair into found, int64 (2, P), ordered; returns their
-    number, or -1 if they are more.
+    number, or -1 if found is too small.
     """
     query_start, query_end, start, end = some
     count, width, blocks, size = 0, edges[1], edges.shape[0] - 1, end - start
@@ -126,7 +139,7 @@ def survivors(  # type: ignore[no-untyped-def]
     return count
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@_compiled
 def pair_scores(queries, rows, pairs, squared, scores):  # type: ignore[no-untyped-def]
     """Scores of pairs, int64 (2, P), of queries and rows, float32 (B, D) and (N, D): float32 (P,), summed in float64.
 

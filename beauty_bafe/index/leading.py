@@ -7,29 +7,30 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..manifest import replace_file
-from .first_pass import Estimates, FirstPass, blocks
+from .axes import Axes, block_edges, learn_axes
+from .first_pass import Estimates, FirstPass, blocks, cuts
 from .memory_index import save_npy
 
-EDGES = (256, 512, 768)  # where blocks of dimensions end, except the last block
 CHUNK = 1 << 13  # rows rotated at a time
-SAMPLE = 1 << 14  # rows from which the rotation is learned
 MANY = 2  # leading blocks that are multiplied for many queries
 FEW = 16  # queries below which reading the codes takes longer than multiplying them
 CELLS = 1 << 22  # scores of a block
 MOST = 1 << 13  # rows of a block for many queries, whose codes are widened
-SAVED = "leading_"  # start of the names of files
-OVER = np.float32(1 + 1e-6)  # for lengths that are rounded to float32 and must not be too low
+SAVED, ARRAYS = "leading_", ("rotation", "units", "edges", "codes", "others", "numbers")  # names of files
+CHECKED = 64  # rows that are compared with what was saved
+TAME = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
+OVER = np.float32(1 + 1e-6)  # a factor that keeps lengths from becoming too small when they are rounded to float32
 
 
 class Leading(FirstPass):
-    """Codes of all rows, rotated to their principal axes: blocks of dimensions in int8, with a scale for each row and block.
+    """Codes of all rows, rotated to their principal axes: blocks of dimensions in int8, with one scale per row.
 
     With the orthogonal matrix R, <q, x> is the sum of <p_b, y_b> over the blocks b of p = R q and y = R x. If y_b is stored
     as c_b, then after some blocks, by Cauchy and Schwarz,
@@ -40,28 +41,35 @@ class Leading(FirstPass):
     is ruled out. The axes are sorted by the rows' mean square, so that y' is short if descriptors are far from uniform, as
     those of trained networks are: nearly all rows are ruled out by the first block. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
 
-    p and y are computed in float64, whose rounding errors (1e-15) disappear in the allowance for the float32 sums: summing
-    D products adds at most D 2^-24 times the sum of their sizes, which |p| |c| bounds; doubled, as in Bound.
+    p and y are computed in float64, whose rounding errors (1e-15) are covered by the allowance for the float32 sums: summing
+    D products adds at most D 2^-24 times the sum of their sizes, which |p| |c| bounds; doubled, as in first_pass.Bound.
 
     Codes are multiples of a step: a scale of the row times the unit of the axis, as rows are much longer along the first axes.
-    The units are multiplied into the queries. For FEW queries and more, the first MANY blocks are one product of bfloat16
-    numbers: codes are exact in them; what rounding the queries moves is added to the bound, and so is the rounding of the
-    result.
+    The units are multiplied into the queries. For FEW or more queries, the first MANY blocks are one product, of bfloat16
+    numbers if `dtype` is that: codes are exact in them; the most that rounding the queries can change is added to the bound,
+    and so is the rounding of the result.
 
     Memory per row: D bytes, 8 per block and 8 more. metric: ip or l2.
     """
 
-    def __init__(self, rows: Tensor, metric: str, axes: Axes | None = None) -> None:
-        self.metric = metric
+    def __init__(self, rows: Tensor, metric: str, dtype: torch.dtype, axes: Axes | None = None) -> None:
+        self.metric, self.dtype = metric, dtype
         self.axes = learn_axes(rows)[0] if axes is None else axes
         width = rows.shape[1]
-        self.edges = np.array([0, *(edge for edge in EDGES if edge < width), width])
+        self.edges = block_edges(width)
         blocks, first = len(self.edges) - 1, self.edges[1]
         self.codes, self.others = np.empty((len(rows), first), np.int8), np.empty((len(rows), width - first), np.int8)
         # Per row: the scale; of each block the rounding error; of each block the length after it; the length of all.
         self.numbers = np.empty((2 * blocks + 2, len(rows)), np.float32)
         for start in range(0, len(rows), CHUNK):
             self._encode(slice(start, min(start + CHUNK, len(rows))), rows)
+        self._measure()
+
+    def _measure(self) -> None:
+        """The length that no row exceeds, neither as it is nor as it is stored."""
+        blocks = len(self.edges) - 1
+        lengths = self.numbers[-1] + self.numbers[1 : 1 + blocks].sum(axis=0)
+        self.largest = float(lengths[np.isfinite(lengths)].max(initial=0))  # the bounds of other rows rule nothing out
 
     def _encode(self, part: slice, rows: Tensor) -> None:
         rotated = rows[part].double() @ self.axes.rotation
@@ -92,7 +100,7 @@ class Leading(FirstPass):
                 yield _LeadingScores(rotated, part, pool)
 
     def grown(self, rows: Tensor, before: int) -> Self:
-        new = type(self)(rows[before:], self.metric, self.axes)
+        new = type(self)(rows[before:], self.metric, self.dtype, self.axes)
         return self._with(
             np.concatenate([self.codes, new.codes]),
             np.concatenate([self.others, new.others]),
@@ -104,27 +112,37 @@ class Leading(FirstPass):
 
     def save(self, folder: Path) -> None:
         """Write the codes, which take longer to make than to read."""
-        arrays = {"rotation": self.axes.rotation.numpy(), "units": self.axes.units.numpy(), "edges": self.edges}
-        arrays |= {"codes": self.codes, "others": self.others, "numbers": self.numbers}
-        for name, array in arrays.items():
+        arrays = (self.axes.rotation.numpy(), self.axes.units.numpy(), self.edges, self.codes, self.others, self.numbers)
+        for name, array in zip(ARRAYS, arrays, strict=True):
             replace_file(folder / f"{SAVED}{name}.npy", partial(save_npy, array))
 
+    @staticmethod
+    def files(folder: Path) -> list[Path]:
+        """The files in a folder that `save` wrote."""
+        return list(folder.glob(f"{SAVED}*.npy"))
+
     @classmethod
-    def load(cls, folder: Path, metric: str, rows: int) -> Self | None:
-        """What `save` wrote, mapped from disk; None if there is nothing, or of another number of rows or other EDGES."""
-        files = {file.stem.removeprefix(SAVED): file for file in folder.glob(f"{SAVED}*.npy")}
-        if len(files) != 6:
+    def load(cls, folder: Path, vectors: np.ndarray, metric: str, dtype: torch.dtype) -> Self | None:
+        """What `save` wrote, mapped from disk; None if nothing is there, or if it was saved for other vectors or blocks."""
+        files = {file.stem.removeprefix(SAVED): file for file in cls.files(folder)}
+        if files.keys() != set(ARRAYS):
             return None
         arrays = {name: np.asarray(np.load(file, mmap_mode="c")) for name, file in files.items()}
         axes = Axes(torch.from_numpy(arrays["rotation"]), torch.from_numpy(arrays["units"]))
-        empty = cls(torch.empty(0, len(axes.units)), metric, axes)
-        if len(arrays["codes"]) != rows or not np.array_equal(arrays["edges"], empty.edges):
+        picked = np.linspace(0, len(vectors) - 1, min(len(vectors), CHECKED)).astype(np.int64)
+        if vectors.shape != (len(arrays["codes"]), len(axes.units)):
             return None
-        return empty._with(arrays["codes"], arrays["others"], arrays["numbers"])
+        some = cls(torch.from_numpy(vectors[picked]), metric, dtype, axes)
+        if not np.array_equal(arrays["edges"], some.edges):
+            return None
+        if not np.allclose(some.numbers, arrays["numbers"][:, picked], rtol=1e-3, atol=1e-6 * some.largest, equal_nan=True):
+            return None
+        return some._with(arrays["codes"], arrays["others"], arrays["numbers"])
 
     def _with(self, codes: np.ndarray, others: np.ndarray, numbers: np.ndarray) -> Self:
-        twin = type(self)(torch.empty(0, len(self.axes.units)), self.metric, self.axes)
+        twin = type(self)(torch.empty(0, len(self.axes.units)), self.metric, self.dtype, self.axes)
         twin.codes, twin.others, twin.numbers = codes, others, np.ascontiguousarray(numbers)
+        twin._measure()
         return twin
 
 
@@ -133,23 +151,26 @@ class _Rotated:
 
     def __init__(self, queries: Tensor, first: Leading) -> None:
         self.first, self.many = first, len(queries) >= FEW
+        self.halves = self.many and first.dtype == torch.bfloat16
         self.done = min(MANY if self.many else 1, len(first.edges) - 1)
         exact = queries.double() @ first.axes.rotation
         width, edges = queries.shape[1], first.edges
-        lengths, largest = exact.norm(dim=1), float(first.numbers[-1].max(initial=0))
+        lengths, largest = exact.norm(dim=1), first.largest
         scaled = exact * first.axes.units
         self.values, self.squares = scaled.float().numpy(), lengths.square()
         pairs = list(pairwise(edges))
         self.parts = np.stack([exact[:, start:end].norm(dim=1).numpy() for start, end in pairs], 1).astype(np.float32) * OVER
         self.rests = np.stack([exact[:, end:].norm(dim=1).numpy() for _, end in pairs], 1).astype(np.float32) * OVER
-        self.slack = (2 * width + 16) * 2.0**-24 * lengths * largest + 1e-30
-        if self.many:
+        slack = (2 * width + 16) * 2.0**-24 * lengths * largest + 1e-30
+        # Where float32 sums could overflow or become denormal, all rows are scored.
+        tame = (lengths > TAME[0]) & (lengths < TAME[1]) & (TAME[0] < largest < TAME[1]) | (lengths == 0)
+        self.slack = torch.where(tame, slack, torch.inf)
+        self.rounded, self.moved = scaled[:, : edges[self.done]].float(), torch.zeros(len(queries))
+        if self.halves:
             self.rounded = scaled[:, : edges[self.done]].bfloat16()
-            # Each number of the query moves by 2^-9 of itself at most, and with it each term of the sum.
-            self.moved = 1.02 * 2.0**-9 * exact[:, : edges[self.done]].norm(dim=1) * largest
-        else:
-            self.moved = torch.zeros(len(queries))
-        # Half of |x|^2, rather too low, for l2.
+            # Each number of the query moves by 2^-8 of itself at most, and with it each term of the sum.
+            self.moved = 1.02 * 2.0**-8 * exact[:, : edges[self.done]].norm(dim=1) * largest
+        # Half of |x|^2, rounded down, for l2.
         self.offsets = np.zeros(len(first.codes), np.float32)
         if first.metric == "l2":
             np.multiply(first.numbers[-1], first.numbers[-1] * np.float32(0.5 * (1 - 4e-6)), out=self.offsets)
@@ -162,10 +183,18 @@ class _LeadingScores(Estimates):
         self._queries, self._part, self._pool = queries, part, pool
         self._sums = np.zeros((0, 0), np.float32)
         self._halves: Tensor | None = None  # bfloat16 (B, R)
-        if queries.many:
+        self._best: np.ndarray | None = None  # int64, columns with high sums
+        if queries.halves:
             self._halves = self._multiply()
+        elif queries.many:
+            self._sums = (queries.rounded @ torch.from_numpy(self._codes()).float().T).numpy()
         else:
             self._sums, self._best = self._sum()
+
+    def _codes(self) -> np.ndarray:
+        """Of the blocks that are multiplied, int8 (R, C)."""
+        first, others = self._queries.first, self._queries.rounded.shape[1] - self._queries.first.edges[1]
+        return np.concatenate([first.codes[self._part], first.others[self._part, :others]], axis=1)
 
     def _multiply(self) -> Tensor:
         from .kernels import widen
@@ -204,7 +233,7 @@ class _LeadingScores(Estimates):
     def likely(self, k: int) -> Tensor:
         scales = torch.from_numpy(self._queries.first.numbers[0, self._part])
         scores = (torch.from_numpy(self._sums) if self._halves is None else self._halves) * scales
-        if self._halves is not None or self._best.shape[1] < 4 * k:
+        if self._best is None or self._best.shape[1] < 4 * k:
             return scores.topk(min(4 * k, scores.shape[1])).indices + self._part.start
         best = torch.from_numpy(self._best)
         return best.gather(1, scores.gather(1, best).topk(4 * k).indices) + self._part.start
@@ -255,36 +284,3 @@ class _LeadingScores(Estimates):
             somes = [(query, query + 1, cut.start, cut.stop) for query in range(count) for cut in cuts(rows)]
         who, row = torch.from_numpy(np.concatenate(list(self._pool.map(work, somes)), axis=1))
         return who, row
-
-
-def cuts(length: int, multiple: int = 1) -> list[slice]:
-    """0 to length in one slice for each thread, whose starts are multiples."""
-    threads = torch.get_num_threads()
-    edges = [length * number // threads // multiple * multiple for number in range(threads)] + [length]
-    return [slice(start, end) for start, end in pairwise(edges) if end > start]
-
-
-class Axes(NamedTuple):
-    """`rotation`: float64 (D, D), orthogonal, its columns sorted by the rows' mean squares along them; `units`: float64 (D,),
-    the roots of these, at least a thousandth of the largest, which is 1."""
-
-    rotation: Tensor
-    units: Tensor
-
-
-def learn_axes(rows: Tensor) -> tuple[Axes, float]:
-    """The principal axes of float32 (N, D) about 0, and how many of the rows a first pass over the first block leaves, 0 to 1.
-
-    Both from a sample. Some of its rows are the queries, seven of their neighbours are searched.
-    """
-    picked = torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:SAMPLE])
-    sample = rows[picked].double()
-    squares, axes = torch.linalg.eigh(sample.T @ sample / max(1, len(sample)))
-    units = squares.flip(0).clamp(min=0).sqrt()
-    units = (units / units[:1]).clamp(min=1e-3) if len(units) and units[0] > 1e-30 else torch.ones_like(units)
-    rotated = sample @ (rotation := axes.flip(1).contiguous())
-    queries = rotated[:64]
-    best = (queries @ rotated.T).topk(min(8, len(rotated))).values[:, -1:]  # the query itself is one of them
-    lead, rest = slice(0, EDGES[0]), slice(EDGES[0], None)
-    bounds = queries[:, lead] @ rotated[:, lead].T + queries[:, rest].norm(dim=1)[:, None] * rotated[:, rest].norm(dim=1)
-    return Axes(rotation, units), float((bounds >= best).double().mean()) if len(queries) else 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beauty_bafe.index import exact, fastest, leading
+from beauty_bafe.index import axes, exact, fastest, leading
+from beauty_bafe.index.axes import Axes, learn_axes
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.fastest import FastestIndex
-from beauty_bafe.index.leading import Axes, Leading, learn_axes
+from beauty_bafe.index.leading import Leading
 
 from .conftest import names, slow, unit
 
@@ -23,7 +26,7 @@ METRICS = ["ip", "l2"]
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of dimensions and of rows that a small gallery has several of."""
-    monkeypatch.setattr(leading, "EDGES", (8, 16, 24))
+    monkeypatch.setattr(axes, "EDGES", (8, 16, 24))
     monkeypatch.setattr(leading, "CELLS", 2048)
 
 
@@ -68,10 +71,10 @@ def test_near_ties_duplicates_zeros_and_lengths_of_any_size(metric: str, queries
     check((scale * gallery).astype(np.float32), (up * asked).astype(np.float32), metric, 7)
 
 
-def on_axes(gallery: np.ndarray, metric: str, axes: Axes) -> ExactIndex:
+def on_axes(gallery: np.ndarray, metric: str, given: Axes) -> ExactIndex:
     """An index whose first pass has these axes, whatever the gallery's own are."""
     index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
-    index._first = Leading(torch.from_numpy(gallery), metric, axes)
+    index._first = Leading(torch.from_numpy(gallery), metric, torch.bfloat16, given)
     return index
 
 
@@ -80,13 +83,13 @@ def on_axes(gallery: np.ndarray, metric: str, axes: Axes) -> ExactIndex:
 def test_rows_at_the_bound(metric: str, queries: int) -> None:
     """The best row has nothing in the leading dimensions, and all it has after them points where the query does."""
     gallery, asked = gathered(2000, 32, 0), gathered(queries, 32, 1)
-    axes, _ = learn_axes(torch.from_numpy(gallery))
-    rotation, best = axes.rotation.numpy(), (asked.astype(float) @ gallery.T).max(1)
+    learned, _ = learn_axes(torch.from_numpy(gallery))
+    rotation, best = learned.rotation.numpy(), (asked.astype(float) @ gallery.T).max(1)
     for number in range(queries):
         tail = np.where(np.arange(32) >= (8, 16, 24)[number % 3], asked[number] @ rotation, 0)
         row = rotation @ (tail * (1 + 1e-6) * best[number] / (tail @ tail))
         gallery[100 + number] = row if metric == "ip" else asked[number] + 1e-3 * row / np.linalg.norm(row)
-    index = on_axes(gallery, metric, axes)
+    index = on_axes(gallery, metric, learned)
     for k in (1, 7):
         ranking = index.search(asked, names(queries), k)
         positions, scores = slow(gallery, asked, metric, k)
@@ -124,7 +127,7 @@ def test_no_row_is_ruled_out_that_reaches_the_threshold(metric: str, queries: in
 def test_rounding_of_the_sums_rules_out_no_row(metric: str, queries: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of whole numbers, which int8 holds exactly: only the rounding of float32 sums, which cancel, is left."""
     monkeypatch.setattr(leading, "CELLS", 1 << 20)
-    monkeypatch.setattr(leading, "EDGES", (900,))
+    monkeypatch.setattr(axes, "EDGES", (900,))
     rng = np.random.default_rng(0)
     gallery = rng.integers(-127, 128, size=(120, 1000)).astype(np.float32)
     gallery[:, 0] = 127
@@ -132,6 +135,71 @@ def test_rounding_of_the_sums_rules_out_no_row(metric: str, queries: int, length
     asked -= asked @ np.linalg.pinv(gallery[:60]) @ gallery[:60]  # half of the scores are nearly 0
     one = torch.ones(1000, dtype=torch.float64)
     check_bound(on_axes(gallery, metric, Axes(torch.diag(one), one)), (length * asked).astype(np.float32))
+
+
+def test_rounded_queries_whose_errors_all_point_one_way() -> None:
+    """Every number of the query is rounded by nearly 2^-8 of itself, and the signs of a row make all of it count."""
+    signs = np.array([[1.0]])
+    while len(signs) < 256:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    queries = np.tile(1 + 2.0**-8 + np.where(signs[1] < 0, 2.0**-20, 0), (16, 1)).astype(np.float32)
+    for metric in METRICS:
+        check(signs.astype(np.float32), queries, metric, 256)
+
+
+def test_codes_nearly_twice_as_long_as_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All coordinates but the one that sets the scale are rounded up by half a step."""
+    monkeypatch.setattr(axes, "EDGES", (256,))
+    for width in (193, 201):
+        units = torch.ones(width, dtype=torch.float64)
+        units[-1] = 1e-3
+        row, query = np.full((1, width), 0.501, np.float32), np.full(width, -(1 + 2.0**-8 + 2.0**-20), np.float32)
+        row[0, -1], query[-1] = 0.127, 0
+        ranking = on_axes(row, "ip", Axes(torch.eye(width, dtype=torch.float64), units)).search(
+            np.tile(query, (16, 1)), names(16), 1
+        )
+        assert (ranking.positions == 0).all()
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+@pytest.mark.parametrize(("rows", "length"), [(3e37, 1e-44), (1e30, 1e-38), (1e-44, 3e37), (1e37, 1e-5)])
+def test_lengths_at_the_ends_of_float32(queries: int, rows: float, length: float) -> None:
+    gallery, asked = rows * gathered(50, 40, 0).astype(float), length * gathered(queries, 40, 1).astype(float)
+    check(-np.abs(gallery).astype(np.float32), np.abs(asked).astype(np.float32), "ip", 7)
+
+
+@pytest.mark.parametrize("width", [6, 300])
+def test_rows_that_are_not_finite_disturb_no_others(width: int) -> None:
+    gallery, asked = gathered(60, width, 0), gathered(20, width, 1)
+    broken = gallery.copy()
+    broken[7, 0], broken[9, 1] = np.nan, -np.inf
+    _, left = learn_axes(torch.from_numpy(broken))
+    assert left > 0, "the sample's other rows show how many remain"
+    index = ExactIndex("ip", "cpu", "int8").fit(broken, names(60))
+    index.remove(("n7", "n9"))
+    kept = np.delete(gallery, [7, 9], axis=0)
+    assert np.array_equal(index.search(asked, names(20), 7).positions, slow(kept, asked, "ip", 7)[0])
+
+
+def test_processors_that_are_slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "fastest_precision", lambda _: "32-true")
+    index = ExactIndex("ip", "cpu", "int8")
+    assert index.rounded == torch.float32
+    check(gathered(900, 40, 0), gathered(20, 40, 1), "ip", 7)
+
+
+def test_where_numba_can_keep_nothing() -> None:
+    lines = """
+import numba.core.caching as caching
+caching.FunctionCache._impl_class._locator_classes = []
+from beauty_bafe.index.kernels import pair_scores
+import numpy as np
+scores = np.empty(1, np.float32)
+pair_scores(np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), np.zeros((2, 1), np.int64), False, scores)
+assert scores[0] == 3
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @given(
@@ -172,7 +240,7 @@ def test_growth_shrinkage_and_another_process(kind: str, metric: str, tmp_path: 
     index.remove(names(1200)[100:300])
     assert "int8, 8 of 40 dimensions first" in str(index)
     index.save(tmp_path, {})
-    monkeypatch.setattr(leading.Leading, "_encode", None)  # what is saved is not made again
+    monkeypatch.setattr(exact, "learn_axes", None)  # what is saved is not made again
     for searched in (index, make(metric, "cpu").load(tmp_path, {})):
         for count in (3, 20):
             ranking = searched.search(queries[:count], names(count), 7)
@@ -183,17 +251,20 @@ def test_growth_shrinkage_and_another_process(kind: str, metric: str, tmp_path: 
     assert np.array_equal(before.search(queries, names(20), 7).positions, slow(rows[:800], queries, metric, 7)[0])
 
 
-def test_codes_of_other_rows_or_blocks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_of_other_vectors_or_blocks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, queries = gathered(600, 40, 0), gathered(5, 40, 1)
-    index = ExactIndex("ip", "cpu", "int8").fit(rows, names(600))
-    index.save(tmp_path, {})
-    monkeypatch.setattr(leading, "EDGES", (16, 24))
-    again = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
-    assert "16 of 40" in str(again)
-    assert np.array_equal(again.search(queries, names(5), 7).positions, slow(rows, queries, "ip", 7)[0])
-    ExactIndex("ip", "cpu", "bfloat16").fit(rows[::-1], names(600)).save(tmp_path, {})
-    other = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
-    assert np.array_equal(other.search(queries, names(5), 7).positions, slow(rows[::-1], queries, "ip", 7)[0])
+    ExactIndex("ip", "cpu", "int8").fit(rows, names(600)).save(tmp_path, {})
+    codes = {file: file.read_bytes() for file in tmp_path.glob("leading_*.npy")}
+    for other in (rows[::-1], rows[:, ::-1], rows[:, :30]):
+        ExactIndex("ip", "cpu", "bfloat16").fit(other, names(600)).save(tmp_path, {})
+        assert not list(tmp_path.glob("leading_*.npy"))
+        for file, content in codes.items():  # as if by a version of the package that does not know them
+            file.write_bytes(content)
+        index = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
+        asked = queries[:, : other.shape[1]]
+        assert np.array_equal(index.search(asked, names(5), 7).positions, slow(other, asked, "ip", 7)[0])
+    monkeypatch.setattr(axes, "EDGES", (16, 24))
+    assert "16 of 30" in str(ExactIndex("ip", "cpu", "int8").load(tmp_path, {}))
 
 
 @pytest.mark.parametrize(("draw", "chosen"), [(gathered, "int8"), (unit, "float")])
