@@ -31,7 +31,7 @@ def check_overrides(conf: Path, config_name: str, arguments: Sequence[str]) -> N
 
 
 def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | None:
-    """The fault in the keys of these overrides; None if there is none, or Hydra has a good message for it."""
+    """The fault in these overrides; None if there is none, or Hydra has a good message for it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -51,6 +51,8 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
         group, _, rest = key.partition(".")
         word = str(override.input_line)
         value = word.partition("=")[2]
+        if key in ("output_dir", "index_dir") and "://" in value:
+            return f"{key}={value} is a URL, but results are written to folders of this machine; type a folder, and copy it"
         if override in groups and key in ELSEWHERE.get(config_name, ()):
             hint = (
                 f"; type retrieval.{key}={value} to store it in the checkpoint"

@@ -119,3 +119,20 @@ def test_an_expected_error_is_one_line(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "does not exist; name a folder of pictures or a csv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "output_dir=s3://bucket/run"],
+        ["retrieve.py", "index_dir='gs://bucket/shop'", "gallery=G", "queries=Q"],
+    ],
+)
+def test_results_are_not_written_to_a_folder_that_is_named_like_a_url(words: list[str], tmp_path: Path) -> None:
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "://bucket/" in done.stderr
+    assert "is a URL, but results are written to folders of this machine; type a folder, and copy it" in done.stderr
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="is a URL"):
+        check_overrides(ROOT / "conf", "shards", ["pictures=P", "output_dir=s3://bucket/shards"])

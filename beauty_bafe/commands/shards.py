@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli
 from beauty_bafe.config import CONF
-from beauty_bafe.data.places import is_url
 
 log = logging.getLogger("beauty_bafe")
 
@@ -25,8 +24,6 @@ def shards(cfg: DictConfig) -> int:
         raise ValueError("shards needs pictures=GALLERY, a folder of photos or a csv with the columns id,path")
     if cfg.shard < 1:
         raise ValueError(f"shard={cfg.shard}: type a number of pictures above 0")
-    if is_url(cfg.output_dir):
-        raise ValueError(f"output_dir={cfg.output_dir}: type a folder, and copy it there")
     from beauty_bafe.data.catalog import Skipped, from_perfect500k, open_catalog
     from beauty_bafe.data.shards import make_shards
 

@@ -284,8 +284,6 @@ def test_settings_that_make_no_sense(tmp_path: Path, configure: Callable[..., Di
         shards(configure("shards", f"output_dir={tmp_path}"))
     with pytest.raises(ValueError, match=r"shard=0: type a number of pictures above 0"):
         shards(configure("shards", f"output_dir={tmp_path}", "pictures=P", "shard=0"))
-    with pytest.raises(ValueError, match=r"output_dir=s3://bucket/shop: type a folder, and copy it there"):
-        shards(configure("shards", "output_dir=s3://bucket/shop", "pictures=P"))
 
 
 def test_perfect500k_is_packed_by_its_list(shop: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
