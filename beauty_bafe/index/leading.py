@@ -19,7 +19,6 @@ from .first_pass import Estimates, FirstPass, blocks, cuts
 from .memory_index import save_npy
 
 CHUNK = 1 << 13  # rows rotated at a time
-MANY = 2  # leading blocks that are multiplied for many queries
 FEW = 16  # queries below which reading the codes takes longer than multiplying them
 CELLS = 1 << 22  # scores of a block
 MOST = 1 << 13  # rows of a block for many queries, whose codes are widened
@@ -45,9 +44,9 @@ class Leading(FirstPass):
     D products adds at most D 2^-24 times the sum of their sizes, which |p| |c| bounds; doubled, as in first_pass.Bound.
 
     Codes are multiples of a step: a scale of the row times the unit of the axis, as rows are much longer along the first axes.
-    The units are multiplied into the queries. For FEW or more queries, the first MANY blocks are one product, of bfloat16
-    numbers if `dtype` is that: codes are exact in them; the most that rounding the queries can change is added to the bound,
-    and so is the rounding of the result.
+    The units are multiplied into the queries. For FEW or more queries, all blocks are one product, of bfloat16 numbers if
+    `dtype` is that: codes are exact in them; the most that rounding the queries can change is added to the bound, and so is
+    the rounding of the result.
 
     Memory per row: D bytes, 8 per block and 8 more. metric: ip or l2.
     """
@@ -152,7 +151,7 @@ class _Rotated:
     def __init__(self, queries: Tensor, first: Leading) -> None:
         self.first, self.many = first, len(queries) >= FEW
         self.halves = self.many and first.dtype == torch.bfloat16
-        self.done = min(MANY if self.many else 1, len(first.edges) - 1)
+        self.done = len(first.edges) - 1 if self.many else 1
         exact = queries.double() @ first.axes.rotation
         width, edges = queries.shape[1], first.edges
         lengths, largest = exact.norm(dim=1), first.largest
@@ -165,11 +164,11 @@ class _Rotated:
         # Where float32 sums could overflow or become denormal, all rows are scored.
         tame = (lengths > TAME[0]) & (lengths < TAME[1]) & (TAME[0] < largest < TAME[1]) | (lengths == 0)
         self.slack = torch.where(tame, slack, torch.inf)
-        self.rounded, self.moved = scaled[:, : edges[self.done]].float(), torch.zeros(len(queries))
+        self.rounded, self.moved = scaled.float(), torch.zeros(len(queries))
         if self.halves:
-            self.rounded = scaled[:, : edges[self.done]].bfloat16()
+            self.rounded = scaled.bfloat16()
             # Each number of the query moves by 2^-8 of itself at most, and with it each term of the sum.
-            self.moved = 1.02 * 2.0**-8 * exact[:, : edges[self.done]].norm(dim=1) * largest
+            self.moved = 1.02 * 2.0**-8 * lengths * largest
         # Half of |x|^2, rounded down, for l2.
         self.offsets = np.zeros(len(first.codes), np.float32)
         if first.metric == "l2":
@@ -187,29 +186,25 @@ class _LeadingScores(Estimates):
         if queries.halves:
             self._halves = self._multiply()
         elif queries.many:
-            self._sums = (queries.rounded @ torch.from_numpy(self._codes()).float().T).numpy()
+            codes = np.concatenate([queries.first.codes[part], queries.first.others[part]], axis=1)
+            self._sums = (queries.rounded @ torch.from_numpy(codes).float().T).numpy()
         else:
             self._sums, self._best = self._sum()
-
-    def _codes(self) -> np.ndarray:
-        """Of the blocks that are multiplied, int8 (R, C)."""
-        first, others = self._queries.first, self._queries.rounded.shape[1] - self._queries.first.edges[1]
-        return np.concatenate([first.codes[self._part], first.others[self._part, :others]], axis=1)
 
     def _multiply(self) -> Tensor:
         from .kernels import widen
 
-        first, rounded, part = self._queries.first, self._queries.rounded, self._part
-        halves = np.empty((part.stop - part.start, rounded.shape[1]), np.uint16)
+        first, part = self._queries.first, self._part
+        halves = np.empty((part.stop - part.start, self._queries.rounded.shape[1]), np.uint16)
         split = first.edges[1]
 
         def work(cut: slice) -> None:
             here = slice(part.start + cut.start, part.start + cut.stop)
             widen(first.codes[here], halves[cut, :split])
-            widen(first.others[here, : rounded.shape[1] - split], halves[cut, split:])
+            widen(first.others[here], halves[cut, split:])
 
         list(self._pool.map(work, cuts(len(halves))))
-        return rounded @ torch.from_numpy(halves).view(torch.bfloat16).T
+        return self._queries.rounded @ torch.from_numpy(halves).view(torch.bfloat16).T
 
     def _sum(self) -> tuple[np.ndarray, np.ndarray]:
         from .kernels import GROUP, leading_sums
