@@ -154,7 +154,7 @@ class SharedRun:
 
     def _shards(self, numbers: Sequence[int]) -> list[Shard]:
         job = self.job
-        following = {number: job.stores[number].next_shard for number in numbers}
+        free = {number: job.stores[number].free_shards() for number in numbers}
         shards: list[Shard] = []
         for at in range(0, len(job.lacking), job.settings.shard):
             rows = job.lacking[at : at + job.settings.shard]
@@ -165,8 +165,7 @@ class SharedRun:
                 new = [place for place, picture in enumerate(pictures) if picture not in store]
                 same = next((other for other in files if job.stores[other] is store), None)  # identical members
                 if new and same is None:
-                    files[number] = store.file(following[number]), new
-                    following[number] += 1
+                    files[number] = store.file(next(free[number])), new
             shards.append(Shard(len(shards), pictures, [job.catalog.paths[row] for row in rows], files))
         return shards
 

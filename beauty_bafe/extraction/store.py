@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,16 @@ class Store:
                 _write(file, arrays, pictures, kept)
             self._note(int(file.stem), pictures, kept)
 
-    @property
-    def next_shard(self) -> int:
-        """The number of the shard that `append` would write."""
-        return max(self._shards, default=-1) + 1
+    def free_shards(self) -> Iterator[int]:
+        """The numbers that no shard has, the lowest first.
+
+        Workers that are killed leave gaps. Filled in this order, they get the pictures that they would have had.
+        """
+        return (number for number in count() if number not in self._shards)
 
     def append(self, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]) -> int:
         """Write another shard; `arrays` have one row per picture. Returns its size in bytes."""
-        shard = self.next_shard
+        shard = next(self.free_shards())
         file = self.file(shard)
         _write(file, arrays, pictures, unreadable)
         self._note(shard, list(pictures), unreadable)

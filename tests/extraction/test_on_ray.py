@@ -104,6 +104,11 @@ def test_workers_and_driver_killed_and_the_same_command_again(tmp_path: Path, ga
     now = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").rglob("*.safetensors")}
     assert len(now) == 2 * shards
     assert {file: now[file] for file in kept} == kept, "what was written is not described again"
+    one, other = (
+        {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("one", "ray")
+    )
+    assert one == other, "not a byte differs"
 
 
 @pytest.mark.server

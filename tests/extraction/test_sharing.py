@@ -121,7 +121,7 @@ def test_a_shard_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
     store = Store(tmp_path, {"checkpoint": "x"})
     store.begin([("a", "1"), ("b", "1")], {})
     arrays = {"vectors": np.ones((1, 2), np.float32)}
-    file = store.file(store.next_shard)
+    file = store.file(next(store.free_shards()))
     write_shard(file, [("a", "1")], arrays, {})
     before = file.stat().st_mtime_ns
     write_shard(file, [("a", "1")], arrays, {})

@@ -177,7 +177,7 @@ def test_killed_on_the_way_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         append = Store.append
 
         def die(store: Store, pictures: Any, arrays: Any, unreadable: Any) -> int:
-            if store.next_shard == 2:
+            if next(store.free_shards()) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return append(store, pictures, arrays, unreadable)
 
