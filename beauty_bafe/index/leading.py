@@ -176,7 +176,7 @@ class _Rotated:
 
 
 class _LeadingScores(Estimates):
-    """Products of the queries with the codes of the leading block: `sums`, or `halves` from rounded queries."""
+    """Products of the queries with the codes of the first block, or of all for many queries; `halves` if those are rounded."""
 
     def __init__(self, queries: _Rotated, part: slice, pool: ThreadPoolExecutor) -> None:
         self._queries, self._part, self._pool = queries, part, pool
