@@ -50,7 +50,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def mean_masks(members: Sequence[Features]) -> Features:
     """The first member's features with the mean mask of all members that have masks."""
     masks = [features.masks for features in members if features.masks is not None]
-    if not masks:
-        return replace(members[0], masks=None)
+    if len(masks) < 2:
+        return replace(members[0], masks=masks[0] if masks else None)
     mean = np.asarray(masks, np.float32).mean(axis=0) + 0.5
     return replace(members[0], masks=np.asarray(mean, np.uint8))
