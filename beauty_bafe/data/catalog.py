@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .pictures import SUFFIXES, Picture, read_picture
-from .places import Place, is_url, list_below, locate, size_of, stamp
+from .places import Place, is_url, list_files, locate, size_of, stamp
 from .shards import INDEX, read_shards
 
 ID_COLUMNS = ("id", "image id", "image_id", "product")
@@ -82,7 +82,7 @@ def from_url(url: str) -> Catalog:
     """As `from_folder`, of a bucket or a folder in it; sizes and what tells of changes come with the list."""
     found = [
         place
-        for parts, place in list_below(url)
+        for parts, place in list_files(url)
         if Path(place.name).suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts)
     ]
     if not found:

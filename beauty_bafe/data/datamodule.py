@@ -17,11 +17,11 @@ from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, from_shards, open_catalog
 from .foreground import find_holes
-from .photos import LoadResult, PhotoCache, load_photo, try_photo
+from .photos import LoadResult, PhotoCache, inspect_photo, load_photo
 from .pictures import UnreadablePicture, read_picture
 from .places import Place
-from .sampling import EpochSampler, share_out
-from .workers import default_workers, quiet_worker, yielding_worker
+from .sampling import EpochSampler, split_indices
+from .workers import default_workers, low_priority_worker, single_threaded_worker
 
 VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
 
@@ -94,17 +94,17 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
 class _Scan(Dataset[LoadResult]):
     """Item i: what was found in file i."""
 
-    def __init__(self, catalog: Catalog, look: Callable[[Place], LoadResult]) -> None:
-        self.catalog, self.look = catalog, look
+    def __init__(self, catalog: Catalog, inspect: Callable[[Place], LoadResult]) -> None:
+        self.catalog, self.inspect = catalog, inspect
 
     def __len__(self) -> int:
         return len(self.catalog)
 
     def __getitem__(self, index: int) -> LoadResult:
-        return self.look(self.catalog.paths[index])
+        return self.inspect(self.catalog.paths[index])
 
 
-def try_background(path: Place) -> LoadResult:
+def inspect_background(path: Place) -> LoadResult:
     """Whether a photograph can be read."""
     try:
         read_picture(path, BACKGROUND_LONGEST)
@@ -113,9 +113,9 @@ def try_background(path: Place) -> LoadResult:
     return LoadResult()
 
 
-def try_photo_without_pixels(path: Place, size: int) -> LoadResult:
-    """`try_photo` where nothing keeps the pixels, so that workers need not send them."""
-    return try_photo(path, size)._replace(pixels=None)
+def inspect_photo_without_pixels(path: Place, size: int) -> LoadResult:
+    """`inspect_photo` where nothing keeps the pixels, so that workers need not send them."""
+    return inspect_photo(path, size)._replace(pixels=None)
 
 
 class SaliencyDataModule(pl.LightningDataModule):
@@ -150,7 +150,7 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.num_workers = default_workers() if num_workers is None else num_workers
         fits = len(self.catalog) * size * size * 4 <= cache_gb * 1e9
         self.cache = PhotoCache(cache, size) if cache is not None and fits else None
-        self.skipped, self.looked_at = Skipped(), 0
+        self.skipped, self.inspected = Skipped(), 0
         self.train_set: ForegroundDataset | None = None
         self.val_set: ForegroundDataset | None = None
         self._pictures: dict[str, str] = {}  # in use: setting -> fingerprint
@@ -160,13 +160,13 @@ class SaliencyDataModule(pl.LightningDataModule):
         if self.train_set is not None:
             return
         if self.cache is not None:
-            results = self.cache.fill(self.catalog, partial(self._scan, look=partial(try_photo, size=self.size)))
+            results = self.cache.fill(self.catalog, partial(self._scan, inspect=partial(inspect_photo, size=self.size)))
         else:
-            results = list(self._scan(self.catalog, partial(try_photo_without_pixels, size=self.size)))
-        usable = self._note(self.catalog, results)
+            results = list(self._scan(self.catalog, partial(inspect_photo_without_pixels, size=self.size)))
+        usable = self._collect_usable(self.catalog, results)
         photos = self.photos
         if photos is not None:
-            photos = photos.subset(self._note(photos, self._scan(photos, try_background, "backgrounds")))
+            photos = photos.subset(self._collect_usable(photos, self._scan(photos, inspect_background, "backgrounds")))
             if not len(photos):
                 raise ValueError("no background can be read, see skipped.csv; data.backgrounds=null draws scenes instead")
         if len(usable) < 2:
@@ -177,12 +177,12 @@ class SaliencyDataModule(pl.LightningDataModule):
         drawn = "drawn scenes" if photos is None else photos.fingerprint()
         self._pictures = {"data.root": self.catalog.subset(usable).fingerprint(), "data.backgrounds": drawn}
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
-        held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
+        held_out = max(1, min(round(self.val_share * len(usable)), self.val_max))
         backgrounds = Backgrounds(photos)
         load = self.cache or partial(load_photo, size=self.size)
         self.val_set, self.train_set = (
             ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed, views)
-            for part, views in ((shuffled[:held_back], self.val_views), (shuffled[held_back:], 1))
+            for part, views in ((shuffled[:held_out], self.val_views), (shuffled[held_out:], 1))
         )
 
     def state_dict(self) -> dict[str, str]:
@@ -209,21 +209,25 @@ class SaliencyDataModule(pl.LightningDataModule):
         )
 
     def _scan(
-        self, catalog: Catalog, look: Callable[[Place], LoadResult], what: str = "catalogue photos"
+        self, catalog: Catalog, inspect: Callable[[Place], LoadResult], what: str = "catalogue photos"
     ) -> Iterator[LoadResult]:
         from rich.progress import track
 
         scan = DataLoader(
-            _Scan(catalog, look), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
+            _Scan(catalog, inspect),
+            batch_size=16,
+            num_workers=self.num_workers,
+            worker_init_fn=single_threaded_worker,
+            collate_fn=list,
         )
         for batch in track(scan, f"looking through {len(catalog)} {what}"):
             yield from batch
 
-    def _note(self, catalog: Catalog, results: Iterable[LoadResult]) -> list[int]:
+    def _collect_usable(self, catalog: Catalog, results: Iterable[LoadResult]) -> list[int]:
         """The usable ones' numbers; the others go to `skipped`."""
         usable = []
         for index, found in enumerate(results):
-            self.looked_at += 1
+            self.inspected += 1
             if found.reason:
                 self.skipped.add(catalog, index, found.reason, found.unreadable)
             else:
@@ -256,12 +260,12 @@ class SaliencyDataModule(pl.LightningDataModule):
         assert self.val_set is not None
         assert self.train_set is not None
         share = self._share()
-        keys = [(VALIDATION_EPOCH, index) for index in share_out(len(self.val_set), *share)]
+        keys = [(VALIDATION_EPOCH, index) for index in split_indices(len(self.val_set), *share)]
         others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
         return [
             # As many pictures at once as in training.
-            self._loader(self.val_set, cut(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
-            self._loader(others, cut(share_out(len(others), *share), 2 * self.batch_size)),
+            self._loader(self.val_set, split_batches(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
+            self._loader(others, split_batches(split_indices(len(others), *share), 2 * self.batch_size)),
         ]
 
     def _share(self) -> tuple[int, int]:
@@ -274,7 +278,9 @@ class SaliencyDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            worker_init_fn=quiet_worker if on_gpu else yielding_worker,  # a GPU waits for pictures, it shares no core with them
+            worker_init_fn=single_threaded_worker
+            if on_gpu
+            else low_priority_worker,  # a GPU waits for pictures, it shares no core with them
             persistent_workers=self.num_workers > 0,
             pin_memory=on_gpu,
         )
@@ -290,6 +296,6 @@ def shards_datamodule(root: str, **options: Any) -> SaliencyDataModule:
     return SaliencyDataModule(from_shards(root), **options)
 
 
-def cut(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def split_batches(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Into batches of `size`, the last one shorter."""
     return [keys[start : start + size] for start in range(0, len(keys), size)]

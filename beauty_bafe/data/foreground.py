@@ -65,11 +65,11 @@ def find_foreground(picture: Picture) -> Foreground:
     lightness = cv2.GaussianBlur(lab[..., 0], (0, 0), 1.0)
     slope = np.hypot(cv2.Sobel(lightness, cv2.CV_32F, 1, 0, scale=0.125), cv2.Sobel(lightness, cv2.CV_32F, 0, 1, scale=0.125))
     shadow = (chroma < tolerance) & (darker > 0) & (darker < SHADOW_DEPTH) & (slope < LIGHTNESS_STEP)
-    plain = _joined_to(border & close, close | shadow)
+    plain = _connected_to(border & close, close | shadow)
     # JPEG rings along edges are louder than elsewhere, but reach only a few pixels.
     near = cv2.dilate(plain.astype(np.uint8), np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)) > 0
     plain |= near & (distance < RING_FACTOR * tolerance)
-    return _judge(_mend_pack(_tidy(~plain), distance), uniform)
+    return _judge(_complete_pack(_tidy(~plain), distance), uniform)
 
 
 def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ def _fit_backdrop(lab: np.ndarray, border: np.ndarray) -> tuple[np.ndarray, floa
     return plane[0] + x * plane[1] + y * plane[2], min(noise, MAX_NOISE)
 
 
-def _joined_to(seed: np.ndarray, passable: np.ndarray) -> np.ndarray:
+def _connected_to(seed: np.ndarray, passable: np.ndarray) -> np.ndarray:
     """The parts of `passable` that touch `seed`: bool (H, W)."""
     count, labels = cv2.connectedComponents(passable.astype(np.uint8), connectivity=4)
     keep = np.zeros(count, bool)
@@ -133,8 +133,8 @@ def _tidy(mask: np.ndarray) -> np.ndarray:
     return np.where(keep[labels], 255, 0).astype(np.uint8)
 
 
-def _mend_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The convex hull where it is that of a pack whose white parts are lacking, else the mask as it is; uint8 0 or 255.
+def _complete_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The convex hull where it is that of a pack whose white parts are missing, else the mask as it is; uint8 0 or 255.
 
     `distance`: of each pixel's colour from the backdrop, Lab.
     """
@@ -149,8 +149,8 @@ def _mend_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
     outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)
     near = cv2.dilate(mask, np.ones((5, 5), np.uint8))
     seen = cv2.countNonZero(cv2.bitwise_and(outline, near)) / cv2.countNonZero(outline)
-    lacking = cv2.morphologyEx(cv2.subtract(whole, mask), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    rim = (cv2.dilate(lacking, np.ones((7, 7), np.uint8)) > 0) & (mask > 0)
+    missing = cv2.morphologyEx(cv2.subtract(whole, mask), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    rim = (cv2.dilate(missing, np.ones((7, 7), np.uint8)) > 0) & (mask > 0)
     if seen < PACK_OUTLINE or not rim.any() or np.median(distance[rim]) > PACK_RIM:
         return mask
     return np.asarray(whole)

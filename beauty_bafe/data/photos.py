@@ -41,7 +41,7 @@ def load_photo(path: Place, size: int) -> Sample:
     return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
 
 
-def try_photo(path: Place, size: int) -> LoadResult:
+def inspect_photo(path: Place, size: int) -> LoadResult:
     """`load_photo`, its errors as reasons."""
     try:
         photo, mask = load_photo(path, size)
@@ -64,8 +64,8 @@ class PhotoCache:
         self.results: dict[str, LoadResult] = {}
         self.rows: dict[str, int] = {}
 
-    def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
-        """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
+    def fill(self, catalog: Catalog, inspect: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
+        """What was found in each photo, `inspect` asked only about those not seen before; usable ones' pixels are kept.
 
         A photo is listed once its pixels are on disk, so that a killed run continues where it was. Processes take turns.
         Raises OSError where the disk is full.
@@ -76,9 +76,9 @@ class PhotoCache:
             os.utime(self.folder / "lock")  # the time of the last use, for beauty-bafe cache
             self._read()
             # A file is kept once, whatever the number of its ids: the next free row is counted by them.
-            lacking = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
-            if lacking:
-                for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
+            missing = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
+            if missing:
+                for index, found in zip(missing, inspect(catalog.subset(missing)), strict=True):
                     self._keep(names[index], found)
         return [self.results[name] for name in names]
 

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
-from .places import BrokenShard, Elsewhere
+from .places import BrokenShard, VirtualFile
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 # A header can announce any size; above this the pixels alone would need over 1 GB.
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
     alpha: np.ndarray | None
 
 
-def read_picture(source: str | Path | bytes | Elsewhere, longest: int | None = None) -> Picture:
+def read_picture(source: str | Path | bytes | VirtualFile, longest: int | None = None) -> Picture:
     """Decode a file, its bytes, or what lies elsewhere: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
 
     With `longest` a picture of more than four times as many pixels on its longest side is shrunk to two to four times, so
@@ -40,7 +40,7 @@ def read_picture(source: str | Path | bytes | Elsewhere, longest: int | None = N
     Raises UnreadablePicture with the reason, or BrokenShard; never returns a stand-in.
     """
     try:
-        content = source.read_bytes() if isinstance(source, Elsewhere) else source
+        content = source.read_bytes() if isinstance(source, VirtualFile) else source
         with _open(content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")

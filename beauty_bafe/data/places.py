@@ -15,11 +15,11 @@ from typing import Any, Self, TypeGuard, TypeVar
 T = TypeVar("T")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
 # Of these a file system tells one or another.
-MARKS = ("ETag", "md5Hash", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
-PACKED = re.compile(r"(.+)/([^/]+)#(\d+)\+(\d+)=([0-9a-f]{8})")  # as `str` of a Packed
+STAMP_KEYS = ("ETag", "md5Hash", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
+SHARD_MEMBER = re.compile(r"(.+)/([^/]+)#(\d+)\+(\d+)=([0-9a-f]{8})")  # as `str` of a ShardMember
 
 
-class Elsewhere(ABC):
+class VirtualFile(ABC):
     """A picture without a file of its own. `str` names it, and `locate` takes that name; what reads it knows only this much."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Elsewhere(ABC):
         return PurePosixPath(str(self)).parent
 
 
-Place = Path | Elsewhere
+Place = Path | VirtualFile
 
 
 class BrokenShard(OSError):
@@ -57,7 +57,7 @@ class BrokenShard(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(Elsewhere):
+class ShardMember(VirtualFile):
     """`member` of the tar file `file`, a path or URL: `length` bytes from `start`; every reading compares their CRC-32, `crc`.
 
     The file is opened for each reading, so that processes share no position in it.
@@ -73,10 +73,12 @@ class Packed(Elsewhere):
         return f"{self.file}/{self.member}#{self.start}+{self.length}={self.crc:08x}"
 
     def read_bytes(self) -> bytes:
-        """See Elsewhere. Raises BrokenShard."""
+        """See VirtualFile. Raises BrokenShard."""
         try:
             if is_url(self.file):
-                content = _ask(self.file, lambda system, path: system.cat_file(path, self.start, self.start + self.length))
+                content = _call_filesystem(
+                    self.file, lambda system, path: system.cat_file(path, self.start, self.start + self.length)
+                )
             else:
                 with open(self.file, "rb") as stream:
                     stream.seek(self.start)
@@ -90,7 +92,7 @@ class Packed(Elsewhere):
     def stamp(self) -> str:
         return f"{self.length}-{self.crc:08x}"
 
-    def resolve(self) -> Packed:
+    def resolve(self) -> ShardMember:
         return replace(self, file=self.file if is_url(self.file) else os.path.abspath(self.file))
 
     @property
@@ -99,7 +101,7 @@ class Packed(Elsewhere):
 
 
 @dataclass(frozen=True)
-class Remote(Elsewhere):
+class RemoteFile(VirtualFile):
     """What lies at a URL. `seen`: its stamp as a list told it; where none did, it is asked for once, and kept."""
 
     url: str
@@ -109,19 +111,19 @@ class Remote(Elsewhere):
         return self.url
 
     def read_bytes(self) -> bytes:
-        content: bytes = _ask(self.url, lambda system, path: system.cat_file(path))
+        content: bytes = _call_filesystem(self.url, lambda system, path: system.cat_file(path))
         return content
 
     def stamp(self) -> str:
         if not self.seen:
             try:
-                seen = _mark(_ask(self.url, lambda system, path: system.info(path)))
+                seen = _stamp_of(_call_filesystem(self.url, lambda system, path: system.info(path)))
             except OSError:
                 seen = "missing"
             object.__setattr__(self, "seen", seen)
         return self.seen
 
-    def resolve(self) -> Remote:
+    def resolve(self) -> RemoteFile:
         return self
 
 
@@ -134,22 +136,22 @@ def absolute(source: str) -> str:
     return source if is_url(source) else str(Path(source).expanduser().resolve())
 
 
-def list_below(url: str) -> list[tuple[tuple[str, ...], Remote]]:
+def list_files(url: str) -> list[tuple[tuple[str, ...], RemoteFile]]:
     """Every file below a URL, with the parts of its name there, sorted by them. Raises OSError."""
 
-    def listed(system: Any, root: str) -> list[tuple[tuple[str, ...], Remote]]:
+    def listed(system: Any, root: str) -> list[tuple[tuple[str, ...], RemoteFile]]:
         system.invalidate_cache()  # it would answer with the list of another day
         found = system.find(root, detail=True).items()
         return [
             # A list of links, as over HTTP, tells no sizes: each is asked for then.
-            (PurePosixPath(name).relative_to(root).parts, Remote(system.unstrip_protocol(name), _mark(info)))
+            (PurePosixPath(name).relative_to(root).parts, RemoteFile(system.unstrip_protocol(name), _stamp_of(info)))
             for name, info in found
         ]
 
-    return sorted(_ask(url, listed), key=lambda file: file[0])
+    return sorted(_call_filesystem(url, listed), key=lambda file: file[0])
 
 
-def _ask(url: str, question: Callable[[Any, str], T]) -> T:
+def _call_filesystem(url: str, question: Callable[[Any, str], T]) -> T:
     """What the file system of a URL answers. Raises OSError saying what to look after, ImportError for a missing package."""
     from fsspec.core import url_to_fs  # slow to import
 
@@ -163,10 +165,10 @@ def _ask(url: str, question: Callable[[Any, str], T]) -> T:
         ) from error
 
 
-def _mark(info: dict[str, Any]) -> str:
+def _stamp_of(info: dict[str, Any]) -> str:
     if info.get("size") is None:
         return ""
-    mark = next((info[key] for key in MARKS if info.get(key)), "")
+    mark = next((info[key] for key in STAMP_KEYS if info.get(key)), "")
     # Lists and single answers may write the same differently.
     return f"{info['size']}-{mark.timestamp() if isinstance(mark, datetime) else str(mark).strip(chr(34))}"
 
@@ -182,17 +184,17 @@ def broken_shard(file: str, what: str) -> BrokenShard:
 
 def locate(text: str, folder: str | Path) -> Place:
     """The place that `str` named so; a relative one starts at `folder`."""
-    if found := PACKED.fullmatch(text):
+    if found := SHARD_MEMBER.fullmatch(text):
         file, member, start, length, crc = found.groups()
-        return Packed(file if is_url(file) else str(Path(folder) / file), member, int(start), int(length), int(crc, 16))
+        return ShardMember(file if is_url(file) else str(Path(folder) / file), member, int(start), int(length), int(crc, 16))
     if is_url(text) or is_url(folder):
-        return Remote(text if is_url(text) else f"{folder}/{text}")
+        return RemoteFile(text if is_url(text) else f"{folder}/{text}")
     return Path(folder) / text
 
 
 def stamp(place: Place) -> str:
     """What changes when a picture has to be read again: its size and time, or that it could not be read at all."""
-    if isinstance(place, Elsewhere):
+    if isinstance(place, VirtualFile):
         return place.stamp()
     try:
         status = os.stat(place)
@@ -203,4 +205,4 @@ def stamp(place: Place) -> str:
 
 def size_of(place: Place) -> int:
     """Bytes of the encoded picture. Raises OSError."""
-    return place.size if isinstance(place, Elsewhere) else os.stat(place).st_size
+    return place.size if isinstance(place, VirtualFile) else os.stat(place).st_size

@@ -39,10 +39,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(order[offset])
 
 
-def share_out(length: int, replicas: int, rank: int) -> list[int]:
+def split_indices(length: int, replicas: int, rank: int) -> list[int]:
     """The numbers below `length` for process `rank` of `replicas`: as many for each, so that some come twice.
 
-    >>> share_out(5, 2, 0), share_out(5, 2, 1)
+    >>> split_indices(5, 2, 0), split_indices(5, 2, 1)
     ([0, 2, 4], [1, 3, 0])
     """
     each = -(-length // replicas)

@@ -21,16 +21,16 @@ from rich.progress import track
 
 from ..manifest import locked, replace_file
 from .pictures import SUFFIXES
-from .places import BrokenShard, Packed, Place, broken_shard, is_url, list_below, locate, stamp
+from .places import BrokenShard, Place, ShardMember, broken_shard, is_url, list_files, locate, stamp
 from .workers import default_workers
 
 INDEX = "shards.json"  # written when every shard is there
 
 
-def read_shards(folder: str | Path) -> tuple[list[str], list[Packed]]:
+def read_shards(folder: str | Path) -> tuple[list[str], list[ShardMember]]:
     """Ids and places of the pictures in a folder of shards, or at its URL. Raises ValueError where it is none, BrokenShard."""
     if is_url(folder):
-        there = {place.name: place.size for _, place in list_below(folder)}
+        there = {place.name: place.size for _, place in list_files(folder)}
     else:
         there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if Path(folder).is_dir() else {}
     if INDEX not in there:
@@ -39,7 +39,7 @@ def read_shards(folder: str | Path) -> tuple[list[str], list[Packed]]:
             + ("SHARDS and copy it there" if is_url(folder) else str(folder))
         )
     ids: list[str] = []
-    places: list[Packed] = []
+    places: list[ShardMember] = []
     for number in range(json.loads(locate(INDEX, folder).read_bytes())["shards"]):
         tar, beside = (locate(name, folder) for name in _names(number))
         for file in (tar, beside):
@@ -51,7 +51,7 @@ def read_shards(folder: str | Path) -> tuple[list[str], list[Packed]]:
         archive = str(tar)  # one text for all of its pictures
         for name, _, *where in listed["pictures"]:
             ids.append(name)
-            places.append(Packed(archive, *where))
+            places.append(ShardMember(archive, *where))
     return ids, places
 
 

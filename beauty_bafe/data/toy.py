@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from .augmentation.base import Sample
-from .augmentation.hands import hold
+from .augmentation.hands import paste_in_hand
 from .augmentation.solids import as_solid
 from .backgrounds import procedural_background, random_color
 from .datamodule import SaliencyDataModule
@@ -66,7 +66,7 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
         shown = np.dstack(as_solid(*_on_white(shown), rng))
     layer = _place(shown, size, rng.uniform(0.5, 0.95), angle, spot, 0.12, rng)
     if rng.random() < HELD:
-        held = hold(canvas.clip(0, 255).astype(np.uint8), _on_white(layer, premultiplied=True), rng)
+        held = paste_in_hand(canvas.clip(0, 255).astype(np.uint8), _on_white(layer, premultiplied=True), rng)
         canvas, mask = held.photo.astype(np.int32), held.mask
     else:
         offset = (int(rng.integers(-8, 9)), int(rng.integers(2, 12)))

@@ -18,16 +18,16 @@ def default_workers() -> int:
     return min(16, cores)
 
 
-def quiet_worker(_: int) -> None:
+def single_threaded_worker(_: int) -> None:
     """One thread a worker: OpenCV's own threads would fight over the same cores."""
     cv2.setNumThreads(0)
 
 
-def yielding_worker(number: int) -> None:
-    """`quiet_worker` that gives way to the network: a step waits for the slowest thread, so each core taken from it counts.
+def low_priority_worker(number: int) -> None:
+    """`single_threaded_worker` that gives way to the network: a step waits for the slowest thread, so each core counts.
 
     For processes of their own alone; niceness cannot be taken back.
     """
-    quiet_worker(number)
+    single_threaded_worker(number)
     if hasattr(os, "nice"):
         os.nice(15)

@@ -50,7 +50,7 @@ class EnsembleEngine:
     """The networks of all members: built once, safe to call from several threads. Descriptors depend on their picture alone.
 
     `members`: network and pooling by the number of the member. `masks`: whether to return the masks of members whose pooling
-    uses them. `view`: see Describer. `begun`: by member, the batch size and runtime of a run that is being resumed.
+    uses them. `view`: see Describer. `plans`: by member, the batch size and runtime of a run that is being resumed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EnsembleEngine:
         members: Mapping[int, tuple[BackgroundAgnosticExtractor, Pooling]],
         masks: bool,
         view: View | None = None,
-        begun: Mapping[int, Mapping[str, Any]] | None = None,
+        plans: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         self.masks, self.poolings = masks, {number: pooling for number, (_, pooling) in members.items()}
         shared: dict[BackgroundAgnosticExtractor, list[int]] = {}
@@ -68,7 +68,7 @@ class EnsembleEngine:
         engines = []
         for extractor, numbers in shared.items():
             # A resumed run keeps its settings, as others would change the last bits of its vectors.
-            plan = next((begun[number] for number in numbers if begun and begun.get(number)), {})
+            plan = next((plans[number] for number in numbers if plans and plans.get(number)), {})
             poolings = [self.poolings[number] for number in numbers]
             drawn = masks and any(pooling.saliency for pooling in poolings)
             describer = Describer(extractor, poolings, drawn, settings.scales, settings.flip, view)

@@ -19,7 +19,7 @@ from ..models.inference import MASK_SIZE
 from ..models.precision import pick_devices
 from ..models.runtime import pick_precision, pick_runtime
 from ..models.views import View
-from .describing import ExtractionJob, LocalRun, readable_now
+from .describing import ExtractionJob, LocalRun, find_readable
 from .features import Features
 from .members import Member
 from .sharing import SharedRun, on_devices
@@ -100,11 +100,11 @@ class FeatureExtraction:
             opened = {folder: Store(folder, key) for folder, key in places}  # identical members share one
             stores = [opened[folder] for folder, _ in places]
             self._retry(members, stores, catalog, stamped)
-            lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
-            if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
+            missing = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
+            if missing or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
                 requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view))
+                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, missing, what, masks, view))
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -127,7 +127,7 @@ class FeatureExtraction:
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
         """Let stores forget unreadable pictures that can be read now: after a network error the stamp is still the same."""
         doubtful = [row for row, picture in enumerate(pictures) if any(picture in store.unreadable for store in stores)]
-        for row in readable_now(catalog, doubtful, max(member.extractor.size for member in members)):
+        for row in find_readable(catalog, doubtful, max(member.extractor.size for member in members)):
             for store in stores:
                 store.unreadable.pop(pictures[row], None)
 

@@ -36,9 +36,9 @@ class Store:
                 folder / "manifest.json", self.key, f"type another features=DIR, or delete {folder} to describe all anew"
             )
             for file in sorted(folder.glob("*.safetensors")):
-                self._note(int(file.stem), *_about(file))
+                self._register(int(file.stem), *_about(file))
 
-    def _note(self, shard: int, pictures: list[Picture], unreadable: Mapping[Picture, str]) -> None:
+    def _register(self, shard: int, pictures: list[Picture], unreadable: Mapping[Picture, str]) -> None:
         self._shards[shard] = pictures
         self.rows |= {picture: (shard, row) for row, picture in enumerate(pictures)}
         known = {**self.unreadable, **unreadable}
@@ -76,7 +76,7 @@ class Store:
                 arrays = {name: array[keep] for name, array in _arrays(file).items()}
                 pictures = [pictures[row] for row in keep]
                 _write(file, arrays, pictures, kept)
-            self._note(int(file.stem), pictures, kept)
+            self._register(int(file.stem), pictures, kept)
 
     def free_shards(self) -> Iterator[int]:
         """The numbers that no shard has, the lowest first.
@@ -90,12 +90,12 @@ class Store:
         shard = next(self.free_shards())
         file = self.file(shard)
         _write(file, arrays, pictures, unreadable)
-        self._note(shard, list(pictures), unreadable)
+        self._register(shard, list(pictures), unreadable)
         return file.stat().st_size
 
-    def note(self, shard: int) -> None:
+    def register(self, shard: int) -> None:
         """Add a shard that another process has written by `write_shard`."""
-        self._note(shard, *_about(self.file(shard)))
+        self._register(shard, *_about(self.file(shard)))
 
     def file(self, shard: int) -> Path:
         """The path of a shard, written or not."""
@@ -153,7 +153,7 @@ class Store:
         return result
 
 
-def holds(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
+def is_written(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
     """Whether a shard was written. Raises ValueError if it holds other pictures than these, or is damaged."""
     if not file.exists():
         return False
@@ -171,7 +171,7 @@ def write_shard(
     A shard with the same pictures is kept, as a worker believed dead may have written it. Raises ValueError if it has
     other pictures. Returns its size in bytes.
     """
-    if not holds(file, pictures, unreadable):
+    if not is_written(file, pictures, unreadable):
         _write(file, arrays, pictures, unreadable)
     return file.stat().st_size
 

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
             if tap not in modules:
                 near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
                 raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
-            modules[tap].register_forward_hook(partial(_keep, tap))  # a partial is copied with the network
+            modules[tap].register_forward_hook(partial(_store_output, tap))  # a partial is copied with the network
         patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
         self.patch: int | None = max(patch) if isinstance(patch, tuple) else patch
         try:
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
         return maps
 
 
-def _keep(tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+def _store_output(tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
     if _TAPPED.outputs is not None:
         _TAPPED.outputs[tap] = output
 
@@ -143,7 +143,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:12] or timm.list_models("resnet*")[:12]
         raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(near)}")
     if pretrained:
-        _give_up_early_without_hub()
+        _go_offline_without_hub()
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
@@ -156,7 +156,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _give_up_early_without_hub() -> None:
+def _go_offline_without_hub() -> None:
     """If the hub does not answer a short request, let its client use its cache only: it would retry for minutes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .together import SharedBatchNorm2d
+from .distributed import SharedBatchNorm2d
 
 
 class TopDownDecoder(nn.Module):

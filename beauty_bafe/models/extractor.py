@@ -138,9 +138,9 @@ class BackgroundAgnosticExtractor(nn.Module):
     def forward(self, pictures: Tensor) -> Extraction:
         """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction. Raises ValueError for others."""
         check_pictures(pictures)
-        return self.look(pictures)
+        return self.extract(pictures)
 
-    def look(self, pictures: Tensor) -> Extraction:
+    def extract(self, pictures: Tensor) -> Extraction:
         """(B, 3, S, S), uint8, or float of 0..255 as views.py makes them -> Extraction."""
         inputs = self.normalise(pictures)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

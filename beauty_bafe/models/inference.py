@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, check_pictures, resize_mask
 from .folding import fold_norms
-from .runtime import OpenVinoLook
-from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
+from .runtime import OpenVinoExtractor
+from .views import View, clamp_window, guided_filter, inverse_window, product_window, resize, sample_window
 
 log = logging.getLogger("beauty_bafe")
 
@@ -26,7 +26,7 @@ GPU_BATCH = 256  # pictures
 # On a CPU the maps of four pictures of 224 px stay in its caches: 1.7 times as fast as 16, 2 times as 64 (EfficientNet-Lite0).
 CPU_PIXELS = 4 * 224**2
 COMPILE_ABOVE = 60.0  # seconds of eager work per network and size; compiling takes 12 to 30 and halves the rest
-FEW = 500  # pictures that are not worth planning for
+PLAN_ABOVE = 500  # pictures that are not worth planning for
 
 
 class HalfPrecision(nn.Module):
@@ -43,7 +43,7 @@ class HalfPrecision(nn.Module):
         return self.layer(inputs.bfloat16()).float() + self.bias
 
 
-def halve(network: nn.Module) -> None:
+def to_bfloat16(network: nn.Module) -> None:
     """Let dense convolutions and linear layers multiply in bfloat16, in place; everything between stays float32.
 
     Depthwise convolutions and the stem stay float32: rounding their few weights costs EfficientNet-Lite0 ten times the
@@ -78,7 +78,7 @@ class Describer(nn.Module):
     ) -> None:
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
-        self.look: Callable[[Tensor], Extraction] = extractor.look
+        self.extract: Callable[[Tensor], Extraction] = extractor.extract
         self.sides, self.flip, self.view = [round(extractor.size * scale) for scale in scales], flip, view
         for side in set(self.sides) - {extractor.size}:
             try:
@@ -114,14 +114,16 @@ class Describer(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
-        whole = self.look(resize(pictures, self.extractor.size))
-        outputs, saliency = self._look(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
+        whole = self.extract(resize(pictures, self.extractor.size))
+        outputs, saliency = (
+            self._describe_view(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
+        )
         if self.masks:
             drawn = whole.saliency(MASK_SIZE) if saliency is None else resize_mask(saliency, MASK_SIZE)
             outputs.append((drawn[:, 0] * 255 + 0.5).to(torch.uint8))
         return outputs
 
-    def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
+    def _describe_view(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
         """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
         # The network's own size is enough to find the window and draw the mask, but not to cut the product out.
         side, pad = self.extractor.size if view.change is None else self.canvas, self.extractor.pad
@@ -130,15 +132,15 @@ class Describer(nn.Module):
         seen, known, window = pictures, whole, None
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
-            window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
-            seen = look_through(pictures, window, pad)
-            known = self.look(resize(seen, self.extractor.size))
+            window = torch.where(trusted[:, :, 0, 0], clamp_window(product_window(saliency, view.closer)), canvas)
+            seen = sample_window(pictures, window, pad)
+            known = self.extract(resize(seen, self.extractor.size))
             saliency = known.saliency(side)
         if self.masks or view.change is not None:
             if view.edges > 0:
                 saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)
             if window is not None:
-                saliency = look_through(saliency, look_back(window), 0)
+                saliency = sample_window(saliency, inverse_window(window), 0)
         if view.change is None:
             outputs = self._describe(seen, known)
         else:
@@ -153,9 +155,9 @@ class Describer(nn.Module):
         extractions = []
         for side in self.sides:
             seen = resize(pictures, side)
-            extractions.append(known if known is not None and side == self.extractor.size else self.look(seen))
+            extractions.append(known if known is not None and side == self.extractor.size else self.extract(seen))
             if self.flip:
-                extractions.append(self.look(seen.flip(3)))
+                extractions.append(self.extract(seen.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]
@@ -166,23 +168,23 @@ class Describer(nn.Module):
 class Engine:
     """Runs a Describer in batches of one fixed size, so that a picture's descriptor does not depend on its neighbours.
 
-    `precision`: "32-true", or "bf16-mixed" for `halve`. `batch`: pictures a batch, None for the device's own choice;
+    `precision`: "32-true", or "bf16-mixed" for `to_bfloat16`. `batch`: pictures a batch, None for the device's own choice;
     halved when memory runs out. `runtime`: openvino, torch, compiled (torch.compile), or auto: `plan` decides between these.
     """
 
     def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, runtime: str) -> None:
         self.device, self.runtime = device, runtime
-        self.batch = batch or suitable_batch(device, describer.canvas)
+        self.batch = batch or default_batch_size(device, describer.canvas)
         self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
         if not describer.masks and describer.view is None:
             taps = len(describer.extractor.backbone.channels)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
         if runtime == "openvino":
-            describer.look = OpenVinoLook(describer.extractor, precision)
+            describer.extract = OpenVinoExtractor(describer.extractor, precision)
         elif precision == "bf16-mixed":
             size = describer.extractor.size
             fold_norms(describer.extractor, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            halve(describer.extractor)
+            to_bfloat16(describer.extractor)
             describer.extractor.to(memory_format=torch.channels_last)
         self.describer.to(device)
         self._run: Callable[[Tensor], list[Tensor]] = self.describer
@@ -191,10 +193,10 @@ class Engine:
     def plan(self, pictures: int) -> float:
         """Forecast the seconds that `pictures` take as things stand; above `COMPILE_ABOVE` plan to compile, if it can be."""
         seconds = 0.0
-        if pictures > FEW:
-            self._try()
+        if pictures > PLAN_ABOVE:
+            self._dry_run()
             start = time.perf_counter()
-            self._try()
+            self._dry_run()
             seconds = (time.perf_counter() - start) / self.batch * pictures
         if self.runtime == "auto":
             compiling = seconds > COMPILE_ABOVE * self.describer.passes and _compiler_is_there(self.device)
@@ -207,7 +209,7 @@ class Engine:
 
     def widths(self) -> list[int]:
         """Dimensions of each pooling's descriptor."""
-        return [output.shape[1] for output in self._try()[: len(self.describer.poolings)]]
+        return [output.shape[1] for output in self._dry_run()[: len(self.describer.poolings)]]
 
     def compile(self) -> float:
         """Compile if planned; returns the seconds it took. Raises RuntimeError where PyTorch finds no compiler."""
@@ -219,14 +221,14 @@ class Engine:
         # Weights become constants, which lets the compiler lay them out for this processor.
         self._run = torch.compile(self.describer, dynamic=False, options={"freezing": True})
         try:
-            self._try()
+            self._dry_run()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
                 f"torch.compile failed here ({str(error).splitlines()[0][:200]}); type extraction.runtime=torch"
             ) from error
         return time.perf_counter() - start
 
-    def _try(self) -> list[Tensor]:
+    def _dry_run(self) -> list[Tensor]:
         size = self.describer.canvas
         return self(torch.zeros(self.batch, 3, size, size, dtype=torch.uint8))
 
@@ -256,7 +258,7 @@ class Engine:
         return [torch.cat(parts) for parts in zip(*done, strict=True)]
 
 
-def suitable_batch(device: str, side: int) -> int:
+def default_batch_size(device: str, side: int) -> int:
     """Pictures of `side` pixels that a device does best to look at together."""
     return GPU_BATCH if device != "cpu" else 1 << max(0, min(6, (CPU_PIXELS // side**2).bit_length() - 1))
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone
+from .distributed import gather_rows
 from .extractor import Extraction, resize_mask
 from .module import SaliencyModule
 from .objectives import contrast_loss, distillation_loss, overlap_loss
 from .pooling import gem
-from .together import gather_rows
 
 log = logging.getLogger("beauty_bafe")
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import gather_rows
 from .exported import PREFIX, read_network
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .fast_training import optimize_for_training
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
-from .together import gather_rows
 
 
 class SaliencyModule(pl.LightningModule):
@@ -32,7 +32,7 @@ class SaliencyModule(pl.LightningModule):
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
-        self._held_back: list[dict[str, Tensor]] = []
+        self._held_out: list[dict[str, Tensor]] = []
         self._others: list[dict[str, Tensor]] = []
 
     def describe(self, extraction: Extraction) -> Tensor:
@@ -72,7 +72,7 @@ class SaliencyModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._held_back, self._others = [], []
+        self._held_out, self._others = [], []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Held-back photos and their street views (first loader); training photos as distractors (second loader)."""
@@ -88,15 +88,15 @@ class SaliencyModule(pl.LightningModule):
         # Of the street views only, as masks of photos are easy.
         kept |= {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean(dim=1) for key, value in found.items()}
         kept["loss"] = self.validation_loss(extraction, label).expand(len(pictures))  # their mean is the batch's
-        self._held_back.append(kept)
+        self._held_out.append(kept)
 
     def on_validation_epoch_end(self) -> None:
-        held_back = _of_all_processes(self._held_back)
-        vectors = held_back.pop("vectors")
+        held_out = _gather_batches(self._held_out)
+        vectors = held_out.pop("vectors")
         clean, street = vectors[:, 0], vectors[:, 1:]
-        gallery = torch.cat([clean, *([_of_all_processes(self._others)["vectors"][:, 0]] if self._others else [])])
+        gallery = torch.cat([clean, *([_gather_batches(self._others)["vectors"][:, 0]] if self._others else [])])
         own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
-        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_back
+        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_out
         for key, value in values.items():  # the same in all processes
             self.log(f"val/{key}", value.mean(), prog_bar=key == "mAP@7", sync_dist=True)
 
@@ -108,7 +108,7 @@ class SaliencyModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _gather_batches(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join batches over all processes: each row once, sorted by `row`, which is left out."""
     joined = {key: gather_rows(torch.cat([part[key] for part in parts])) for key in parts[0]}
     rows = joined.pop("row").tolist()

@@ -14,7 +14,7 @@ from .inference import Describer
 
 OPSET = 20  # the first whose GridSample and AffineGrid the exporter uses for the second look
 BATCHES = (1, 2, 7)  # a batch size that became a constant fails at one of them
-LEAST_COSINE, MOST_OFF = 0.9999, 1  # of descriptors; of masks, of 255
+MIN_COSINE, MAX_MASK_DIFFERENCE = 0.9999, 1  # of descriptors; of masks, of 255
 
 
 class Agreement(NamedTuple):
@@ -75,10 +75,10 @@ def check_onnx(file: Path, describer: Describer, pictures: Iterable[Tensor]) -> 
         off = int((found[1].int() - masks.int()).abs().max())
         worst = Agreement(min(worst.cosine, cosine), max(worst.mask, off), worst.pictures + len(batch))
         # Not the other way round, which lets NaN pass.
-        if not (cosine >= LEAST_COSINE and off <= MOST_OFF):
+        if not (cosine >= MIN_COSINE and off <= MAX_MASK_DIFFERENCE):
             raise RuntimeError(
                 f"onnxruntime differs from PyTorch among pictures {worst.pictures - len(batch) + 1} to {worst.pictures}: "
-                f"cosine {cosine:.6f}, allowed from {LEAST_COSINE}; mask {off}/255, allowed to {MOST_OFF}/255"
+                f"cosine {cosine:.6f}, allowed from {MIN_COSINE}; mask {off}/255, allowed to {MAX_MASK_DIFFERENCE}/255"
             )
     return worst
 

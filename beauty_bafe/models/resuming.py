@@ -67,18 +67,18 @@ def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], che
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key.startswith("model."), key)):  # objectives change models
         if key not in old:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' is of an older version, which did not store {key} (now {_typed(new[key])}), so the "
-                f"result may not be the same; resume it with the version that started it, {anew}"
+                f"ckpt_path='{checkpoint}' is of an older version, which did not store {key} "
+                f"(now {_format_value(new[key])}), so the result may not be the same; resume it with the version that started it, {anew}"
             )
         if key not in new:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {key}={_typed(old[key])}, a setting that no longer exists; "
+                f"ckpt_path='{checkpoint}' was trained with {key}={_format_value(old[key])}, a setting that no longer exists; "
                 f"resume it with the command and the version that started it, {anew}"
             )
         if old[key] != new[key]:
-            was = f"{key}={_typed(old[key])}"
+            was = f"{key}={_format_value(old[key])}"
             raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {was}, now it is {_typed(new[key])}; type {was}, {anew}"
+                f"ckpt_path='{checkpoint}' was trained with {was}, now it is {_format_value(new[key])}; type {was}, {anew}"
             )
 
 
@@ -94,6 +94,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _typed(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as typed on the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openvino import CompiledModel, Core, InferRequest
 
 RUNTIMES = ("auto", "torch", "compiled", "openvino")
-_ONE_AT_A_TIME = threading.Lock()  # tracing is not thread-safe, and two threads must not both create a core
+_LOCK = threading.Lock()  # tracing is not thread-safe, and two threads must not both create a core
 
 
 def pick_runtime(runtime: str, device: str) -> str:
@@ -47,20 +47,20 @@ def pick_precision(precision: str, device: str, runtime: str) -> str:
 
 
 class _Flat(nn.Module):
-    """`BackgroundAgnosticExtractor.look` with a tuple of tensors as its output, as tracing needs."""
+    """`BackgroundAgnosticExtractor.extract` with a tuple of tensors as its output, as tracing needs."""
 
     def __init__(self, extractor: BackgroundAgnosticExtractor) -> None:
         super().__init__()
         self.extractor = extractor
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        found = self.extractor.look(pictures)
+        found = self.extractor.extract(pictures)
         self.counts = len(found.masks), len(found.taps), None if found.logits is None else len(found.logits)
         return *found.masks, *found.taps, found.last, *(found.logits or [])
 
 
-class OpenVinoLook:
-    """`BackgroundAgnosticExtractor.look` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
+class OpenVinoExtractor:
+    """`BackgroundAgnosticExtractor.extract` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
 
     `precision`: 32-true or bf16-mixed, in which all layers are rounded. Each shape of pictures is converted at its first use,
     which takes some seconds. Raises RuntimeError for a network that OpenVINO cannot convert, and in a process forked from one
@@ -76,7 +76,7 @@ class OpenVinoLook:
 
     def __call__(self, pictures: Tensor) -> Extraction:
         """(B, 3, S, S), uint8, or float of 0..255 -> Extraction."""
-        with _ONE_AT_A_TIME:
+        with _LOCK:
             process, core = _core()
         if process != os.getpid():  # OpenVINO's threads do not exist in a forked child, which would wait for them forever
             raise RuntimeError(
@@ -84,7 +84,7 @@ class OpenVinoLook:
                 "extraction.runtime=torch"
             )
         shape = tuple(pictures.shape)
-        with _ONE_AT_A_TIME:
+        with _LOCK:
             if shape not in self._models:
                 self._models[shape], self._free[shape] = self._convert(core, shape), queue.SimpleQueue()
         try:

@@ -17,9 +17,9 @@ from .descriptor import describe_partial
 from .extractor import resize_mask
 
 VERSION = 3  # counts up when the same settings give other descriptors
-MOST = 0.9  # of the picture; a mask that covers more has found nothing
+MAX_SHARE = 0.9  # of the picture; a mask that covers more has found nothing
 EDGE_STRIDE = 8  # pixels a cell of the grid on which edges are looked for
-FAINT = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge
+REGULARISATION = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge
 STEEPNESS = 3.0  # what colours can tell apart only in part comes out between 0 and 1
 
 
@@ -64,7 +64,7 @@ class View:
     def trusts(self, saliency: Tensor) -> Tensor:
         """Which masks, float (B, 1, S, S), can be right: bool (B, 1, 1, 1)."""
         share = (saliency > 0.5).float().mean(dim=(1, 2, 3), keepdim=True)
-        return ((share > self.least) & (share < MOST)) | (self.least == 0)
+        return ((share > self.least) & (share < MAX_SHARE)) | (self.least == 0)
 
 
 def resize(pictures: Tensor, side: int) -> Tensor:
@@ -103,13 +103,13 @@ def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
 
 
 def _solve(covariance: list[Tensor], wanted: Tensor) -> Tensor:
-    """x of (C + FAINT I) x = `wanted`, (B, 3, H, W), at each place; C's rows, (B, 3, H, W) each, are `covariance`.
+    """x of (C + REGULARISATION I) x = `wanted`, (B, 3, H, W), at each place; C's rows, (B, 3, H, W) each, are `covariance`.
 
     By elimination, as LDL: grey pictures make C nearly singular, and an inverse by cross products is then off by percents.
     """
     (xx, xy, xz), (_, yy, yz), (_, _, zz) = (row.split(1, dim=1) for row in covariance)
     x, y, z = wanted.split(1, dim=1)
-    xx, yy, zz = xx + FAINT, yy + FAINT, zz + FAINT
+    xx, yy, zz = xx + REGULARISATION, yy + REGULARISATION, zz + REGULARISATION
     yx, zx = xy / xx, xz / xx
     yy, yz, y = yy - yx * xy, yz - yx * xz, y - yx * x
     zy = yz / yy
@@ -133,7 +133,7 @@ def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None
 
 def cut_out(pictures: Tensor, saliency: Tensor, pad: int, fill: float) -> Tensor:
     """`whiten`, then move and scale the product so that its longer side fills `fill` of the canvas, as in catalogue photos."""
-    return look_through(whiten(pictures, saliency, pad, None), product_window(saliency, 1 / fill), pad)
+    return sample_window(whiten(pictures, saliency, pad, None), product_window(saliency, 1 / fill), pad)
 
 
 def product_window(saliency: Tensor, margin: float) -> Tensor:
@@ -168,19 +168,19 @@ def _first(values: Tensor) -> Tensor:
     return torch.where(inside.any(dim=1, keepdim=True), at - 0.5 + (0.5 - below) / (above - below), 0)
 
 
-def move_inside(window: Tensor) -> Tensor:
+def clamp_window(window: Tensor) -> Tensor:
     """The window moved, and made smaller if need be, so that it does not reach beyond the canvas."""
     side = window[:, 2:].clamp(max=1)
     return torch.cat([torch.minimum(torch.maximum(window[:, :2], side - 1), 1 - side), side], dim=1)
 
 
-def look_back(window: Tensor) -> Tensor:
+def inverse_window(window: Tensor) -> Tensor:
     """The window through which what was seen through `window` is put back to its place."""
     middle, side = window[:, :2], window[:, 2:]
     return torch.cat([-middle, torch.ones_like(side)], dim=1) / side
 
 
-def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
+def sample_window(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
     """What is seen through a window (see `product_window`), enlarged to the canvas: (B, C, S, S) -> float (B, C, S, S).
 
     `outside`: the value beyond the canvas.

@@ -115,8 +115,8 @@ def test_validation_pictures_never_change(module) -> None:
 
 def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
     data = module("data.val_max=3")
-    held_back, others = data.val_dataloader()
-    seen = torch.cat([batch["pictures"] for batch in held_back])
+    held_out, others = data.val_dataloader()
+    seen = torch.cat([batch["pictures"] for batch in held_out])
     assert seen.shape == (3, 5, 3, 64, 64), "each with four street views"
     assert all(len(item.flatten(1).unique(dim=0)) == 5 for item in seen), "no two of them the same"
     pictures = torch.cat([batch["pictures"] for batch in others])[:, 0]

@@ -15,7 +15,7 @@ import pytest
 
 from beauty_bafe.data.catalog import Skipped, from_folder, from_shards, open_catalog
 from beauty_bafe.data.pictures import UnreadablePicture, read_picture
-from beauty_bafe.data.places import BrokenShard, Place, Remote, is_url, stamp
+from beauty_bafe.data.places import BrokenShard, Place, RemoteFile, is_url, stamp
 from beauty_bafe.data.shards import make_shards
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
@@ -61,14 +61,14 @@ def test_a_url_is_the_folder_it_names(folder: Path, url: str) -> None:
     assert [pixels(place) for place in found.paths] == [pixels(path) for path in loose.paths]
     assert found.fingerprint() == loose.fingerprint()
     assert open_catalog(f"{url}/") == found
-    assert all(is_url(str(place)) and Remote(str(place)).stamp() == place.stamp() for place in found.paths)
+    assert all(is_url(str(place)) and RemoteFile(str(place)).stamp() == place.stamp() for place in found.paths)
 
 
 def test_what_lies_at_a_url_is_asked_for_once(bucket: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket answers in tens of milliseconds, and there are millions of pictures."""
     bucket.put(f"{folder}/", "/bucket/shop/", recursive=True)
     listed = open_catalog("memory://bucket/shop").paths[0]
-    alone = Remote(str(listed))
+    alone = RemoteFile(str(listed))
     before = stamp(alone)
     monkeypatch.setattr(type(bucket), "info", None)
     assert stamp(listed) == stamp(alone) == before
@@ -95,7 +95,7 @@ def test_a_picture_that_changed_has_another_stamp(url: str) -> None:
     assert after == before
     assert stamp(after) != stamp(before)
     system.rm(path)
-    assert stamp(Remote(str(before))) == "missing"
+    assert stamp(RemoteFile(str(before))) == "missing"
     with pytest.raises(UnreadablePicture, match="no such file"):
         read_picture(before)
 

@@ -25,7 +25,7 @@ from beauty_bafe.commands.shards import shards
 from beauty_bafe.data.catalog import Catalog, from_folder, from_shards, open_catalog
 from beauty_bafe.data.datamodule import SaliencyDataModule
 from beauty_bafe.data.pictures import read_picture
-from beauty_bafe.data.places import BrokenShard, Packed, locate, stamp
+from beauty_bafe.data.places import BrokenShard, ShardMember, locate, stamp
 from beauty_bafe.data.shards import make_shards
 from beauty_bafe.retriever import Retriever
 
@@ -125,12 +125,12 @@ def test_the_cache_looks_at_no_photo_twice(shop: Path, tmp_path: Path, module, m
     cache = f"data.cache={tmp_path / 'cache'}"
     first = module("shards", tmp_path / "shards", cache)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("beauty_bafe.data.datamodule.try_photo", lambda path, **_: pytest.fail(f"{path} again"))
+    monkeypatch.setattr("beauty_bafe.data.datamodule.inspect_photo", lambda path, **_: pytest.fail(f"{path} again"))
     again = module("shards", Path("shards"), cache)
     assert torch.equal(again.train_set[(0, 3)]["pictures"], first.train_set[(0, 3)]["pictures"])
 
 
-def read(place: Packed) -> int:
+def read(place: ShardMember) -> int:
     return int(read_picture(place).rgb.sum())
 
 
@@ -273,7 +273,7 @@ def test_shards_are_a_gallery(shop: Path, tmp_path: Path, tiny_checkpoint: Path,
 
 
 def test_a_place_is_found_again_by_its_name(tmp_path: Path) -> None:
-    place = Packed(str(tmp_path / "a#1+2=3" / "photos-000001.tar"), "000000007.jpg", 512, 40, 7)
+    place = ShardMember(str(tmp_path / "a#1+2=3" / "photos-000001.tar"), "000000007.jpg", 512, 40, 7)
     assert locate(str(place), Path("elsewhere")) == place
     assert locate("photos-000001.tar/000000007.jpg#512+40=00000007", tmp_path / "a#1+2=3") == place
     assert (place.name, place.size, stamp(place)) == ("000000007.jpg", 40, "40-00000007")

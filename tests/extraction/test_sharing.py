@@ -128,7 +128,7 @@ def test_a_shard_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
     assert file.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"another run has written '.*000000.safetensors' since this one began"):
         write_shard(file, [("b", "1")], arrays, {})
-    store.note(0)
+    store.register(0)
     assert store.read([("a", "1")])["vectors"].tolist() == [[1, 1]]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from beauty_bafe.models import inference
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, halve
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, to_bfloat16
 from beauty_bafe.models.pooling import gem, spoc
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
@@ -46,7 +46,7 @@ def test_halving_leaves_sensitive_layers_alone(name: str) -> None:
     torch.manual_seed(0)
     network = timm.create_model(name).eval()
     whole = copy.deepcopy(network)
-    halve(network)
+    to_bfloat16(network)
     halved = [module.layer for module in network.modules() if isinstance(module, HalfPrecision)]
     assert halved
     for module in network.modules():

@@ -8,19 +8,19 @@ import numpy as np
 from .base import Sample, paste
 from .hand_drawing import BAND, FINGER, FLESH, INDEX, PALM, SLEEVE, STEPS, THUMB, TIP, Drawing, Grip, Part, blend
 
-MOST_HIDDEN = 0.36  # share of the product: with more of it under the fingers, the picture says too little about it
-LEAST_PIXELS = 60  # product pixels; a smaller product gives no edge to hold
+MAX_HIDDEN = 0.36  # share of the product: with more of it under the fingers, the picture says too little about it
+MIN_PIXELS = 60  # product pixels; a smaller product gives no edge to hold
 
 
-def hold(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sample:
+def paste_in_hand(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sample:
     """Lay a product over a canvas, uint8 (S, S, 3), held by a drawn hand; the mask is what stays visible of the product.
 
-    `product` is of the canvas's size. At most MOST_HIDDEN of it is covered. One too small to hold is pasted alone.
+    `product` is of the canvas's size. At most MAX_HIDDEN of it is covered. One too small to hold is pasted alone.
     """
     size = canvas.shape[0]
     shrink = max(1, size // 40)  # the mask's outline is only needed roughly
     points = cv2.findNonZero((product.mask[::shrink, ::shrink] > 127).astype(np.uint8))
-    if points is None or len(points) * shrink**2 < LEAST_PIXELS or len(points) < 8:
+    if points is None or len(points) * shrink**2 < MIN_PIXELS or len(points) < 8:
         return Sample(paste(canvas, product), product.mask.copy())
     grip = _find_grip(points * shrink, size, rng)
     total = product.mask.sum(dtype=np.int64)
@@ -29,7 +29,7 @@ def hold(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sampl
         hand = Drawing(parts, grip, size)
         visible = product.mask.copy()
         visible[hand.window] = cv2.multiply(visible[hand.window], 255 - hand.front, scale=1 / 255)
-        if visible.sum(dtype=np.int64) >= (1 - MOST_HIDDEN) * total:
+        if visible.sum(dtype=np.int64) >= (1 - MAX_HIDDEN) * total:
             break
         grip = grip._replace(unit=grip.unit * 0.78, width=grip.width / 0.78)
     light = rng.normal((0, -0.8), 0.6)  # where it comes from: rather from above

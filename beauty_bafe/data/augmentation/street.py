@@ -11,7 +11,7 @@ import numpy as np
 from ..backgrounds import procedural_background, random_color
 from .base import Sample, Surroundings, affine, paste, run
 from .camera import glare, jpeg, low_resolution, motion_blur, sensor_noise, sharpen, tone_curve, white_balance
-from .hands import hold
+from .hands import paste_in_hand
 from .shelves import draw_shelf
 from .solids import as_solid
 
@@ -100,7 +100,7 @@ class StreetAugmentation:
         if rng.random() < self.camera["glare"]:
             product = Sample(glare(*product, rng), product.mask)
         if rng.random() < self.hand:
-            canvas, mask = hold(canvas, product, rng)
+            canvas, mask = paste_in_hand(canvas, product, rng)
         else:
             canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
 
