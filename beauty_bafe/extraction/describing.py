@@ -32,7 +32,7 @@ from .store import Picture, Store
 
 log = logging.getLogger("beauty_bafe")
 
-CHUNK = 32  # pictures that a loader hands to the network at once; a whole batch if that is more
+CHUNK = 32  # pictures that a loader passes to the network at once; a whole batch if that is more
 
 
 class Settings(EngineSettings, Protocol):
@@ -45,10 +45,10 @@ class Settings(EngineSettings, Protocol):
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """The pictures numbered `missing`, to be described for every store that lacks them.
+    """Describes the pictures numbered `missing` for every store that lacks them.
 
     `requested`: network and pooling of each store, in the order of `stores`. `pictures`: id and stamp of every picture of
-    `catalog`. `what` names them in messages. `masks`, `view`: see FeatureExtraction.
+    `catalog`. `what` describes them in messages. `masks`, `view`: see FeatureExtraction.
     """
 
     settings: Settings
@@ -67,14 +67,14 @@ class ExtractionJob:
 
 
 class LocalRun:
-    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk or memory will not suffice."""
+    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk space or memory is insufficient."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self.job, settings = job, job.settings
         numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
         for number, (extractor, _) in enumerate(job.requested):
             numbers.setdefault(extractor, []).append(number)
-        # A network all of whose stores are complete has nothing to do.
+        # Networks whose stores are all complete are skipped.
         members = {
             number: job.requested[number]
             for same in numbers.values()
@@ -118,7 +118,7 @@ class LocalRun:
                     shard_rows, reasons, [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)], network
                 )
             writing += time.perf_counter() - before
-        next(loaded, None)  # lets the progress bar end
+        next(loaded, None)  # completes the progress bar
         network_time = sum(network.engine.seconds for network in self.networks)
         expected = f" (forecast {forecast:.0f} s)" if forecast else ""
         log.info(
@@ -147,10 +147,10 @@ class LocalRun:
         return seconds
 
     def _forecast(self, seconds: float) -> None:
-        """Print the time and space needed. Raises ValueError if disk or memory will not suffice."""
+        """Print the time and space needed. Raises ValueError if disk space or memory is insufficient."""
         job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
         count, masks = len(job.missing), len(widths) * MASK_SIZE**2 if job.masks else 0
-        # To search: the descriptors, their ensemble, and its rounded copy.
+        # For search: the descriptors, their ensemble, and its rounded copy.
         disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
         memory = 10 * sum(widths) * len(job.pictures)
         how = ", less when compiled" if any(network.engine.runtime == "compiled" for network in self.networks) else ""
@@ -205,7 +205,7 @@ def stored_arrays(
 
 
 def find_readable(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
-    """Which of the pictures numbered `rows` can be read (at about `size` pixels, to save time)."""
+    """Those of the pictures numbered `rows` that can be read (at about `size` pixels, to save time)."""
 
     def readable(row: int) -> bool:
         try:
@@ -245,7 +245,7 @@ def collate(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor],
 
 
 def check_space(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
-    """Raise ValueError if this machine has fewer bytes left than `disk` or `memory`."""
+    """Raise ValueError if fewer than `disk` bytes of disk space or `memory` bytes of memory are free."""
     place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
     if disk > free:

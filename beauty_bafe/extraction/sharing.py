@@ -1,4 +1,4 @@
-"""Describe pictures by several workers, each of which describes and writes whole shards."""
+"""Describe pictures with several workers, each of which describes and writes whole shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger("beauty_bafe")
 
 
 class Shard(NamedTuple):
-    """Pictures that are described together. `files`: number of each store that lacks some -> the file to write, their rows."""
+    """Pictures that are described together. `files`: number of each store that lacks some -> (file to write, missing rows)."""
 
     number: int
     pictures: Sequence[Picture]
@@ -51,7 +51,7 @@ class Worker(NamedTuple):
     plans: Mapping[int, Mapping[str, Any]]
 
     def start(self, device: str, threads: int) -> ShardDescriber:
-        """Load the networks on a device; pictures are decoded in so many threads."""
+        """Load the networks on a device; pictures are decoded in `threads` threads."""
         settings = copy.copy(self.settings)
         settings.device = device
         return ShardDescriber(self, settings, threads)
@@ -68,7 +68,7 @@ class ShardDescriber:
             network.engine.compile()
 
     def __call__(self, shard: Shard) -> int:
-        """Describe a shard and write its files; returns their size in bytes. Files of a worker that died are kept."""
+        """Describe a shard and write its files; returns their size in bytes. Files written by a worker that died are kept."""
         left = {
             number: (file, rows)
             for number, (file, rows) in shard.files.items()
@@ -115,7 +115,7 @@ Run = Callable[[Worker, Sequence[Shard]], Iterable[tuple[int, int]]]
 
 
 class SharedRun:
-    """Runs an ExtractionJob by several workers. Networks are compiled only if `settings.runtime` is compiled."""
+    """Runs an ExtractionJob with several workers. Networks are compiled only if `settings.runtime` is compiled."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self.job = job

@@ -1,4 +1,4 @@
-"""What the processes of a distributed training share to learn what one process would: negatives and batch statistics."""
+"""Negatives and batch statistics shared by all processes, so that distributed training equals training in one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Rows (N, ...) of this process -> (P N, ...) of all P, in the order of their ranks; N must be the same in each.
 
     A row's gradient is the sum of its gradients in all processes. As DDP then takes the mean over processes, a loss that each
-    computes from all rows has the gradient that it would have in one process.
+    computes from all rows has the same gradient as in one process.
     """
     if world_size() == 1:
         return rows
@@ -45,7 +45,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(inputs.device.type, enabled=False):
             values = inputs.float()
             mean = cast(Tensor, all_reduce(values.mean((0, 2, 3)))) / world_size()
-            centred = values - mean.view(1, -1, 1, 1)  # the mean of squares minus the squared mean would lose digits
+            centred = values - mean.view(1, -1, 1, 1)  # the mean of squares minus the squared mean would lose precision
             variance = cast(Tensor, all_reduce(centred.square().mean((0, 2, 3)))) / world_size()
             scale = self.weight * (variance + self.eps).rsqrt()
             outputs = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)

@@ -20,7 +20,7 @@ def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
     Batch norms scale the weights of their convolution at every step instead of its output, and depthwise convolutions under
-    bfloat16 autocast on a CPU compute their gradients in the ways that oneDNN is fast at.
+    bfloat16 autocast on a CPU compute their gradients in ways that are fast in oneDNN.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
@@ -52,9 +52,9 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> 
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution in bfloat16 with fast gradients.
 
-    In bfloat16, oneDNN is up to twenty times slower than in float32 at the gradient of the inputs for strides above 1, and
-    at that of the weights for kernels wider than 3; that of the bias takes up to a third of the total time. So the first is
-    computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
+    In bfloat16, oneDNN computes the gradient of the inputs for strides above 1, and that of the weights for kernels wider
+    than 3, up to twenty times slower than in float32; that of the bias takes up to a third of the total time. So the first
+    is computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ def _weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: l
 
 
 def _apply_children(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
-    """The dropout and activation inside timm's norms."""
+    """Apply the dropout and activation inside timm's norms."""
     for part in norm.children():
         inputs = part(inputs)
     return inputs

@@ -134,7 +134,7 @@ def test_a_forked_process_is_told_and_nothing_is_reported_elsewhere(tmp_path: Pa
     environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "start it by spawn instead, or type extraction.runtime=torch" in done.stdout
+    assert "start it with spawn instead, or type extraction.runtime=torch" in done.stdout
     assert not (tmp_path / "intel").exists()
 
 

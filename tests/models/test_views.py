@@ -111,7 +111,7 @@ def test_a_network_of_one_size_refuses_scales() -> None:
         "vit_tiny_patch16_224", ["blocks.0"], "norm", 64, hidden=4, pretrained=False, options=options
     ).eval()
     Describer(transformer, POOLINGS, masks=False, scales=[1.0])
-    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network takes pictures of 64 px alone"):
+    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network accepts only pictures of 64 px"):
         Describer(transformer, POOLINGS, masks=False, scales=[0.5])
 
 
