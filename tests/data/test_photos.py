@@ -83,7 +83,7 @@ def test_a_changed_photo_is_inspected_again(shop: Catalog, tmp_path: Path) -> No
     cache.fill(shop, Inspector())
     shop.paths[2].write_bytes(shop.paths[3].read_bytes())
     os.utime(shop.paths[2], (1, 1))
-    with pytest.raises(ValueError, match="changed while it was trained on"):
+    with pytest.raises(ValueError, match="changed during training"):
         cache(shop.paths[2])
     inspect = Inspector()
     cache.fill(shop, inspect)

@@ -120,7 +120,7 @@ def test_training_draws_the_samples_of_the_files(shop: Path, tmp_path: Path, mod
     packed.load_state_dict(loose.state_dict())  # a run that began on the files goes on
 
 
-def test_the_cache_looks_at_no_photo_twice(shop: Path, tmp_path: Path, module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_inspects_no_photo_twice(shop: Path, tmp_path: Path, module, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(shop, tmp_path / "shards")
     cache = f"data.cache={tmp_path / 'cache'}"
     first = module("shards", tmp_path / "shards", cache)
@@ -199,7 +199,7 @@ def test_killed_in_the_middle_and_the_same_command_again(
     finally:
         run.kill()
         run.wait()
-    with pytest.raises(ValueError, match=r"holds no shards, or not all yet; type beauty-bafe shards pictures=GALLERY"):
+    with pytest.raises(ValueError, match=r"contains no shards, or is incomplete; type beauty-bafe shards pictures=GALLERY"):
         from_shards(folder)
     kept = {file: file.stat().st_mtime_ns for file in folder.glob("photos-*.json")}
     assert folder / f"{waiting}.json" not in kept
@@ -221,7 +221,7 @@ def test_stopped_while_shards_are_replaced(shop: Path, tmp_path: Path, monkeypat
         )
         with pytest.raises(OSError, match=r"could not write .*photos-\d+.tar': No space left; is the disk full"):
             pack(shop, tmp_path / "shards")
-    with pytest.raises(ValueError, match="holds no shards, or not all yet"):
+    with pytest.raises(ValueError, match="contains no shards, or is incomplete"):
         from_shards(tmp_path / "shards")
     assert pack(shop, tmp_path / "shards").ids == from_folder(shop).ids
 
@@ -229,9 +229,9 @@ def test_stopped_while_shards_are_replaced(shop: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda tar: tar.unlink(), r"photos-000001.tar' is not there; .*delete it and type beauty-bafe shards .* output_dir="),
-        (lambda tar: tar.with_suffix(".json").unlink(), r"photos-000001.json' is not there"),
-        (lambda tar: tar.write_bytes(tar.read_bytes()[:-512]), r"photos-000001.tar' has \d+ bytes, \d+ were written; copy it"),
+        (lambda tar: tar.unlink(), r"photos-000001.tar' is missing; .*delete it and type beauty-bafe shards .* output_dir="),
+        (lambda tar: tar.with_suffix(".json").unlink(), r"photos-000001.json' is missing"),
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:-512]), r"photos-000001.tar' has \d+ bytes instead of \d+; copy it"),
     ],
 )
 def test_a_shard_that_is_missing_or_cut_short(
@@ -249,11 +249,13 @@ def test_other_bytes_are_no_picture_that_cannot_be_read(shop: Path, tmp_path: Pa
     tar = tmp_path / "shards" / "photos-000001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
-    with pytest.raises(BrokenShard, match=r"photos-000001.tar' holds other bytes where 000000005.jpg was; copy it again"):
+    with pytest.raises(
+        BrokenShard, match=r"photos-000001.tar' contains other bytes in the place of 000000005.jpg; copy it again"
+    ):
         module("shards", tmp_path / "shards")
     catalog = open_catalog(tmp_path / "shards")
     tar.unlink()
-    with pytest.raises(BrokenShard, match="is not there"):
+    with pytest.raises(BrokenShard, match="is missing"):
         catalog.read(5)
 
 
