@@ -13,7 +13,7 @@ import torch
 
 from ..data.pictures import letterbox
 from ..extraction.features import unit
-from ..models.views import View, move_inside, product_window
+from ..models.views import View, clamp_window, product_window
 
 DETAIL = 2  # a closer look is cut from a picture of so many times the canvas, so that small products stay sharp
 LEAST = 0.005  # share of the picture; a smaller mask must be wrong
@@ -82,7 +82,7 @@ def look_closer(
     if closer is not None:
         saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
         if View(closer=closer, least=LEAST).trusts(saliency):
-            window = move_inside(product_window(saliency, closer))[0].tolist()
+            window = clamp_window(product_window(saliency, closer))[0].tolist()
             return _look_through(window, letterbox(rgb, DETAIL * size), mask, size)
     return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
 
