@@ -88,10 +88,11 @@ class MemoryExtraction:
                 except UnreadablePicture as error:
                     return str(error)
 
+            each = threads.map if len(pictures) > 1 else map  # starting a thread takes longer than it would save
             for start in range(0, len(pictures), CHUNK):
                 rows = range(start, min(start + CHUNK, len(pictures)))
                 good = []
-                for row, views in zip(rows, threads.map(prepare, rows), strict=True):
+                for row, views in zip(rows, each(prepare, rows), strict=True):
                     if isinstance(views, str):
                         broken.add(pictures.files, row, views)
                     else:
