@@ -69,7 +69,7 @@ def write_card(
             else "Describe gallery and queries with `model.onnx`."
         ),
         "",
-        "| file | S | looks at | lowest cosine | largest mask difference | pictures |",
+        "| file | S | input | lowest cosine | largest mask difference | pictures |",
         "| --- | --- | --- | --- | --- | --- |",
         *agreement,
         "",

@@ -57,7 +57,7 @@ class ExactIndex(MemoryIndex):
                 "index.first_pass=int8 needs index.device=cpu and index.metric=ip or l2; type index.first_pass=auto"
             )
         half = fastest_precision(self.device).startswith("bf16") if first_pass in ("auto", "int8") else first_pass == "bfloat16"
-        # L1 is no matrix product, so bfloat16 would only round it.
+        # L1 is not computed by a matrix product, so bfloat16 would round it without being faster.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
     @property
@@ -163,10 +163,10 @@ class ExactIndex(MemoryIndex):
         from .kernels import pair_scores
 
         pairs, scores = torch.stack([who, row]).numpy(), np.empty(len(who), np.float32)
-        asked, rows = queries.numpy(), self._rows.numpy()
+        batch, rows = queries.numpy(), self._rows.numpy()
 
         def work(cut: slice) -> None:
-            pair_scores(asked, rows, np.ascontiguousarray(pairs[:, cut]), self.metric == "l2", scores[cut])
+            pair_scores(batch, rows, np.ascontiguousarray(pairs[:, cut]), self.metric == "l2", scores[cut])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(work, cuts(len(scores))))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores of a block; on a CPU they fit its caches
 GROUP = 32  # scores of which first only the maximum is compared
-UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
+UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # relative rounding error of the first pass's output
 
 
 class Estimates(ABC):
