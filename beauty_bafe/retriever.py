@@ -88,8 +88,8 @@ class Retriever:
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
         pictures, a csv with the columns id,path, the URL of one, or a dict of id -> image. `overrides`: settings as
-        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; the default is what the checkpoints ask
-        for. Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
+        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; by default those stored in the checkpoints.
+        Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
 
         Raises ValueError for files that are not checkpoints, unknown settings, or an empty or unreadable gallery; TypeError
         for values that are not images.

@@ -101,7 +101,7 @@ class ExactIndex(MemoryIndex):
         return len(self.vectors)
 
     def _placed(self) -> Tensor:
-        """The vectors for re-scoring: on the GPU if they fit there beside everything else, otherwise in main memory."""
+        """The vectors for re-scoring: on the GPU if three times their size is free there, otherwise in main memory."""
         rows = torch.from_numpy(self.vectors)
         roomy = self.device != "cpu" and torch.cuda.mem_get_info(self.device)[0] > 3 * rows.nbytes
         return rows.to(self.device) if roomy else rows
@@ -205,5 +205,5 @@ def _write_arithmetic(values: Arithmetic) -> None:
     cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision = values
 
 
-# bfloat16 products summed in float32, and float32 products not rounded, whatever the process has set: the bound needs it.
+# The bound requires bfloat16 products summed in float32, and unrounded float32 products, whatever the process has set.
 _PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

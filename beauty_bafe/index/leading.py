@@ -122,7 +122,7 @@ class Leading(FirstPass):
 
     @classmethod
     def load(cls, folder: Path, vectors: np.ndarray, metric: str, dtype: torch.dtype) -> Self | None:
-        """What `save` wrote, mapped from disk; None if nothing is there, or if it was saved for other vectors or blocks."""
+        """What `save` wrote, mapped from disk; None if there is none, or if it was saved for other vectors or blocks."""
         files = {file.stem.removeprefix(SAVED): file for file in cls.files(folder)}
         if files.keys() != set(ARRAYS):
             return None
