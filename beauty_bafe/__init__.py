@@ -1,4 +1,4 @@
-"""Background-agnostic product retrieval learned from catalogue photos alone.
+"""Background-agnostic product retrieval, learned only from catalogue photos.
 
 >>> from beauty_bafe import Retriever                                            # doctest: +SKIP
 >>> shop = Retriever.build("RUN/checkpoints/best.ckpt", gallery="GALLERY")       # doctest: +SKIP
@@ -7,7 +7,7 @@
 Messages go to the logger "beauty_bafe" at level INFO; show them with `logging.basicConfig(level="INFO")`.
 
 If other programs share the cores, set the environment variable GOMP_SPINCOUNT=1000 before torch is imported, as the commands
-do: otherwise threads that wait for each other by spinning take the cores from each other's program.
+do: otherwise OpenMP threads spin while they wait, on cores that the other programs need.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _keys(settings: Any, prefix: str = "") -> list[str]:
 
 
 class _Terminal(logging.Handler):
-    """Prints messages as they are, above a progress bar where one is shown: those redirect sys.stdout."""
+    """Print messages without time and level. By print, as progress bars redirect sys.stdout to show text above them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 from .config import CONF, compose
 
 FIGURES = {  # of metrics.json
-    "val/mAP@7": "mAP@7, street views of held-back photos against the catalogue",
+    "val/mAP@7": "mAP@7, street views of held-out photos against the catalogue",
     "val/iou": "mask IoU",
     "val/f_beta": "mask F-beta",
     "val/mae": "mask mean absolute error",
@@ -69,7 +69,7 @@ def write_card(
             else "Describe gallery and queries with `model.onnx`."
         ),
         "",
-        "| file | S | looks at | lowest cosine | largest mask difference | pictures |",
+        "| file | S | input | lowest cosine | largest mask difference | pictures |",
         "| --- | --- | --- | --- | --- | --- |",
         *agreement,
         "",
@@ -129,7 +129,7 @@ def _figures(checkpoint: Path) -> list[str]:
     if not rows:
         return ["None: there was no metrics.json beside the checkpoint."]
     return [
-        "After the last epoch, on photos held back from training; without intervals.",
+        "After the last epoch, on photos held out from training; without intervals.",
         "",
         "| figure | value |",
         "| --- | --- |",

@@ -38,9 +38,9 @@ class HeldSetting(Generic[T]):
 def release_cores() -> None:
     """Let OpenMP threads that wait for each other release their core soon, for other programs on this machine.
 
-    Otherwise they spin for milliseconds at the end of every layer, on cores that a second run needs: two runs at once then
-    take many times as long as one after the other. Call it before torch is imported, as OpenMP reads its settings once.
-    Settings of the user are kept.
+    Otherwise they spin for milliseconds at the end of every layer, on cores that a second run needs: two concurrent runs then
+    take many times as long as consecutive ones. Call it before torch is imported, as OpenMP reads its settings once. The
+    user's own settings are kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)

@@ -104,6 +104,6 @@ def _check_name(group: str, name: object, conf: Path, where: str, key: str) -> N
     allowed = sorted(file.stem for file in (conf / group).glob("*.yaml") if file.stem != "auto")
     if name not in allowed:
         raise ValueError(
-            f"{where} asks for {group}={str(name)[:80]}, and conf/{group} has {', '.join(allowed)}; "
+            f"{where} asks for {group}={str(name)[:80]}, but conf/{group} has {', '.join(allowed)}; "
             f"type {key}=NAME, one of these"
         )

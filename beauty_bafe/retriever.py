@@ -52,8 +52,8 @@ class Hit:
     path: Place | None
 
 
-class _Shelf(NamedTuple):
-    """The state that a search works on: replaced as a whole, never modified."""
+class _State(NamedTuple):
+    """The state that a search uses: replaced as a whole, never modified."""
 
     gallery: Gallery
     paths: Mapping[str, Place]
@@ -74,7 +74,7 @@ class Retriever:
         self._changing = threading.Lock()
         gallery.rehearse(parts.steps, parts.rehearsal, parts.about)
         self.skipped: list[tuple[str, str, str]] = []  # gallery pictures left out by `build`: id, path, reason
-        self._put(gallery)
+        self._set_gallery(gallery)
         self.describe([np.zeros((8, 8, 3), np.uint8)])  # builds the engine for queries, so that the first search is fast
 
     @classmethod
@@ -88,8 +88,8 @@ class Retriever:
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
         pictures, a csv with the columns id,path, the URL of one, or a dict of id -> image. `overrides`: settings as
-        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; the default is what the checkpoints ask
-        for. Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
+        retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; by default those stored in the checkpoints.
+        Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
 
         Raises ValueError for files that are not checkpoints, unknown settings, or an empty or unreadable gallery; TypeError
         for values that are not images.
@@ -132,7 +132,7 @@ class Retriever:
 
         Pictures are not copied. Raises ValueError if a checkpoint file has changed since it was loaded.
         """
-        gallery, place = self._shelf.gallery, Path(folder)
+        gallery, place = self._state.gallery, Path(folder)
         sources = {member.source for member in gallery.members}
         names = []
         with locked([place]):
@@ -140,7 +140,7 @@ class Retriever:
                 content = checkpoint_bytes(file)
                 names.append(digest(*content.values()))
                 if names[-1] not in sources:
-                    raise ValueError(f"'{file}' has changed since it was loaded; build the retriever anew")
+                    raise ValueError(f"'{file}' has changed since it was loaded; build the retriever again")
                 # Named by content and kept beside the versions, so that processes with an older version still find them.
                 for name, data in content.items():
                     kept = _kept(place, names[-1]) / name
@@ -164,16 +164,16 @@ class Retriever:
 
     def search_with_masks(self, images: Iterable[ImageLike], k: int = 7) -> tuple[list[list[Hit]], np.ndarray | None]:
         """The results of `search` and the masks of `describe`, in one pass."""
-        shelf = self._shelf
-        check_k(k, len(shelf.gallery.indexes[0]))
+        state = self._state
+        check_k(k, len(state.gallery.indexes[0]))
         queries = Images.numbered(images)
         if not len(queries):
             return [], np.zeros((0, MASK_SIZE, MASK_SIZE), np.uint8)
-        described = self._described(shelf.gallery, queries)
-        ranking = shelf.gallery.answer(queries, described, k)
+        described = self._described(state.gallery, queries)
+        ranking = state.gallery.answer(queries, described, k)
         hits = [
             [
-                Hit(name, float(score), sure, shelf.paths.get(name))
+                Hit(name, float(score), sure, state.paths.get(name))
                 for name, score, sure in zip(ranking.answers(row), ranking.scores[row], ranking.certainty(row), strict=True)
             ]
             for row in range(len(queries))
@@ -186,7 +186,7 @@ class Retriever:
         Masks are None if no pooling uses them. If the ensemble fuses rankings, the vectors of its members are concatenated.
         Raises as `search` does.
         """
-        gallery = self._shelf.gallery
+        gallery = self._state.gallery
         queries = Images.numbered(images)
         if not len(queries):
             width = sum(index.dimensions for index in gallery.indexes)
@@ -204,10 +204,10 @@ class Retriever:
         if not len(new):
             return
         self._check_new(new)
-        gallery = self._shelf.gallery
+        gallery = self._state.gallery
         described = gallery.extraction(gallery.members, new, "added", "added pictures", Skipped())
         with self._changing:
-            self._put(self._shelf.gallery.added(new, described))
+            self._set_gallery(self._state.gallery.added(new, described))
 
     def remove(self, ids: Iterable[str]) -> None:
         """Remove pictures by id. Later searches see none of them; if one fails, none is removed.
@@ -218,28 +218,28 @@ class Retriever:
             raise TypeError(f"got one id; give a list of ids, ['{ids}']")
         gone = tuple(dict.fromkeys(ids))
         with self._changing:
-            gallery = self._shelf.gallery
+            gallery = self._state.gallery
             if gone and set(gone) >= set(gallery.indexes[0].ids):
                 raise ValueError("that would remove every picture of the gallery; add others first")
             if gone:
-                self._put(gallery.removed(gone))
+                self._set_gallery(gallery.removed(gone))
 
     def threshold(self, rate: float) -> float | None:
         """The least probability for a best answer to count as known, if `rate` (0 to 1) of unknown products may be accepted.
 
         None if there are no probabilities. Raises ValueError for a rate outside 0 to 1. See `Calibration.threshold`.
         """
-        calibration = self._shelf.gallery.calibration
+        calibration = self._state.gallery.calibration
         return None if calibration is None else calibration.threshold(rate)
 
     def path(self, name: str) -> Place | None:
         """The file or URL of the picture with this id; None for an unknown id or a picture that was added from memory."""
-        return self._shelf.paths.get(name)
+        return self._state.paths.get(name)
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The ids of the gallery's pictures."""
-        return self._shelf.gallery.indexes[0].ids
+        return self._state.gallery.indexes[0].ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -249,14 +249,14 @@ class Retriever:
 
     def _check_new(self, new: Images) -> None:
         """Check before the pictures are described; the index checks again when they are added."""
-        if known := self._shelf.gallery.indexes[0].row_of.keys() & new.ids:
+        if known := self._state.gallery.indexes[0].row_of.keys() & new.ids:
             raise ValueError(f"the gallery already holds '{min(known)}'; remove it first to replace it")
 
-    def _put(self, gallery: Gallery) -> None:
-        self._shelf = _Shelf(gallery, dict(zip(gallery.catalog.ids, gallery.catalog.paths, strict=True)))
+    def _set_gallery(self, gallery: Gallery) -> None:
+        self._state = _State(gallery, dict(zip(gallery.catalog.ids, gallery.catalog.paths, strict=True)))
 
     def __repr__(self) -> str:
-        return f"<Retriever: {len(self)} pictures, {self._shelf.gallery.indexes[0]}>"
+        return f"<Retriever: {len(self)} pictures, {self._state.gallery.indexes[0]}>"
 
 
 def _kept(folder: Path, name: str) -> Path:

@@ -131,13 +131,13 @@ def test_checkpoints_that_disagree_are_named(write, resolved, configure) -> None
 @pytest.mark.parametrize(
     ("retrieval", "message"),
     [
-        (BEST | {"query": "next_years"}, "asks for query=next_years, and conf/query has both, closer, .*; type query=NAME"),
+        (BEST | {"query": "next_years"}, "asks for query=next_years, but conf/query has both, closer, .*; type query=NAME"),
         (BEST | {"query": {"view": {"_target_": "os.system"}}}, "asks for query={'view'.* conf/query has both"),
-        (BEST | {"query": "../pooling/gem"}, r"asks for query=\.\./pooling/gem, and"),
-        (BEST | {"query": "whole,+x=1"}, "asks for query=whole,.x=1, and"),
-        (BEST | {"query": "auto"}, "asks for query=auto, and"),
-        ({"pooling": "attention_gem", "rerank": "none"}, "asks for query=None, and"),
-        ({"raw": "os.system"}, "asks for pooling=os.system, and"),
+        (BEST | {"query": "../pooling/gem"}, r"asks for query=\.\./pooling/gem, but"),
+        (BEST | {"query": "whole,+x=1"}, "asks for query=whole,.x=1, but"),
+        (BEST | {"query": "auto"}, "asks for query=auto, but"),
+        ({"pooling": "attention_gem", "rerank": "none"}, "asks for query=None, but"),
+        ({"raw": "os.system"}, "asks for pooling=os.system, but"),
     ],
 )
 def test_anything_but_a_known_name_is_refused(retrieval: dict[str, Any], message: str, write, resolved) -> None:
@@ -153,7 +153,7 @@ def test_anything_but_a_known_name_is_refused(retrieval: dict[str, Any], message
     [
         (
             "retrieval.pooling=attentoin",
-            "retrieval asks for pooling=attentoin, and conf/pooling has amac, .*retrieval.pooling=NAME",
+            "retrieval asks for pooling=attentoin, but conf/pooling has amac, .*retrieval.pooling=NAME",
         ),
         ("retrieval.rerank=auto", "asks for rerank=auto"),
         ("retrieval.query=null", "asks for query=None"),

@@ -36,9 +36,9 @@ def built(toy: Path, tiny_checkpoint: Path) -> Retriever:
 @pytest.fixture
 def shop(built: Retriever) -> Iterator[Retriever]:
     """The retriever that all tests share, with its gallery as it was afterwards."""
-    before = built._shelf
+    before = built._state
     yield built
-    built._shelf = before
+    built._state = before
 
 
 @pytest.fixture(scope="session")
@@ -120,12 +120,12 @@ def test_what_is_added_leaves_earlier_snapshots_alone(
 ) -> None:
     pictures = {path.stem: path for path in sorted((toy / "gallery").iterdir())[:20]}
     shop = Retriever.build([tiny_checkpoint], pictures, [f"index={index}"])
-    before, shelf = shop.search(queries[:3]), shop._shelf
+    before, state = shop.search(queries[:3]), shop._state
     shop.add({"new": queries[0]})
     shop.remove(list(pictures)[:5])
     assert len(shop) == 16
     assert shop.search(queries[:1])[0][0].id == "new"
-    shop._shelf = shelf
+    shop._state = state
     assert shop.search(queries[:3]) == before
 
 

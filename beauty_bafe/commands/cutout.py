@@ -77,11 +77,11 @@ def cutout(cfg: DictConfig) -> int:
     def write(row: int, rgb: np.ndarray, mask: np.ndarray) -> None:
         replace_file(output / f"{catalog.ids[row]}.png", partial(_save, rgb, mask, cfg.background == "white"))
 
-    lacking = [row for row, name in enumerate(catalog.ids) if not _is_newer(output / f"{name}.png", catalog.paths[row])]
-    chunks = [lacking[at : at + cfg.batch_size] for at in range(0, len(lacking), cfg.batch_size)]
+    pending = [row for row, name in enumerate(catalog.ids) if not _is_newer(output / f"{name}.png", catalog.paths[row])]
+    chunks = [pending[at : at + cfg.batch_size] for at in range(0, len(pending), cfg.batch_size)]
     with one_opencv_thread, ThreadPoolExecutor(default_workers()) as threads:
         ahead = threads.map(read, chunks[0]) if chunks else None
-        for number, chunk in enumerate(track(chunks, f"cutting out {len(lacking)} pictures")):
+        for number, chunk in enumerate(track(chunks, f"cutting out {len(pending)} pictures")):
             assert ahead is not None
             found = list(zip(chunk, ahead, strict=True))
             ahead = threads.map(read, chunks[number + 1]) if number + 1 < len(chunks) else None  # while the network works
@@ -96,8 +96,8 @@ def cutout(cfg: DictConfig) -> int:
             rows, pictures = zip(*good, strict=True)
             list(threads.map(write, rows, pictures, masks))  # a list, so that errors are raised here
     skipped.write(output / "skipped.csv")
-    written = len(lacking) - len(skipped.rows)
-    log.info(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(lacking)} existed already: {output}")
+    written = len(pending) - len(skipped.rows)
+    log.info(f"{written} of {len(catalog)} pictures cut out, {len(catalog) - len(pending)} existed already: {output}")
     skipped.check(len(catalog), cfg.max_skipped, "pictures", "max_skipped")
     return written
 

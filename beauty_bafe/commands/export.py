@@ -28,18 +28,18 @@ LEAST_PICTURES = 10  # one batch of 1, one of 2, one of 7
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
-    """Write model.safetensors, config.json, model.onnx, query.onnx where queries are seen another way, and README.md.
+    """Write model.safetensors, config.json, model.onnx, query.onnx if queries are described by a view, and README.md.
 
-    Writes all of them or none: an export that fails leaves an earlier one as it was. Returns what is known of each ONNX
-    file. Raises ImportError without the extra `export`, ValueError for wrong settings, RuntimeError where a file does not
-    give what PyTorch gives.
+    Writes all files or none: if it fails, an earlier export is left unchanged. Returns the facts about each ONNX file.
+    Raises ImportError without the extra `export`, ValueError for wrong settings, RuntimeError if the outputs of a file differ
+    from PyTorch's.
     """
     if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise ValueError("export needs checkpoint=RUN/checkpoints/best.ckpt, what train.py wrote")
+        raise ValueError("export needs checkpoint=RUN/checkpoints/best.ckpt, written by train.py")
     if cfg.most_pictures < LEAST_PICTURES:
         raise ValueError(f"most_pictures={cfg.most_pictures}: type {LEAST_PICTURES} or more")
     with open_dict(cfg):
-        cfg.checkpoints = [cfg.checkpoint]  # where resolve_auto looks
+        cfg.checkpoints = [cfg.checkpoint]  # read by resolve_auto
     recipe.resolve_auto(cfg, CONF)
     # Check everything that can be missing or wrong before the work, which takes a minute.
     import onnx  # noqa: F401
@@ -61,12 +61,12 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         _publish(part, output)
     finally:
         shutil.rmtree(part)
-    log.info(f"exported: {output}; retrieve.py checkpoints='[{output}]' takes it")
+    log.info(f"exported to {output}; to use it, type retrieve.py checkpoints='[{output}]'")
     return files
 
 
 def _write(cfg: DictConfig, folder: Path, catalog: Catalog | None, answers: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Write all files to `folder`, and compare them with the checkpoint; returns what is known of each ONNX file."""
+    """Write all files to `folder`, and compare them with the checkpoint; returns the facts about each ONNX file."""
     import torch
     from hydra.utils import instantiate
 
@@ -106,7 +106,8 @@ def _write(cfg: DictConfig, folder: Path, catalog: Catalog | None, answers: Mapp
             "compared_pictures": agreement.pictures,
         }
         log.info(
-            f"{name}: {agreement.pictures} pictures, cosine from {agreement.cosine:.7f}, mask to {agreement.mask}/255",
+            f"{name}: compared on {agreement.pictures} pictures, lowest cosine {agreement.cosine:.7f}, "
+            f"largest mask difference {agreement.mask}/255"
         )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"onnx": files}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -115,17 +116,17 @@ def _write(cfg: DictConfig, folder: Path, catalog: Catalog | None, answers: Mapp
 
 
 def _publish(part: Path, output: Path) -> None:
-    """Move the files of `part` to `output`, in place of an earlier export, which may have had more of them."""
+    """Move the files of `part` to `output`, replacing an earlier export, which may have had more files."""
     from beauty_bafe.models.exported import CONFIG
 
-    for name in (CONFIG, "query.onnx"):  # without config.json nothing loads the folder while it is half old, half new
+    for name in (CONFIG, "query.onnx"):  # without config.json, the folder cannot be loaded while it is incomplete
         (output / name).unlink(missing_ok=True)
     for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
         os.replace(file, output / file.name)
 
 
 def _pictures(cfg: DictConfig, catalog: Catalog | None, size: int, pad: int) -> Iterator[Tensor]:
-    """uint8 (3, S, S) each: photos where there are some, else drawn street views; repeated where they are too few."""
+    """Yield uint8 (3, S, S): photos if there are any, otherwise drawn street views; repeated if there are too few."""
     import numpy as np
     import torch
 

@@ -66,7 +66,7 @@ def retrieve(cfg: DictConfig) -> dict[str, Any]:
         evaluation.write_per_query(output / "per_query.csv")
     certainty = None
     if truth is not None and gallery.calibration is not None and threshold is not None:
-        certainty = Certainty.judge(shortlist, truth, gallery.calibration, threshold)
+        certainty = Certainty.from_ranking(shortlist, truth, gallery.calibration, threshold)
         metrics |= {} if certainty is None else certainty.summary()
     metrics |= {} if cfg.masks is None else evaluate_masks(queries, cfg.masks)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

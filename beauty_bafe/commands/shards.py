@@ -16,14 +16,14 @@ log = logging.getLogger("beauty_bafe")
 
 
 def shards(cfg: DictConfig) -> int:
-    """Write the shards that are not there yet, and skipped.csv; returns how many pictures they hold.
+    """Write the missing shards and skipped.csv; returns the number of pictures in all shards.
 
-    Raises ValueError for wrong settings or too many files that cannot be read; whether they are pictures is not looked at.
+    Raises ValueError for wrong settings or too many unreadable files; the files are copied without decoding them.
     """
     if OmegaConf.is_missing(cfg, "pictures"):
         raise ValueError("shards needs pictures=GALLERY, a folder of photos or a csv with the columns id,path")
     if cfg.shard < 1:
-        raise ValueError(f"shard={cfg.shard}: type a number of pictures above 0")
+        raise ValueError(f"shard={cfg.shard}: type the number of pictures per file, 1 or more")
     from beauty_bafe.data.catalog import Skipped, from_perfect500k, open_catalog
     from beauty_bafe.data.shards import make_shards
 

@@ -32,7 +32,7 @@ class Certainty:
     threshold: float
 
     @classmethod
-    def judge(
+    def from_ranking(
         cls, shortlist: Ranking, truth: Mapping[str, Collection[str]], calibration: Calibration, threshold: float
     ) -> Self | None:
         """`shortlist`: at least SHORTLIST answers per query, or all. Queries that are not in `truth`, or whose answers are all

@@ -92,12 +92,12 @@ def _entry(
 ) -> dict[str, Any]:
     query, answers = ranking.query_ids[row], ranking.answers(row)
     picture = letterbox(read_picture(paths["queries"][query], QUERY).rgb, QUERY)
-    looked = picture if queries.masks is None else _overlay(picture, queries.masks[row])
+    overlay = picture if queries.masks is None else _overlay(picture, queries.masks[row])
     missed = sorted(set(matches) - set(answers))
     return {
         "query": query,
         "picture": _data_url(picture),
-        "looked": _data_url(looked),
+        "overlay": _data_url(overlay),
         "precision": precision.get(query),
         "answers": [
             {

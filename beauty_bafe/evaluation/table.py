@@ -139,7 +139,7 @@ def draw_plot(rows: Sequence[dict[str, str]], file: Path) -> None:
         low, high = (abs(accuracy - float(end)) for end in row["interval"].split(" – "))
         (line, *_) = axes.errorbar(time, accuracy, [[low], [high]], fmt="o", capsize=3)
         axes.annotate(row["run"], (time, accuracy), (7, 4), textcoords="offset points", fontsize=9, color=line.get_color())
-    axes.set(xscale="log", xlabel="ms a query: search and re-ranking", ylabel=f"{rows[0]['min']}, 95 % interval")
+    axes.set(xscale="log", xlabel="ms per query: search and re-ranking", ylabel=f"{rows[0]['min']}, 95 % interval")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.3)

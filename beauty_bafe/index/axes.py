@@ -1,4 +1,4 @@
-"""The axes along which an index reads its rows: where they begin to be ruled out."""
+"""Principal axes of an index's rows, and a test of how many rows the leading dimensions rule out."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ExactIndex(MemoryIndex):
                 "index.first_pass=int8 needs index.device=cpu and index.metric=ip or l2; type index.first_pass=auto"
             )
         half = fastest_precision(self.device).startswith("bf16") if first_pass in ("auto", "int8") else first_pass == "bfloat16"
-        # L1 is no matrix product, so bfloat16 would only round it.
+        # L1 is not computed by a matrix product, so bfloat16 would round it without being faster.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
     @property
@@ -101,7 +101,7 @@ class ExactIndex(MemoryIndex):
         return len(self.vectors)
 
     def _placed(self) -> Tensor:
-        """The vectors for re-scoring: on the GPU if they fit there beside everything else, otherwise in main memory."""
+        """The vectors for re-scoring: on the GPU if three times their size is free there, otherwise in main memory."""
         rows = torch.from_numpy(self.vectors)
         roomy = self.device != "cpu" and torch.cuda.mem_get_info(self.device)[0] > 3 * rows.nbytes
         return rows.to(self.device) if roomy else rows
@@ -163,10 +163,10 @@ class ExactIndex(MemoryIndex):
         from .kernels import pair_scores
 
         pairs, scores = torch.stack([who, row]).numpy(), np.empty(len(who), np.float32)
-        asked, rows = queries.numpy(), self._rows.numpy()
+        batch, rows = queries.numpy(), self._rows.numpy()
 
         def work(cut: slice) -> None:
-            pair_scores(asked, rows, np.ascontiguousarray(pairs[:, cut]), self.metric == "l2", scores[cut])
+            pair_scores(batch, rows, np.ascontiguousarray(pairs[:, cut]), self.metric == "l2", scores[cut])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(work, cuts(len(scores))))
@@ -205,5 +205,5 @@ def _write_arithmetic(values: Arithmetic) -> None:
     cuda.allow_bf16_reduced_precision_reduction, cuda.fp32_precision, cpu.fp32_precision = values
 
 
-# bfloat16 products summed in float32, and float32 products not rounded, whatever the process has set: the bound needs it.
+# The bound requires bfloat16 products summed in float32, and unrounded float32 products, whatever the process has set.
 _PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

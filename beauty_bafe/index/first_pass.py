@@ -13,7 +13,7 @@ from torch import Tensor
 
 CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores of a block; on a CPU they fit its caches
 GROUP = 32  # scores of which first only the maximum is compared
-UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of the first pass's own output, relative
+UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # relative rounding error of the first pass's output
 
 
 class Estimates(ABC):
@@ -27,12 +27,12 @@ class Estimates(ABC):
     def reaching(self, kth: Tensor) -> tuple[Tensor, Tensor]:
         """All pairs of query and row, int64 (P,) each, whose exact scores can be kth (B,) or more, ordered by query, then row.
 
-        Others may be among them.
+        Other pairs may be included.
         """
 
 
 class FirstPass(ABC):
-    """What is derived from the rows of an index, float32 (N, D), to estimate scores quickly. Immutable; `str` names it."""
+    """Data derived from the rows of an index, float32 (N, D), to estimate scores quickly. Immutable; `str` names it."""
 
     @property
     @abstractmethod
@@ -45,22 +45,22 @@ class FirstPass(ABC):
 
     @abstractmethod
     def grown(self, rows: Tensor, before: int) -> Self:
-        """The same for `rows`, all rows, of which the first `before` are those of this one."""
+        """The first pass for `rows`, whose first `before` rows are those of this one."""
 
     @abstractmethod
     def shrunk(self, keep: np.ndarray) -> Self:
-        """The same for the rows with keep, bool (N,)."""
+        """The first pass for the rows where `keep`, bool (N,), is true."""
 
 
 def blocks(rows: int, queries: int, k: int, cells: int) -> Iterator[slice]:
-    """All rows in blocks of about so many cells, one for each row and query."""
+    """All rows in blocks of about `cells` scores, one per row and query."""
     size = max(cells // queries, 4 * k, GROUP)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
 def cuts(length: int, multiple: int = 1) -> list[slice]:
-    """0 to length in one slice for each thread, whose starts are multiples."""
+    """Split 0..length into one slice per thread, whose starts are multiples of `multiple`."""
     threads = torch.get_num_threads()
     edges = [length * number // threads // multiple * multiple for number in range(threads)] + [length]
     return [slice(start, end) for start, end in pairwise(edges) if end > start]

@@ -1,4 +1,4 @@
-"""A first pass over leading dimensions in int8, after a rotation that gathers most of the rows' length in them."""
+"""A first pass over leading dimensions in int8, after a rotation that concentrates the norm of the rows in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .first_pass import Estimates, FirstPass, blocks, cuts
 from .memory_index import save_npy
 
 CHUNK = 1 << 13  # rows rotated at a time
-FEW = 16  # queries below which reading the codes takes longer than multiplying them
+MIN_BATCH = 16  # queries from which all blocks are one matrix product; with fewer, reading the codes takes longest
 CELLS = 1 << 22  # scores of a block
-MOST = 1 << 13  # rows of a block for many queries, whose codes are widened
+MAX_BLOCK_ROWS = 1 << 13  # rows of a block for many queries, whose codes are widened
 SAVED, ARRAYS = "leading_", ("rotation", "units", "edges", "codes", "others", "numbers")  # names of files
-CHECKED = 64  # rows that are compared with what was saved
-TAME = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
-OVER = np.float32(1 + 1e-6)  # a factor that keeps lengths from becoming too small when they are rounded to float32
+CHECKED_ROWS = 64  # rows that are compared with the saved ones
+SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
+ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
 
 class Leading(FirstPass):
@@ -44,9 +44,9 @@ class Leading(FirstPass):
     D products adds at most D 2^-24 times the sum of their sizes, which |p| |c| bounds; doubled, as in first_pass.Bound.
 
     Codes are multiples of a step: a scale of the row times the unit of the axis, as rows are much longer along the first axes.
-    The units are multiplied into the queries. For FEW or more queries, all blocks are one product, of bfloat16 numbers if
-    `dtype` is that: codes are exact in them; the most that rounding the queries can change is added to the bound, and so is
-    the rounding of the result.
+    The units are multiplied into the queries. For MIN_BATCH or more queries, all blocks are one matrix product, in bfloat16 if
+    `dtype` is bfloat16: the codes are exact in it; the largest errors due to rounding the queries and the result are added
+    to the bound.
 
     Memory per row: D bytes, 8 per block and 8 more. metric: ip or l2.
     """
@@ -65,7 +65,7 @@ class Leading(FirstPass):
         self._measure()
 
     def _measure(self) -> None:
-        """The length that no row exceeds, neither as it is nor as it is stored."""
+        """The largest length of any row, exact or quantised."""
         blocks = len(self.edges) - 1
         lengths = self.numbers[-1] + self.numbers[1 : 1 + blocks].sum(axis=0)
         self.largest = float(lengths[np.isfinite(lengths)].max(initial=0))  # the bounds of other rows rule nothing out
@@ -80,9 +80,9 @@ class Leading(FirstPass):
         self.others[part] = codes[:, self.edges[1] :].to(torch.int8).numpy()
         self.numbers[0, part] = scale.numpy()
         for block, (start, end) in enumerate(pairwise(self.edges)):
-            self.numbers[1 + block, part] = errors[:, start:end].norm(dim=1).numpy() * OVER
-            self.numbers[1 + blocks + block, part] = rotated[:, end:].norm(dim=1).numpy() * OVER
-        self.numbers[-1, part] = rotated.norm(dim=1).numpy() * OVER
+            self.numbers[1 + block, part] = errors[:, start:end].norm(dim=1).numpy() * ROUND_UP
+            self.numbers[1 + blocks + block, part] = rotated[:, end:].norm(dim=1).numpy() * ROUND_UP
+        self.numbers[-1, part] = rotated.norm(dim=1).numpy() * ROUND_UP
 
     def __str__(self) -> str:
         return f"int8, {self.edges[1]} of {self.edges[-1]} dimensions first"
@@ -94,7 +94,7 @@ class Leading(FirstPass):
     def compare(self, queries: Tensor, k: int) -> Iterator[Estimates]:
         rotated = _Rotated(queries, self)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            cells = min(CELLS, MOST * len(queries)) if rotated.many else CELLS
+            cells = min(CELLS, MAX_BLOCK_ROWS * len(queries)) if rotated.many else CELLS
             for part in blocks(len(self.codes), len(queries), k, cells):
                 yield _LeadingScores(rotated, part, pool)
 
@@ -122,13 +122,13 @@ class Leading(FirstPass):
 
     @classmethod
     def load(cls, folder: Path, vectors: np.ndarray, metric: str, dtype: torch.dtype) -> Self | None:
-        """What `save` wrote, mapped from disk; None if nothing is there, or if it was saved for other vectors or blocks."""
+        """What `save` wrote, mapped from disk; None if there is none, or if it was saved for other vectors or blocks."""
         files = {file.stem.removeprefix(SAVED): file for file in cls.files(folder)}
         if files.keys() != set(ARRAYS):
             return None
         arrays = {name: np.asarray(np.load(file, mmap_mode="c")) for name, file in files.items()}
         axes = Axes(torch.from_numpy(arrays["rotation"]), torch.from_numpy(arrays["units"]))
-        picked = np.linspace(0, len(vectors) - 1, min(len(vectors), CHECKED)).astype(np.int64)
+        picked = np.linspace(0, len(vectors) - 1, min(len(vectors), CHECKED_ROWS)).astype(np.int64)
         if vectors.shape != (len(arrays["codes"]), len(axes.units)):
             return None
         some = cls(torch.from_numpy(vectors[picked]), metric, dtype, axes)
@@ -149,7 +149,7 @@ class _Rotated:
     """Rotated queries and the lengths that the bound needs."""
 
     def __init__(self, queries: Tensor, first: Leading) -> None:
-        self.first, self.many = first, len(queries) >= FEW
+        self.first, self.many = first, len(queries) >= MIN_BATCH
         self.halves = self.many and first.dtype == torch.bfloat16
         self.done = len(first.edges) - 1 if self.many else 1
         exact = queries.double() @ first.axes.rotation
@@ -158,12 +158,16 @@ class _Rotated:
         scaled = exact * first.axes.units
         self.values, self.squares = scaled.float().numpy(), lengths.square()
         pairs = list(pairwise(edges))
-        self.parts = np.stack([exact[:, start:end].norm(dim=1).numpy() for start, end in pairs], 1).astype(np.float32) * OVER
-        self.rests = np.stack([exact[:, end:].norm(dim=1).numpy() for _, end in pairs], 1).astype(np.float32) * OVER
+        parts, rests = [exact[:, start:end] for start, end in pairs], [exact[:, end:] for _, end in pairs]
+        self.parts, self.rests = (
+            np.stack([block.norm(dim=1).numpy() for block in blocks], 1).astype(np.float32) * ROUND_UP
+            for blocks in (parts, rests)
+        )
         slack = (2 * width + 16) * 2.0**-24 * lengths * largest + 1e-30
         # Where float32 sums could overflow or become denormal, all rows are scored.
-        tame = (lengths > TAME[0]) & (lengths < TAME[1]) & (TAME[0] < largest < TAME[1]) | (lengths == 0)
-        self.slack = torch.where(tame, slack, torch.inf)
+        low, high = SAFE_LENGTHS
+        safe = (lengths > low) & (lengths < high) & (low < largest < high) | (lengths == 0)
+        self.slack = torch.where(safe, slack, torch.inf)
         self.rounded, self.moved = scaled.float(), torch.zeros(len(queries))
         if self.halves:
             self.rounded = scaled.bfloat16()

@@ -16,7 +16,7 @@ from rich.progress import track
 
 MOST = 16384  # rows that Milvus returns at most, per query and per request
 BYTES = 8 << 20  # of vectors per message; the server rejects 64 MiB
-SILENT = 5000  # rows up to which no progress bar is shown
+PROGRESS_ABOVE = 5000  # rows up to which no progress bar is shown
 SEALED = 10_000  # new rows from which the server is told to seal and index them; many small segments slow it down
 KINDS: dict[str, tuple[str, float]] = {  # -> Milvus's name, bytes of memory per dimension
     "hnsw": ("HNSW", 4),
@@ -47,7 +47,7 @@ class Server:
 
     @contextmanager
     def client(self, what: str) -> Iterator[Any]:
-        """Yields the client. Raises ConnectionError, with `what` in its message, if the server fails."""
+        """Yield the client. Raises ConnectionError, with `what` in its message, if the server fails."""
         from pymilvus.exceptions import MilvusException
 
         try:
@@ -66,7 +66,7 @@ class Server:
             reason = details() if callable(details) else getattr(error, "message", error)
             reason = " ".join(str(reason).split())[:200]
             raise ConnectionError(
-                f"Milvus at {self.uri} failed to {what}: {reason}; the rows it has taken are kept. Check the server "
+                f"Milvus at {self.uri} failed to {what}: {reason}; rows it has already stored are kept. Check the server "
                 f"(or raise index.timeout={self.timeout:g} seconds if it is only slow) and run the same command again"
             ) from error
 
@@ -130,7 +130,7 @@ class Collection:
                     while str(client.get_load_state(self.name, timeout=self.server.timeout)["state"]) != "Loaded":
                         if time.monotonic() > until + 10 * self.server.timeout:
                             raise ConnectionError(
-                                f"the {self} is not loaded after {11 * self.server.timeout:g} seconds; do its query nodes "
+                                f"the {self} was not loaded after {11 * self.server.timeout:g} seconds; do its query nodes "
                                 "have enough memory (docs/scale.md)? otherwise raise index.timeout"
                             )
                         time.sleep(0.1)
@@ -141,10 +141,10 @@ class Collection:
                         raise
                     time.sleep(1)
 
-    def settle(self, alone: bool) -> None:
-        """Have all rows written to storage and indexed, which takes a while.
+    def flush(self, exclusive: bool) -> None:
+        """Write all rows to storage and wait until they are indexed.
 
-        `alone`: nobody else is searching, so release the collection to load it again: otherwise Milvus keeps using the interim
+        `exclusive`: nothing else uses the collection, so release it for a reload: otherwise Milvus keeps using the interim
         index of new rows for a while (16 of 128 lists), which found half of the true neighbours of random vectors.
         """
         with self.server.client("write and index its rows") as client:
@@ -159,7 +159,7 @@ class Collection:
                     time.sleep(0.2)
                 if pending:
                     raise ValueError(f"the {self} has left {pending} rows unindexed for {10 * self.server.timeout:g} seconds")
-            if alone:
+            if exclusive:
                 client.release_collection(self.name, timeout=self.server.timeout)
 
     def _create(self, client: Any, dimensions: int) -> None:
@@ -206,7 +206,7 @@ class Collection:
         """Add rows, replacing those with the same label. Labels int64 (N,), vectors float32 (N, D)."""
         step = min(MOST, max(1, BYTES // (4 * vectors.shape[1])))
         starts: Any = range(0, len(labels), step)
-        for start in track(starts, f"sending {len(labels)} vectors to Milvus") if len(labels) > SILENT else starts:
+        for start in track(starts, f"sending {len(labels)} vectors to Milvus") if len(labels) > PROGRESS_ABOVE else starts:
             part = slice(start, start + step)
             rows = [
                 # The id is only for people to read, so invalid Unicode is escaped: rows are found by their label.
@@ -216,7 +216,7 @@ class Collection:
             if self.partitioned:
                 for row, category in zip(rows, categories[part], strict=True):
                     row["category"] = category
-            with self.server.client(f"take vectors {start} to {start + len(rows)} of {len(labels)}") as client:
+            with self.server.client(f"store vectors {start} to {start + len(rows)} of {len(labels)}") as client:
                 if self.partitioned:
                     # Milvus 2.3.5 upserts rows into the wrong partition, in which a search by category does not find them.
                     client.delete(self.name, ids=labels[part].tolist(), timeout=self.server.timeout)
@@ -236,7 +236,7 @@ class Collection:
         starts: Any = range(0, len(labels), MOST)
         for start in track(starts, f"looking for {len(labels)} vectors in Milvus") if len(labels) > 20 * MOST else starts:
             part = labels[start : start + MOST]
-            with self.server.client("say which rows it holds") as client:
+            with self.server.client("list its rows") as client:
                 rows = self._query(client, f"label in {part.tolist()}", ["label"], "Strong")
             found[start : start + MOST] = np.isin(part, np.array([row["label"] for row in rows], np.int64))
         return found
@@ -259,7 +259,7 @@ class Collection:
                     vectors[place], found[place] = np.array([row["vector"] for row in rows], np.float32), True
         return vectors, found
 
-    def near(self, queries: np.ndarray, count: int, filter: str, wide: bool) -> list[np.ndarray]:
+    def search_labels(self, queries: np.ndarray, count: int, filter: str, wide: bool) -> list[np.ndarray]:
         """Labels of up to `count` rows near each query, float32 (Q, D), best first: Q arrays of int64."""
         found: list[np.ndarray] = []
         step = max(1, min(1024, (1 << 20) // count))

@@ -61,7 +61,7 @@ class MilvusIndex(Index):
     ) -> None:
         super().__init__(metric)
         if metric == "l1":
-            raise ValueError("index.metric=l1: Milvus knows ip and l2; for l1 type index=flat")
+            raise ValueError("index.metric=l1: Milvus supports ip and l2; for l1 type index=flat")
         for name, value, allowed in (("kind", kind, tuple(KINDS)), ("consistency", consistency, CONSISTENCIES)):
             if value not in allowed:
                 raise ValueError(f"index.{name}={value}: type {', '.join(allowed)}")
@@ -161,7 +161,7 @@ class MilvusIndex(Index):
             collection.open(width, create=True)
             there = np.zeros(len(labels), bool)
         new = np.flatnonzero(~there)
-        self._send(labels[new], [ids[row] for row in new], vectors[new], alone=True)
+        self._send(labels[new], [ids[row] for row in new], vectors[new], exclusive=True)
         collection.load()
         self._labels, self._checked = Labels(labels), True
 
@@ -185,11 +185,11 @@ class MilvusIndex(Index):
     def _delete(self, keep: np.ndarray) -> None:
         self._labels = self._labels.without(keep)
 
-    def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, alone: bool = False) -> None:
+    def _send(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, exclusive: bool = False) -> None:
         if len(labels):
             self._collection.insert(labels, ids, vectors, [category_code(self._category.get(name, "")) for name in ids])
         if len(labels) >= SEALED:
-            self._collection.settle(alone)
+            self._collection.flush(exclusive)
 
     def _get(self, ids: Sequence[str]) -> np.ndarray:
         self._check_complete()
@@ -236,7 +236,9 @@ class MilvusIndex(Index):
             if self._labels.foreign:
                 known.append(f"label not in {sorted(self._labels.foreign)}")
             new: set[int] = set()
-            for row, labels in zip(todo, self._collection.near(queries[todo], depth, " and ".join(known), wide), strict=True):
+            for row, labels in zip(
+                todo, self._collection.search_labels(queries[todo], depth, " and ".join(known), wide), strict=True
+            ):
                 found, ours = self._labels.find(labels)
                 new.update(labels[~ours].tolist())
                 candidates[row] = found[ours]

@@ -1,1 +1,1 @@
-"""A better ranking from a first one."""
+"""Re-ranking of search results."""

@@ -1,4 +1,4 @@
-"""What a re-ranker is given and what it is: candidates in, better ones out."""
+"""The interface of re-rankers, and the search results that they take and return."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..index.ranking import Ranking
 
 @dataclass(frozen=True)
 class Candidates:
-    """The answers so far, the queries, and the index to search again; `context` is for steps that look at pictures.
+    """The current ranking, the queries, and the index to search again; `context` is for steps that use the pictures.
 
-    `rescored`: the scores are a re-ranker's, no longer the index's.
+    `rescored`: whether the scores are a re-ranker's rather than the index's.
     """
 
     ranking: Ranking
@@ -30,66 +30,68 @@ class Candidates:
     rescored: bool = False
 
     def vectors(self, depth: int, rows: slice = slice(None)) -> np.ndarray:
-        """The first `depth` answers of the queries in `rows`, float32 (queries, depth, D)."""
+        """The first `depth` candidates of the queries in `rows`, float32 (queries, depth, D)."""
         positions = self.ranking.positions[rows, :depth]
         names = self.ranking.gallery_ids
-        vectors = self.index.get([names[place] for place in positions.ravel().tolist()])
+        vectors = self.index.get([names[position] for position in positions.ravel().tolist()])
         return vectors.reshape(*positions.shape, self.index.dimensions)
 
 
 @dataclass(frozen=True)
 class SearchContext:
-    """The pictures behind a search. `folder`: where a step may keep what it makes of them, `looks`: what it has opened there,
-    for later searches of the same gallery.
+    """The pictures of a search. `folder`: where steps may cache what they extract from them; `cache`: what they have opened
+    there, shared by all searches of the same gallery.
     """
 
     gallery: Catalog
     queries: Pictures
     folder: Path
-    looks: dict[Any, Any] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
 
 class Reranker(Protocol):
-    """Candidates -> better ones. `depth`: how many of each query's first answers it looks at, 0: those it is given."""
+    """Candidates -> re-ranked candidates. `depth`: how many of each query's first candidates it re-ranks; 0: all given."""
 
     @property
     def depth(self) -> int: ...
 
-    def __call__(self, found: Candidates) -> Candidates: ...
+    def __call__(self, candidates: Candidates) -> Candidates: ...
 
 
 @runtime_checkable
-class Learner(Reranker, Protocol):
-    """A re-ranker, a dataclass, whose `weights` may be learned from street views of the gallery, once, before it answers."""
+class TrainableReranker(Reranker, Protocol):
+    """A re-ranker, a dataclass, whose `weights` may be learned once from street views of the gallery, before it is used."""
 
     @property
     def weights(self) -> Mapping[str, float] | None: ...
 
-    def learned(self, practice: Candidates) -> Reranker:
-        """What has learned. `practice`: queries named after the gallery pictures that they show."""
+    def fit(self, examples: Candidates) -> Reranker:
+        """A copy with fitted weights. `examples`: queries whose ids are those of the gallery pictures that they show."""
 
 
 def check_depth(depth: int) -> None:
-    """Raise ValueError where no answer would be left."""
+    """Raise ValueError if no candidate would be left."""
     if depth < 1:
-        raise ValueError(f"depth={depth}: type how many of each query's first answers are looked at, 1 or more")
+        raise ValueError(f"depth={depth}: type how many of each query's first candidates to re-rank, 1 or more")
 
 
-def reorder(found: Candidates, scores: np.ndarray) -> Candidates:
-    """Each query's first answers by new scores, float (Q, depth), and no others; equal ones keep their order."""
+def reorder(candidates: Candidates, scores: np.ndarray) -> Candidates:
+    """Sort each query's first candidates by new scores, float (Q, depth), and drop the others; ties keep their order."""
     scores = scores.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")
-    positions = np.take_along_axis(found.ranking.positions[:, : scores.shape[1]], order, axis=1)
-    ranking = Ranking(found.ranking.query_ids, found.ranking.gallery_ids, positions, np.take_along_axis(scores, order, axis=1))
-    return replace(found, ranking=ranking, rescored=True)
+    ranking = candidates.ranking
+    positions = np.take_along_axis(ranking.positions[:, : scores.shape[1]], order, axis=1)
+    reordered = Ranking(ranking.query_ids, ranking.gallery_ids, positions, np.take_along_axis(scores, order, axis=1))
+    return replace(candidates, ranking=reordered, rescored=True)
 
 
-def with_depth(found: Candidates, depth: int) -> Candidates:
-    """Search again where the ranking holds fewer than `depth` answers and the gallery has more.
+def with_depth(candidates: Candidates, depth: int) -> Candidates:
+    """Search again if the ranking holds fewer than `depth` candidates and the gallery has more.
 
-    What a re-ranker has ordered stays as it is: searching again would forget its work.
+    A ranking that a re-ranker has rescored is returned as it is, as a new search would discard its scores.
     """
-    have, want = found.ranking.positions.shape[1], min(depth, len(found.index))
-    if have >= want or found.rescored:
-        return found
-    return replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, want))
+    have, want = candidates.ranking.positions.shape[1], min(depth, len(candidates.index))
+    if have >= want or candidates.rescored:
+        return candidates
+    queries = candidates.queries
+    return replace(candidates, ranking=candidates.index.search(queries.vectors, queries.ids, want))

@@ -1,4 +1,4 @@
-"""Keypoints of pictures: what every detector gives, and SIFT."""
+"""Keypoint detectors: the base class, cropping to the product, and SIFT."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..data.pictures import letterbox
 from ..extraction.features import unit
 from ..models.views import View, clamp_window, product_window
 
-DETAIL = 2  # a closer look is cut from a picture of so many times the canvas, so that small products stay sharp
-LEAST = 0.005  # share of the picture; a smaller mask must be wrong
-THUMBNAIL = 64  # pixels; what differs between the flavours of one brand is larger
+OVERSAMPLE = 2  # crops are taken from a picture of this many times the canvas, so that small products stay sharp
+MIN_MASK_AREA = 0.005  # share of the picture; smaller masks are not trusted
+THUMBNAIL = 64  # side in pixels; enough to show the differences between flavours of one brand
 
 
 class Keypoints(NamedTuple):
-    """`points`: float32 (K, 2), x and y on the canvas, pixels. `descriptors`: (K, D), SIFT's uint8, learned ones int8."""
+    """`points`: float32 (K, 2), x and y on the canvas, pixels. `descriptors`: (K, D), uint8 for SIFT, int8 if learned."""
 
     points: np.ndarray
     descriptors: np.ndarray
 
 
-class Look(NamedTuple):
-    """A picture as a detector sees it.
+class LocalFeatures(NamedTuple):
+    """The keypoints of a picture, and a thumbnail of the canvas that they lie on.
 
-    `thumbnail`: uint8 (THUMBNAIL, THUMBNAIL, 4), L*, a* and b* of the canvas that the keypoints lie on, and 255 on the product.
+    `thumbnail`: uint8 (THUMBNAIL, THUMBNAIL, 4), channels L*, a*, b* and the product mask (255 on the product).
     """
 
     keypoints: Keypoints
@@ -39,10 +39,10 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Detector(ABC):
-    """Finds at most `most` keypoints, the strongest, in pictures fitted into `size` x `size` pixels.
+    """Detects the `most` strongest keypoints, or fewer, in pictures letterboxed to `size` x `size` pixels.
 
-    `foreground`: those on the product alone. `closer`: the canvas shows a window of that many times the product's longer
-    side, None for the whole picture.
+    `foreground`: keep only keypoints on the product. `closer`: crop to a square window around the product, with a side of
+    this many times its longer side; None: use the whole picture.
     """
 
     size: int
@@ -52,38 +52,38 @@ class Detector(ABC):
 
     @abstractmethod
     def __call__(self, rgb: np.ndarray, inside: np.ndarray | None = None) -> Keypoints:
-        """uint8 (S, S, 3), S any; `inside`: bool (S, S), where keypoints may lie, heeded with `foreground`."""
+        """uint8 (S, S, 3), any S; `inside`: bool (S, S), where keypoints are allowed, used only with `foreground`."""
 
     def key(self) -> dict[str, Any]:
-        """Plain values that its looks depend on."""
+        """Plain values that the features depend on."""
         return asdict(self) | {"thumbnail": THUMBNAIL}
 
-    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> Look:
-        canvas, inside = look_closer(rgb, mask, self.size, self.closer)
-        return Look(self(canvas, inside), _thumbnail(canvas, inside))
+    def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> LocalFeatures:
+        canvas, inside = crop_to_product(rgb, mask, self.size, self.closer)
+        return LocalFeatures(self(canvas, inside), _thumbnail(canvas, inside))
 
-    def pack(self, look: Look) -> dict[str, np.ndarray]:
-        return {**look.keypoints._asdict(), "thumbnail": look.thumbnail}
+    def pack(self, features: LocalFeatures) -> dict[str, np.ndarray]:
+        return {**features.keypoints._asdict(), "thumbnail": features.thumbnail}
 
-    def unpack(self, arrays: Mapping[str, np.ndarray]) -> Look:
-        return Look(Keypoints(arrays["points"], arrays["descriptors"]), arrays["thumbnail"])
+    def unpack(self, arrays: Mapping[str, np.ndarray]) -> LocalFeatures:
+        return LocalFeatures(Keypoints(arrays["points"], arrays["descriptors"]), arrays["thumbnail"])
 
 
-def look_closer(
+def crop_to_product(
     rgb: np.ndarray, mask: np.ndarray | None, size: int, closer: float | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The window of `closer` times the product's longer side, or the whole picture without a mask that can be trusted.
+    """Crop to a window of `closer` times the product's longer side; without a plausible mask, keep the whole picture.
 
-    uint8 (H, W, 3) and `mask`, uint8 (M, M), 255 on the product, of the letterboxed picture -> uint8 (size, size, 3) and
-    where the product is, bool (size, size), None without a mask or where it is empty.
+    `rgb`: uint8 (H, W, 3). `mask`: of the letterboxed picture, uint8 (M, M), 255 on the product. Returns the canvas, uint8
+    (size, size, 3), and where the product is, bool (size, size), or None if there is no mask or it is empty.
     """
     if mask is None or mask.max() <= 127:
         return letterbox(rgb, size), None
     if closer is not None:
         saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
-        if View(closer=closer, least=LEAST).trusts(saliency):
+        if View(closer=closer, least=MIN_MASK_AREA).trusts(saliency):
             window = clamp_window(product_window(saliency, closer))[0].tolist()
-            return _look_through(window, letterbox(rgb, DETAIL * size), mask, size)
+            return _crop_window(window, letterbox(rgb, OVERSAMPLE * size), mask, size)
     return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
 
 
@@ -93,21 +93,21 @@ def _thumbnail(canvas: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
     return np.dstack([cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB), small])
 
 
-def _look_through(window: list[float], rgb: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a window (see `product_window`) shows of a square picture and of its mask: uint8 (S, S, 3), bool (S, S)."""
+def _crop_window(window: list[float], rgb: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Crop a square picture and its mask to a window (see `product_window`): uint8 (size, size, 3), bool (size, size)."""
     side = max(1, round(window[2] * len(rgb)))
     left, top = (round((middle + 1 - window[2]) / 2 * len(rgb)) for middle in window[:2])
     mask = cv2.resize(mask, rgb.shape[:2], interpolation=cv2.INTER_LINEAR)
-    how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-    seen, inside = (
-        cv2.resize(part[top : top + side, left : left + side], (size, size), interpolation=how) for part in (rgb, mask)
+    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    canvas, inside = (
+        cv2.resize(part[top : top + side, left : left + side], (size, size), interpolation=method) for part in (rgb, mask)
     )
-    return seen, inside > 127
+    return canvas, inside > 127
 
 
 @dataclass(frozen=True)
 class Sift(Detector):
-    """SIFT. `contrast`: Lowe's threshold, 0.04 as OpenCV has it; smooth products need less."""
+    """SIFT. `contrast`: the contrast threshold, 0.04 by default as in OpenCV; smooth products need a lower one."""
 
     contrast: float = 0.04
 
@@ -117,11 +117,11 @@ class Sift(Detector):
     def __call__(self, rgb: np.ndarray, inside: np.ndarray | None = None) -> Keypoints:
         mask = inside.astype(np.uint8) if self.foreground and inside is not None else None
         sift = cv2.SIFT_create(nfeatures=self.most, contrastThreshold=self.contrast)  # type: ignore[attr-defined]
-        found, descriptors = sift.detectAndCompute(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), mask)
-        if not found:
+        detected, descriptors = sift.detectAndCompute(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), mask)
+        if not detected:
             return Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
-        points = np.array([point.pt for point in found], np.float32)
-        # Several orientations of the last point can go beyond `most`. OpenCV's values are whole numbers up to 255.
+        points = np.array([point.pt for point in detected], np.float32)
+        # OpenCV may return more than `most`, as a point can have several orientations. Its values are integers up to 255.
         return Keypoints(points[: self.most], descriptors[: self.most].astype(np.uint8))
 
 
@@ -135,14 +135,14 @@ def root_sift(descriptors: np.ndarray) -> np.ndarray:
     return np.sqrt(values / np.maximum(values.sum(axis=1, keepdims=True), 1))
 
 
-def to_bytes(descriptors: np.ndarray) -> np.ndarray:
-    """Directions in a quarter of the space: float (K, D) -> int8 (K, D), the largest value of each row 127 or -127."""
+def quantize(descriptors: np.ndarray) -> np.ndarray:
+    """Quantise to int8, a quarter of the size: float (K, D) -> int8 (K, D), each row scaled to a largest value of +-127."""
     largest = np.abs(descriptors).max(axis=1, keepdims=True, initial=1e-9)
     return np.round(descriptors * (127 / largest)).astype(np.int8)
 
 
-def compare_by(keypoints: Keypoints) -> np.ndarray:
-    """What to compare them by, float32 (K, D) of length 1: SIFT's histograms as RootSIFT, learned descriptors as they are."""
+def normalized_descriptors(keypoints: Keypoints) -> np.ndarray:
+    """Descriptors for matching, float32 (K, D) of length 1: RootSIFT for SIFT, otherwise L2-normalised."""
     if keypoints.descriptors.dtype == np.uint8:
         return root_sift(keypoints.descriptors)
     return unit(keypoints.descriptors.astype(np.float32)).astype(np.float32)

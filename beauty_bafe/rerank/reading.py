@@ -1,4 +1,4 @@
-"""Reading labels: words on the query's product against those on the catalogue photos."""
+"""Re-ranking by text recognition: compares the words on labels of the query and of the catalogue photos."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 
 from .candidates import Candidates
 from .evidence import EvidenceReranker
-from .keypoints import look_closer
-from .looking import look_at_answers
+from .keypoints import crop_to_product
+from .local_features import score_candidates
 
-LEAST_LETTERS = 3  # of a word without a digit; shorter ones are read into any texture
-ALIKE = 70.0  # per cent of their letters that words must share to count as partly the same
-LONG = 5  # letters of a word that may be a part of another, as recognisers join words
-PART = 5.0  # per cent that being a part costs
-ENOUGH = 0.5  # information that must have been read on a query, nats; less says nothing
+MIN_LETTERS = 3  # of a word without a digit; shorter ones are often recognised in mere texture
+MIN_SIMILARITY = 70.0  # per cent, of words that count as a partial match
+MIN_PART_LETTERS = 5  # of a word that may match a part of another, as recognisers join words
+PART_PENALTY = 5.0  # per cent, for a match with a part of a word
+MIN_INFORMATION = 0.5  # nats, of the words recognised on a query; with less, the evidence is 0
 
 Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Words of at least `sure` confidence, 0 to 1, read by PP-OCR (Cui et al., 2025) as RapidOCR carries it.
+    """Recognises words by PP-OCR (Cui et al., 2025) in RapidOCR. `sure`: their minimum confidence, 0 to 1.
 
-    `size`: pixels of the canvas that is read; `closer`: see `look_closer`.
+    `size`: side in pixels of the canvas; `closer`: see `crop_to_product`.
     """
 
     size: int
@@ -37,93 +37,96 @@ class Reader:
     sure: float
 
     def __post_init__(self) -> None:
-        import rapidocr  # noqa: F401  # raises where it is missing, before anything is computed
+        import rapidocr  # noqa: F401  # raises ImportError if it is missing, before anything is computed
 
     def key(self) -> dict[str, Any]:
         known = {"size": self.size, "closer": self.closer, "sure": self.sure}
-        return known | {"rapidocr": version("rapidocr"), "letters": LEAST_LETTERS}
+        return known | {"rapidocr": version("rapidocr"), "letters": MIN_LETTERS}
 
-    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> Words:
-        canvas, _ = look_closer(rgb, mask, self.size, self.closer)
+    def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> Words:
+        canvas, _ = crop_to_product(rgb, mask, self.size, self.closer)
         try:
-            engine = _IDLE.get_nowait()
+            engine = _IDLE_ENGINES.get_nowait()
         except queue.Empty:
             engine = _load()
-        found = engine(np.ascontiguousarray(canvas[..., ::-1]))
-        _IDLE.put(engine)
-        if found.txts is None:
+        result = engine(np.ascontiguousarray(canvas[..., ::-1]))
+        _IDLE_ENGINES.put(engine)
+        if result.txts is None:
             return ()
-        read = (text for text, score in zip(found.txts, found.scores, strict=True) if score >= self.sure)
+        read = (text for text, score in zip(result.txts, result.scores, strict=True) if score >= self.sure)
         return tuple(sorted({word for text in read for word in split_words(text)}))
 
-    def pack(self, look: Words) -> dict[str, np.ndarray]:
-        return {"text": np.frombuffer("\n".join(look).encode(), np.uint8)}
+    def pack(self, features: Words) -> dict[str, np.ndarray]:
+        return {"text": np.frombuffer("\n".join(features).encode(), np.uint8)}
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> Words:
         return tuple(arrays["text"].tobytes().decode().split("\n")) if len(arrays["text"]) else ()
 
 
-# RapidOCR keeps what it is reading in its attributes, so that each thread needs one of its own.
-_IDLE: queue.SimpleQueue[Any] = queue.SimpleQueue()
+# RapidOCR keeps state in its attributes, so each thread needs an engine of its own.
+_IDLE_ENGINES: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
 
 def _load() -> Any:
     from rapidocr import RapidOCR
 
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    # `Reader.sure` decides; RapidOCR itself would leave out all below 0.5.
+    # `Reader.sure` is the threshold; RapidOCR's own would drop everything below 0.5.
     return RapidOCR(params={**threads, "Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0})
 
 
 @dataclass(frozen=True)
 class LabelReading(EvidenceReranker):
-    """Words that a query shares with some of its answers and not with others: see `compare_words`.
+    """Evidence from the words that a query shares with some of its candidates and not with others: see `compare_words`.
 
-    Some answer shares most of them even where the product is not in the gallery: they tell siblings apart, no more.
+    Not absolute: some candidate shares most words even if the product is not in the gallery, so they only distinguish
+    variants of a product.
     """
 
     reader: Reader
     kinds = ("text",)
     absolute = False
 
-    def evidence(self, found: Candidates) -> np.ndarray:
-        return look_at_answers(found, self.depth, self.reader, lambda query, answers: compare_words(query, answers)[:, None])
+    def evidence(self, candidates: Candidates) -> np.ndarray:
+        return score_candidates(
+            candidates, self.depth, self.reader, lambda query, others: compare_words(query, others)[:, None]
+        )
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case, numbers with decimals and per cent sign; what has under three letters and no digit is left out.
+    """Split into lower-case words and numbers (with decimals and %); drop words of under three letters without a digit.
 
     >>> split_words("Mellanmjölk 1,5% FETT, 1 l à la carte")
     ['mellanmjölk', '1,5%', 'fett', '1', 'carte']
     """
     words = re.findall(r"[^\W_]+(?:[.,]\d+)?%?", text.lower())
-    return [word for word in words if len(word) >= LEAST_LETTERS or any(letter.isdigit() for letter in word)]
+    return [word for word in words if len(word) >= MIN_LETTERS or any(letter.isdigit() for letter in word)]
 
 
-def compare_words(query: Words, answers: Sequence[Words]) -> np.ndarray:
-    """Of the information in the query's words, the share that stands on each answer: float (k,), 0 to 1.
+def compare_words(query: Words, candidates: Sequence[Words]) -> np.ndarray:
+    """The share of the information in the query's words that each of k candidates has, float (k,), 0 to 1.
 
-    A word informs by log((k + 1) / (1 + answers that have it)): what all siblings of a brand have in common says nothing. Words
-    need not be the same, see `_alike`. Without words that tell answers apart it is 0 for all of them.
+    The information of a word is log((k + 1) / (1 + candidates with it)), so words that all candidates share count little.
+    Words may match partially, see `word_similarity`. All shares are 0 if no words distinguish the candidates.
     """
-    words = tuple(sorted({word for answer in answers for word in answer}))
+    words = tuple(sorted({word for candidate in candidates for word in candidate}))
     if not words or not query:
-        return np.zeros(len(answers))
-    alike, place = _alike(words, words), {word: row for row, word in enumerate(words)}
-    there = [alike[:, [place[word] for word in answer]].max(axis=1) if answer else np.zeros(len(words)) for answer in answers]
-    stands = np.stack(there, axis=1)
-    information = np.log((len(answers) + 1) / (1 + stands.sum(axis=1))) * _alike(words, query).max(axis=1)
+        return np.zeros(len(candidates))
+    similarity, column = word_similarity(words, words), {word: row for row, word in enumerate(words)}
+    columns = [[column[word] for word in candidate] for candidate in candidates]
+    present = np.stack([similarity[:, own].max(axis=1) if own else np.zeros(len(words)) for own in columns], axis=1)
+    information = np.log((len(candidates) + 1) / (1 + present.sum(axis=1))) * word_similarity(words, query).max(axis=1)
     total = information.sum()
-    return information @ stands / total if total > ENOUGH else np.zeros(len(answers))
+    return information @ present / total if total > MIN_INFORMATION else np.zeros(len(candidates))
 
 
-def _alike(words: Sequence[str], others: Sequence[str]) -> np.ndarray:
-    """How far words are the same, 0 to 1, float (W, O): by shared letters (Indel ratio), or as a part of a longer one."""
+def word_similarity(words: Sequence[str], others: Sequence[str]) -> np.ndarray:
+    """Similarity of words, float (W, O), 0 to 1: the Indel ratio of the whole words, or of one to a part of a longer other."""
     from rapidfuzz import fuzz, process
 
     whole = process.cdist(words, others, scorer=fuzz.ratio, dtype=np.float32)
-    part = process.cdist(words, others, scorer=fuzz.partial_ratio, dtype=np.float32) - PART
+    part = process.cdist(words, others, scorer=fuzz.partial_ratio, dtype=np.float32) - PART_PENALTY
     lengths, other_lengths = (np.array([len(word) for word in group]) for group in (words, others))
-    fits = (lengths[:, None] >= LONG) & (other_lengths >= lengths[:, None])
+    fits = (lengths[:, None] >= MIN_PART_LETTERS) & (other_lengths >= lengths[:, None])
     shared = np.where(fits, np.maximum(whole, part), whole)
-    return np.clip((shared - ALIKE) / (100 - ALIKE), 0, 1)
+    return np.clip((shared - MIN_SIMILARITY) / (100 - MIN_SIMILARITY), 0, 1)

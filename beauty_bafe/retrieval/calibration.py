@@ -77,7 +77,7 @@ class Calibration:
         above = int(rate * len(self.strangers))
         if above >= len(self.strangers):
             return 0.0
-        # What reaches it is known, so that it lies above the first stranger that must not.
+        # A probability equal to the threshold is accepted, so the threshold lies just above the first one to reject.
         return float(np.nextafter(np.float32(self.strangers[-1 - above]), np.float32(np.inf)))
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..index.base import Index
 from ..index.ranking import Ranking, check_k
 from ..manifest import digest, locked, replace_file
 from ..models.views import View
-from ..rerank.candidates import Candidates, Learner, Reranker, SearchContext
+from ..rerank.candidates import Candidates, Reranker, SearchContext, TrainableReranker
 from ..versions import Versions
 from .calibration import SHORTLIST, Calibration
 from .classical import keep_learned, learn
@@ -78,11 +78,11 @@ class Gallery:
         self.steps: list[list[Reranker]] = []
         self.calibration: Calibration | None = None
         self._learned: dict[str, Any] = {}
-        self._looks: dict[Any, Any] = {}  # see SearchContext
+        self._feature_cache: dict[Any, Any] = {}  # see SearchContext
         for member in members:
             if view is not None and not member.trained:
                 raise ValueError(
-                    f"{member.name} was not trained to predict masks, which the query view needs; "
+                    f"{member.name} was not trained to predict masks, which this query view requires; "
                     "type checkpoints='[RUN/checkpoints/best.ckpt]', or query=whole"
                 )
 
@@ -118,7 +118,8 @@ class Gallery:
             self._read_learned(place)
             views = self.ensemble.transform(features)
             changes = [index.sync(view.vectors, view.ids) for index, view in zip(self.indexes, views, strict=True)]
-            changed = any(removed or added for removed, added, _ in changes) or open_catalog(place / CATALOG) != self._held()
+            changed = any(removed or added for removed, added, _ in changes)
+            changed = changed or open_catalog(place / CATALOG) != self._indexed_files()
             how = "{} removed, {} added, {} kept, ensemble as first learned".format(*changes[0])
         else:
             views = self.ensemble.fit(features).transform(features)
@@ -139,7 +140,7 @@ class Gallery:
         larger.indexes = [index.clone() for index in self.indexes]
         for index, view in zip(larger.indexes, self.ensemble.transform(described), strict=True):
             index.add(view.vectors, view.ids)
-        new, held = pictures.files, self._held()
+        new, held = pictures.files, self._indexed_files()
         larger.catalog = Catalog(held.ids + new.ids, held.paths + new.paths)
         return larger
 
@@ -149,7 +150,7 @@ class Gallery:
         smaller.indexes = [index.clone() for index in self.indexes]
         for index in smaller.indexes:
             index.remove(ids)
-        smaller.catalog = smaller._held()
+        smaller.catalog = smaller._indexed_files()
         return smaller
 
     def describe(self, pictures: Pictures, source: str, what: str, skipped: Skipped) -> list[Features]:
@@ -164,31 +165,33 @@ class Gallery:
         probabilities, and learning is tried again once the photos change.
         """
         self.steps = [list(steps) for _ in self.indexes]
-        if self._learned.get("about") == about and self._still_holds(rehearsal):
+        if self._learned.get("about") == about and self._is_current(rehearsal):
             for own, learned in zip(self.steps, self._learned["weights"], strict=True):
-                learners = [place for place, step in enumerate(own) if isinstance(step, Learner)]
-                for place, weights in zip(learners, learned, strict=True):
-                    own[place] = replace(own[place], weights=weights)  # type: ignore[type-var]
+                trainable = [number for number, step in enumerate(own) if isinstance(step, TrainableReranker)]
+                for number, weights in zip(trainable, learned, strict=True):
+                    own[number] = replace(own[number], weights=weights)  # type: ignore[type-var]
             known = self._learned["calibration"]
             self.calibration = None if known is None else Calibration.from_dict(known)
             return
-        self.calibration = self._practise(rehearsal)
-        found = [[step.weights for step in own if isinstance(step, Learner)] for own in self.steps]
+        self.calibration = self._calibrate(rehearsal)
+        found = [[step.weights for step in own if isinstance(step, TrainableReranker)] for own in self.steps]
         learned = [[None if weights is None else dict(weights) for weights in own] for own in found]
         known = None if self.calibration is None else self.calibration.to_dict()
-        photos = self._photos() if rehearsal.views and known is None else None
+        photos = self._photo_digest() if rehearsal.views and known is None else None
         self._learned = {"about": about, "weights": learned, "calibration": known, "photos": photos}
         if folder is not None:
             Versions(Path(folder)).read(self._write_learned)
 
-    def _still_holds(self, rehearsal: Rehearsal) -> bool:
-        """Whether nothing more could be learned: photos that taught nothing may have been away, or are others today."""
-        return self._learned["calibration"] is not None or not rehearsal.views or self._learned["photos"] == self._photos()
+    def _is_current(self, rehearsal: Rehearsal) -> bool:
+        """Whether learning again would change nothing: without a calibration, only if the photos are still the same."""
+        if self._learned["calibration"] is not None or not rehearsal.views:
+            return True
+        return self._learned["photos"] == self._photo_digest()
 
-    def _photos(self) -> str:
+    def _photo_digest(self) -> str:
         return digest(*self.catalog.ids, *map(stamp, self.catalog.paths))
 
-    def _practise(self, rehearsal: Rehearsal) -> Calibration | None:
+    def _calibrate(self, rehearsal: Rehearsal) -> Calibration | None:
         if not rehearsal.views or not len(self.catalog):
             return None
         with self.extraction.folder(f"rehearsal-{digest(*self.catalog.ids, *map(str, self.catalog.paths))}") as where:
@@ -234,13 +237,13 @@ class Gallery:
         depth = min(max(depths), len(self.indexes[0]))
         rankings = []
         for own, index, queries in zip(steps, self.indexes, self.ensemble.transform(described), strict=True):
-            context = SearchContext(self.catalog, pictures, self.extraction.root, self._looks)
-            found = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
-            for place, step in enumerate(own):
-                if learn and isinstance(step, Learner):
-                    own[place] = step = step.learned(found)
-                found = step(found)
-            rankings.append(found.ranking)
+            context = SearchContext(self.catalog, pictures, self.extraction.root, self._feature_cache)
+            candidates = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
+            for number, step in enumerate(own):
+                if learn and isinstance(step, TrainableReranker):
+                    own[number] = step = step.fit(candidates)
+                candidates = step(candidates)
+            rankings.append(candidates.ranking)
         return self.ensemble.fuse(rankings, min(k, *(ranking.positions.shape[1] for ranking in rankings), depth))
 
     def costs(self) -> dict[str, float]:
@@ -268,7 +271,7 @@ class Gallery:
         about = self._about()
         return [index.for_view(number, about).load(view, about) for number, view in enumerate(views)]
 
-    def _held(self) -> Catalog:
+    def _indexed_files(self) -> Catalog:
         """The files of the pictures in the index, with absolute paths."""
         held = self.catalog.subset(row for row, name in enumerate(self.catalog.ids) if name in self.indexes[0].row_of)
         return Catalog(held.ids, tuple(path.resolve() for path in held.paths))
@@ -280,7 +283,7 @@ class Gallery:
         for number, index in enumerate(self.indexes):
             index.save(place / f"view{number}", self._about())
         self._write_learned(place)
-        held = self._held()
+        held = self._indexed_files()
         if not len(held):
             return
 

@@ -113,7 +113,7 @@ def test_validation_pictures_never_change(module) -> None:
     assert torch.equal(first[0], data.val_set[(VALIDATION_EPOCH, 0)]["pictures"])
 
 
-def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
+def test_validation_tells_held_out_photos_from_training_photos(module) -> None:
     data = module("data.val_max=3")
     held_out, others = data.val_dataloader()
     seen = torch.cat([batch["pictures"] for batch in held_out])

@@ -284,7 +284,7 @@ def test_a_place_is_found_again_by_its_name(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense(tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
     with pytest.raises(ValueError, match=r"shards needs pictures=GALLERY, a folder of photos or a csv"):
         shards(configure("shards", f"output_dir={tmp_path}"))
-    with pytest.raises(ValueError, match=r"shard=0: type a number of pictures above 0"):
+    with pytest.raises(ValueError, match=r"shard=0: type the number of pictures per file, 1 or more"):
         shards(configure("shards", f"output_dir={tmp_path}", "pictures=P", "shard=0"))
 
 

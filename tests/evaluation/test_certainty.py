@@ -24,7 +24,7 @@ def shortlist(queries: int = 40, answers: int = 8) -> tuple[Ranking, dict[str, s
 
 def test_the_true_product_is_taken_out() -> None:
     ranking, truth = shortlist()
-    certainty = Certainty.judge(ranking, truth, CALIBRATION, 0.5)
+    certainty = Certainty.from_ranking(ranking, truth, CALIBRATION, 0.5)
     assert certainty is not None
     for row, query in enumerate(ranking.query_ids):
         answers, scores = ranking.answers(row), list(ranking.scores[row])
@@ -36,12 +36,12 @@ def test_the_true_product_is_taken_out() -> None:
         assert certainty.right[row] == (answers[0] == true)
     del truth["q3"]
     truth["q4"] = set(ranking.gallery_ids)
-    left = Certainty.judge(ranking, truth, CALIBRATION, 0.5)
+    left = Certainty.from_ranking(ranking, truth, CALIBRATION, 0.5)
     assert left is not None
     others = [row for row in range(40) if row not in (3, 4)]
     np.testing.assert_array_equal(left.known, certainty.known[others], "unknown to truth; nothing left without the product")
     np.testing.assert_array_equal(left.unknown, certainty.unknown[others])
-    assert Certainty.judge(ranking, {"q4": truth["q4"]}, CALIBRATION, 0.5) is None
+    assert Certainty.from_ranking(ranking, {"q4": truth["q4"]}, CALIBRATION, 0.5) is None
 
 
 def test_measures_against_slow_twins() -> None:

@@ -164,7 +164,7 @@ def test_settings_that_it_does_not_know() -> None:
         ({"uri": "milvus.db"}, "index.uri=milvus.db: type http://HOST:19530"),
         ({"collection": "a-b"}, "index.collection=a-b: type a name of letters"),
         ({"kind": "cagra"}, "index.kind=cagra: type hnsw, diskann, ivf_sq8, flat"),
-        ({"metric": "l1"}, "Milvus knows ip and l2"),
+        ({"metric": "l1"}, "Milvus supports ip and l2"),
         ({"consistency": "weak"}, "index.consistency=weak: type strong"),
         ({"timeout": 0}, "index.timeout=0: type a number"),
         ({"only": ["a"]}, "needs index.categories=CSV"),
@@ -192,7 +192,7 @@ def test_a_server_that_is_slow(make, server: Standalone) -> None:
     try:
         with pytest.raises(ConnectionError, match=r"failed to answer queries: .*raise index.timeout=2 seconds if it is only"):
             index.search(vectors[:1], ("q",), 3)
-        with pytest.raises(ConnectionError, match="failed to take vectors 0 to 1 of 1"):
+        with pytest.raises(ConnectionError, match="failed to store vectors 0 to 1 of 1"):
             index.clone().add(unit(1, DIMENSIONS, 14), ("new",))
     finally:
         server.process.send_signal(signal.SIGCONT)
@@ -212,7 +212,7 @@ def test_killed_while_it_takes_vectors(make, server: Standalone, sent: list[list
     with monkeypatch.context() as patch:
         patch.setattr(pymilvus.MilvusClient, "upsert", killing)
         with pytest.raises(
-            ConnectionError, match=r"failed to take vectors 8000 to 9000 of 20000: .*the rows it has taken are kept"
+            ConnectionError, match=r"failed to store vectors 8000 to 9000 of 20000: .*rows it has already stored are kept"
         ):
             make("hnsw", timeout=10).fit(vectors, ids)
     server.start()

@@ -84,7 +84,7 @@ def validate(module: SaliencyModule, *sets: torch.utils.data.Dataset[dict[str, t
     return dict(trainer.validate(module, loaders, verbose=False)[0])
 
 
-def test_held_back_photos_are_told_apart_from_those_of_the_training_set(tiny: dict[str, Any]) -> None:
+def test_held_out_photos_are_told_apart_from_those_of_the_training_set(tiny: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = SaliencyModule(tiny, lr=1e-3, warmup=0)
     assert validate(module, Held())["val/mAP@7"] == 1

@@ -13,10 +13,10 @@ from scipy.optimize import minimize
 
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.rerank.appearance import APPEARANCE, compare_looks
+from beauty_bafe.rerank.appearance import APPEARANCE, compare_appearance
 from beauty_bafe.rerank.candidates import Candidates
 from beauty_bafe.rerank.evidence import EvidenceReranker, fit_weights
-from beauty_bafe.rerank.keypoints import THUMBNAIL, Keypoints, Look
+from beauty_bafe.rerank.keypoints import THUMBNAIL, Keypoints, LocalFeatures
 from beauty_bafe.rerank.matching import Geometry
 
 NOTHING = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
@@ -24,113 +24,113 @@ MATRIX = np.array([[0.9, -0.2, 30], [0.2, 0.9, -20], [0, 0, 1.0]])
 SIZE = 320
 
 
-def look(seed: int, inside: slice = slice(8, 56)) -> Look:
+def local_features(seed: int, inside: slice = slice(8, 56)) -> LocalFeatures:
     """A smooth random picture whose product is a square."""
     thumbnail = np.random.default_rng(seed).integers(0, 255, (8, 8, 4), np.uint8)
     thumbnail = cv2.resize(thumbnail, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_CUBIC)
     thumbnail[..., 3] = 0
     thumbnail[inside, inside, 3] = 255
-    return Look(NOTHING, thumbnail)
+    return LocalFeatures(NOTHING, thumbnail)
 
 
-def laid_over(seen: Look, matrix: np.ndarray) -> Look:
+def laid_over(seen: LocalFeatures, matrix: np.ndarray) -> LocalFeatures:
     """What another camera sees of it; `matrix` leads from its canvas to that of `seen`."""
     scale = np.diag([THUMBNAIL / SIZE, THUMBNAIL / SIZE, 1])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = cv2.warpPerspective(seen.thumbnail, scale @ matrix @ np.linalg.inv(scale), (THUMBNAIL, THUMBNAIL), flags=flags)
-    return Look(NOTHING, warped)
+    return LocalFeatures(NOTHING, warped)
 
 
 def test_the_same_picture_under_a_known_geometry() -> None:
-    shop, geometry = look(0), Geometry(20, MATRIX)
-    inliers, lightness, chroma, colour = compare_looks(laid_over(shop, MATRIX), shop, geometry, SIZE)
+    shop, geometry = local_features(0), Geometry(20, MATRIX)
+    inliers, lightness, chroma, colour = compare_appearance(laid_over(shop, MATRIX), shop, geometry, SIZE)
     assert inliers == pytest.approx(np.log(21))
     assert min(lightness, chroma) > 0.97
     assert -0.3 < colour <= 0
-    other = compare_looks(laid_over(look(1), MATRIX), shop, geometry, SIZE)
+    other = compare_appearance(laid_over(local_features(1), MATRIX), shop, geometry, SIZE)
     assert max(other[1:3]) < 0.5
     assert other[3] < 4 * colour
-    askew = compare_looks(laid_over(shop, MATRIX), shop, Geometry(20, np.eye(3)), SIZE)
+    askew = compare_appearance(laid_over(shop, MATRIX), shop, Geometry(20, np.eye(3)), SIZE)
     assert askew[1] < 0.8, "under another geometry other things lie over each other"
 
 
 def test_light_and_its_colour_are_taken_out() -> None:
-    shop = look(0)
+    shop = local_features(0)
     thumbnail = shop.thumbnail.astype(int)
     thumbnail[..., 0] = thumbnail[..., 0] // 2 + 20
     thumbnail[..., 1:3] = thumbnail[..., 1:3] + [9, -6]
-    seen = Look(NOTHING, thumbnail.clip(0, 255).astype(np.uint8))
-    _, lightness, chroma, colour = compare_looks(seen, shop, Geometry(5, np.eye(3)), SIZE)
+    seen = LocalFeatures(NOTHING, thumbnail.clip(0, 255).astype(np.uint8))
+    _, lightness, chroma, colour = compare_appearance(seen, shop, Geometry(5, np.eye(3)), SIZE)
     assert min(lightness, chroma) > 0.97
     assert colour > -0.3
 
 
 def test_without_geometry_or_overlap_nothing_is_seen() -> None:
-    assert compare_looks(look(0), look(0), None, SIZE) == [0.0] * len(APPEARANCE)
+    assert compare_appearance(local_features(0), local_features(0), None, SIZE) == [0.0] * len(APPEARANCE)
     away = Geometry(3, np.array([[1, 0, 1000.0], [0, 1, 0], [0, 0, 1]]))
-    assert compare_looks(look(0), look(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
-    flat = Look(NOTHING, np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8))
-    assert compare_looks(flat, flat, Geometry(3, np.eye(3)), SIZE)[1:] == [0, 0, 0], "a plain picture is like every other"
+    assert compare_appearance(local_features(0), local_features(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
+    flat = LocalFeatures(NOTHING, np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8))
+    assert compare_appearance(flat, flat, Geometry(3, np.eye(3)), SIZE)[1:] == [0, 0, 0], "a plain picture is like every other"
 
 
 def test_a_fit_may_miss_by_a_pixel() -> None:
     """Print as fine as a thumbnail's pixels, laid over itself one of them off."""
     thumbnail = np.random.default_rng(0).integers(0, 255, (THUMBNAIL, THUMBNAIL, 4), np.uint8)
     thumbnail[..., 3] = 255
-    shop, step = Look(NOTHING, thumbnail), SIZE / THUMBNAIL
+    shop, step = LocalFeatures(NOTHING, thumbnail), SIZE / THUMBNAIL
     for matrix, least in ((np.eye(3), 0.99), (np.array([[1, 0, step], [0, 1, 0], [0, 0, 1]]), 0.6)):
-        _, lightness, chroma, _ = compare_looks(shop, shop, Geometry(5, matrix), SIZE)
+        _, lightness, chroma, _ = compare_appearance(shop, shop, Geometry(5, matrix), SIZE)
         assert min(lightness, chroma) > least
 
 
 def test_only_what_shows_both_products_is_compared() -> None:
-    shop = look(0)
-    other = look(1).thumbnail.copy()
+    shop = local_features(0)
+    other = local_features(1).thumbnail.copy()
     other[8:32] = shop.thumbnail[8:32]
     half = other.copy()
     half[32:, :, 3] = 0
     geometry = Geometry(5, np.eye(3))
-    for pair in ((shop, Look(NOTHING, half)), (Look(NOTHING, half), shop)):
-        assert min(compare_looks(*pair, geometry, SIZE)[1:3]) > 0.95
-    assert max(compare_looks(Look(NOTHING, other), shop, geometry, SIZE)[1:3]) < 0.9
+    for pair in ((shop, LocalFeatures(NOTHING, half)), (LocalFeatures(NOTHING, half), shop)):
+        assert min(compare_appearance(*pair, geometry, SIZE)[1:3]) > 0.95
+    assert max(compare_appearance(LocalFeatures(NOTHING, other), shop, geometry, SIZE)[1:3]) < 0.9
     corner = shop.thumbnail.copy()
     corner[..., 3] = 0
     corner[8:21, 8, 3] = 255
-    assert compare_looks(Look(NOTHING, corner), shop, geometry, SIZE)[1:] == [0, 0, 0], "13 pixels"
+    assert compare_appearance(LocalFeatures(NOTHING, corner), shop, geometry, SIZE)[1:] == [0, 0, 0], "13 pixels"
     corner[21, 8, 3] = 255
-    assert compare_looks(Look(NOTHING, corner), shop, geometry, SIZE)[1] > 0.95, "14 pixels"
+    assert compare_appearance(LocalFeatures(NOTHING, corner), shop, geometry, SIZE)[1] > 0.95, "14 pixels"
 
 
 def test_colours_that_differ_wholly_count_no_more_than_two_dozen_levels() -> None:
     thumbnails = np.random.default_rng(0).choice([0, 255], (2, THUMBNAIL, THUMBNAIL, 4)).astype(np.uint8)
     thumbnails = np.repeat(np.repeat(thumbnails[:, ::16, ::16], 16, 1), 16, 2)
     thumbnails[..., 3] = 255
-    first, second = (Look(NOTHING, np.ascontiguousarray(thumbnail)) for thumbnail in thumbnails)
-    assert compare_looks(first, second, Geometry(5, np.eye(3)), SIZE)[3] == -2
+    first, second = (LocalFeatures(NOTHING, np.ascontiguousarray(thumbnail)) for thumbnail in thumbnails)
+    assert compare_appearance(first, second, Geometry(5, np.eye(3)), SIZE)[3] == -2
 
 
-def practice(weights: list[float], queries: int = 400, answers: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def training_examples(weights: list[float], queries: int = 400, answers: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries whose right answer is drawn by the model itself."""
     rng = np.random.default_rng(0)
-    likeness, evidence = rng.normal(size=(queries, answers)), rng.normal(size=(queries, answers, len(APPEARANCE)))
-    chances = np.exp(2 * (likeness + evidence @ weights))
+    similarity, evidence = rng.normal(size=(queries, answers)), rng.normal(size=(queries, answers, len(APPEARANCE)))
+    chances = np.exp(2 * (similarity + evidence @ weights))
     right = [rng.choice(answers, p=row / row.sum()) for row in chances]
-    return likeness, evidence, np.arange(answers) == np.array(right)[:, None]
+    return similarity, evidence, np.arange(answers) == np.array(right)[:, None]
 
 
 def test_weights_are_found_again() -> None:
     truth = [0.5, 0.0, 1.0, 0.2]
-    likeness, evidence, hit = practice(truth)
-    found = fit_weights(likeness, evidence, hit)
+    similarity, evidence, hit = training_examples(truth)
+    found = fit_weights(similarity, evidence, hit)
     np.testing.assert_allclose(found, truth, atol=0.12)
-    scores = likeness + evidence @ found
-    assert hit[np.arange(len(hit)), scores.argmax(axis=1)].mean() > hit[np.arange(len(hit)), likeness.argmax(axis=1)].mean()
+    scores = similarity + evidence @ found
+    assert hit[np.arange(len(hit)), scores.argmax(axis=1)].mean() > hit[np.arange(len(hit)), similarity.argmax(axis=1)].mean()
 
 
 def test_weights_against_a_slow_twin() -> None:
-    likeness, evidence, hit = practice([0.5, 0.1, 1.0, 0.2], queries=40)
+    similarity, evidence, hit = training_examples([0.5, 0.1, 1.0, 0.2], queries=40)
     hit[:5] = False  # teach nothing
-    values = np.concatenate([likeness[..., None], evidence], axis=2)[5:]
+    values = np.concatenate([similarity[..., None], evidence], axis=2)[5:]
     spread = values.reshape(-1, 5).std(axis=0) + 1e-6
 
     def loss(weights: np.ndarray) -> float:
@@ -150,19 +150,19 @@ def test_weights_against_a_slow_twin() -> None:
         ).x
         / spread
     )
-    np.testing.assert_allclose(fit_weights(likeness, evidence, hit), slow[1:] / slow[0], rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(fit_weights(similarity, evidence, hit), slow[1:] / slow[0], rtol=2e-3, atol=2e-4)
 
 
 def test_evidence_that_misleads_weighs_nothing() -> None:
-    likeness, evidence, hit = practice([0.5, 0.0, 0.0, 0.0])
-    found = fit_weights(likeness, -evidence, hit)
+    similarity, evidence, hit = training_examples([0.5, 0.0, 0.0, 0.0])
+    found = fit_weights(similarity, -evidence, hit)
     assert found[0] == 0
-    assert not fit_weights(likeness, evidence, np.zeros_like(hit)).any(), "nothing to learn from"
+    assert not fit_weights(similarity, evidence, np.zeros_like(hit)).any(), "nothing to learn from"
 
 
 def test_misleading_likeness_is_not_outweighed_beyond_measure() -> None:
-    likeness, evidence, hit = practice([0.5, 0.0, 0.0, 0.0])
-    found = fit_weights(-likeness, evidence, hit)
+    similarity, evidence, hit = training_examples([0.5, 0.0, 0.0, 0.0])
+    found = fit_weights(-similarity, evidence, hit)
     assert 0 < found[0] < 100
 
 
@@ -216,7 +216,7 @@ def test_it_looks_deeper_than_what_was_found(found: Candidates) -> None:
     assert [ranked.answers(row)[0] for row in range(3)] == [deep.answers(row)[-1] for row in range(3)]
     names = tuple(deep.answers(row)[19] for row in range(3))
     named = replace(found, queries=replace(found.queries, ids=names), ranking=replace(found.ranking, query_ids=names))
-    learned = Told(30, None, (0.0,) * 19 + (1.0,) + (0.0,) * 10).learned(named)
+    learned = Told(30, None, (0.0,) * 19 + (1.0,) + (0.0,) * 10).fit(named)
     assert learned.weights is not None
     assert learned.weights["told"] > 0.1
     assert learned(named).ranking.as_answers().keys() == {*names}
@@ -227,10 +227,10 @@ def test_what_is_not_found_has_no_rank(found: Candidates, capsys: pytest.Capture
     """One query is named after its second answer, one after its first, one after none."""
     names = found.ranking.answers(0)[1], found.ranking.answers(1)[0], "nobody"
     named = replace(found, queries=replace(found.queries, ids=names), ranking=replace(found.ranking, query_ids=names))
-    Told(10, None).learned(named)
-    assert "; 3 gallery pictures found from their own street views: mean reciprocal rank 0.500, 0.500 without" in (
-        capsys.readouterr().out
-    )
+    Told(10, None).fit(named)
+    printed = capsys.readouterr().out
+    assert "weights learned from 3 street views: " in printed
+    assert "; mean reciprocal rank 0.500, 0.500 without re-ranking" in printed
 
 
 @pytest.mark.parametrize("kind", [Told, Placing])
@@ -244,17 +244,17 @@ def test_weights_are_beside_a_likeness_of_at_most_one(found: Candidates, kind: t
     if kind is Placing:
         plain = Told(10, {})(found).ranking
         for scores in (ranked.ranking.scores, again.scores):
-            np.testing.assert_array_equal(scores, plain.scores, "every rank keeps its likeness")
+            np.testing.assert_array_equal(scores, plain.scores, "every rank keeps its similarity")
 
 
 @pytest.mark.parametrize(
     ("depth", "weights", "message"),
     [
-        (0, {"told": 1.0}, "depth=0: type how many of each query's first answers are looked at, 1 or more"),
-        (5, 0.05, r"weights=0.05: type a number for each kind of evidence, \{told: 0.05\}, or null to learn them"),
-        (5, {"told": None}, r"weights: \{told: None\} is no number; type one, as in \{told: 0.05\}"),
-        (5, {"other": float("nan")}, r"weights: \{other: nan\} is no number"),
-        (5, {"tolt": 1.0}, r"weights: \{tolt: ...\} is no evidence here; type some of told, other"),
+        (0, {"told": 1.0}, "depth=0: type how many of each query's first candidates to re-rank, 1 or more"),
+        (5, 0.05, r"weights=0.05: type a number for each kind of evidence, as in \{told: 0.05\}, or null to learn them"),
+        (5, {"told": None}, r"weights: \{told: None\} is not a finite number; type one, as in \{told: 0.05\}"),
+        (5, {"other": float("nan")}, r"weights: \{other: nan\} is not a finite number"),
+        (5, {"tolt": 1.0}, r"weights: tolt is not a kind of evidence here; type some of told, other"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(depth: int, weights: Any, message: str) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from beauty_bafe.extraction.features import unit
 from beauty_bafe.rerank import keypoints
-from beauty_bafe.rerank.keypoints import Keypoints, Sift, look_closer, root_sift
-from beauty_bafe.rerank.matching import NearestNeighbours, count_matches, fit_geometry, match_mutually
+from beauty_bafe.rerank.keypoints import Keypoints, Sift, crop_to_product, root_sift
+from beauty_bafe.rerank.matching import NearestNeighbours, count_matches, fit_geometry, mutual_nearest_neighbours
 from tests.textured import HOMOGRAPHY, SIZE, textured, warped
 
 DETECTOR = Sift(SIZE, 300)
@@ -22,7 +22,7 @@ def test_matches_of_a_known_homography() -> None:
     assert 0 < distance < 300
     table = np.sort(np.linalg.norm(query.descriptors[:, None].astype(float) - same.descriptors[None], axis=2), axis=1)
     assert matches == int((table[:, 0] < 0.8 * table[:, 1]).sum()), "against every distance"
-    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(same.descriptors), 0.9)
+    rows, columns = mutual_nearest_neighbours(root_sift(query.descriptors), root_sift(same.descriptors), 0.9)
     truth = cv2.perspectiveTransform(same.points[columns][None], HOMOGRAPHY)[0]
     error = np.linalg.norm(truth - query.points[rows], axis=1)
     geometry = fit_geometry(query.points[rows], same.points[columns])
@@ -32,7 +32,7 @@ def test_matches_of_a_known_homography() -> None:
     corners = np.array([[[50.0, 50.0], [150, 50], [150, 150], [50, 150]]])
     back = cv2.perspectiveTransform(cv2.perspectiveTransform(corners, HOMOGRAPHY), geometry.matrix)
     assert np.abs(back - corners).max() < 3, "the map leads from the query to the candidate"
-    rows, columns = match_mutually(root_sift(query.descriptors), root_sift(other.descriptors), 0.9)
+    rows, columns = mutual_nearest_neighbours(root_sift(query.descriptors), root_sift(other.descriptors), 0.9)
     wrong = fit_geometry(query.points[rows], other.points[columns])
     assert wrong is None or wrong.inliers < geometry.inliers / 4
 
@@ -50,7 +50,7 @@ def test_mutual_matches_against_a_slow_twin() -> None:
         if int(backward.argmin()) == row and all(d.min() < 0.9 * np.sort(d)[1] for d in (forward, backward)):
             expected.append((row, column))
     assert 5 < len(expected) < 20
-    assert list(zip(*match_mutually(query, candidate, 0.9), strict=True)) == expected
+    assert list(zip(*mutual_nearest_neighbours(query, candidate, 0.9), strict=True)) == expected
 
 
 def test_few_or_no_matches_prove_nothing() -> None:
@@ -65,7 +65,7 @@ def test_few_or_no_matches_prove_nothing() -> None:
     nothing = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
     some = DETECTOR(textured(0))
     assert count_matches(nothing, some, 0.8) == count_matches(some, nothing, 0.8) == (0, 0.0)
-    assert match_mutually(root_sift(nothing.descriptors), root_sift(some.descriptors), 0.9)[0].size == 0
+    assert mutual_nearest_neighbours(root_sift(nothing.descriptors), root_sift(some.descriptors), 0.9)[0].size == 0
 
 
 def test_keypoints_can_keep_to_the_product() -> None:
@@ -78,19 +78,19 @@ def test_keypoints_can_keep_to_the_product() -> None:
     assert len(DETECTOR(picture, inside).points) == len(DETECTOR(picture).points), "heeded where asked for only"
 
 
-def test_a_closer_look_shows_the_product_alone() -> None:
+def test_a_crop_shows_only_the_product() -> None:
     small = np.full((SIZE, SIZE, 3), 255, np.uint8)
     small[:50, 100:150] = cv2.resize(textured(0)[40:160, 40:160], (50, 50), interpolation=cv2.INTER_AREA)
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:50, 100:150] = 255
-    looks = [Sift(SIZE, 300, foreground=True, closer=closer).look(small, mask) for closer in (1.0, None)]
-    near, whole = (look.keypoints for look in looks)
+    features = [Sift(SIZE, 300, foreground=True, closer=closer).extract(small, mask) for closer in (1.0, None)]
+    near, whole = (each.keypoints for each in features)
     assert np.ptp(near.points, axis=0).min() > 3 * np.ptp(whole.points, axis=0).max()
-    shown = [(look.thumbnail[..., 3] > 127).mean() for look in looks]
+    shown = [(each.thumbnail[..., 3] > 127).mean() for each in features]
     assert shown == pytest.approx([1, 1 / 16], abs=0.05), "the thumbnail is of the same canvas"
     for wrong in (np.zeros_like(mask), np.full_like(mask, 255)):
         for foreground, closer in ((False, 1.0), (True, 1.0), (True, None)):
-            seen, plain = (Sift(SIZE, 300, foreground, closer).look(small, part) for part in (wrong, None))
+            seen, plain = (Sift(SIZE, 300, foreground, closer).extract(small, part) for part in (wrong, None))
             np.testing.assert_array_equal(seen.keypoints.points, plain.keypoints.points, "such masks show nothing")
             np.testing.assert_array_equal(seen.thumbnail, plain.thumbnail)
 
@@ -98,10 +98,10 @@ def test_a_closer_look_shows_the_product_alone() -> None:
 def test_no_more_keypoints_than_asked_for() -> None:
     """OpenCV keeps all orientations of the last place, and those as strong as it."""
     found = [Sift(SIZE, most)(textured(0)) for most in range(1, 40)]
-    assert [len(look.points) for look in found] == [len(look.descriptors) for look in found] == [*range(1, 40)]
+    assert [len(each.points) for each in found] == [len(each.descriptors) for each in found] == [*range(1, 40)]
 
 
-def test_looks_of_other_making_have_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_depend_on_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that kept ones are never mixed with them."""
     others = (201, 300), (200, 301), (200, 300, True), (200, 300, False, 1.3), (200, 300, False, None, 0.01)
     keys = [Sift(*settings).key() for settings in ((200, 300), *others)]
@@ -112,12 +112,12 @@ def test_looks_of_other_making_have_other_keys(monkeypatch: pytest.MonkeyPatch) 
     assert all(key not in keys[:number] for number, key in enumerate(keys))
 
 
-def test_a_closer_look_has_the_files_own_pixels() -> None:
+def test_a_crop_has_the_pixels_of_the_file() -> None:
     """A product that takes half of a picture of twice the canvas is shown as it is, not enlarged from a reduced one."""
     picture = np.random.default_rng(0).integers(0, 255, (2 * SIZE, 2 * SIZE, 3), np.uint8)
     mask = np.zeros((112, 112), np.uint8)
     mask[28:84, 14:70] = 255
-    canvas, inside = look_closer(picture, mask, SIZE, 1.0)
+    canvas, inside = crop_to_product(picture, mask, SIZE, 1.0)
     np.testing.assert_array_equal(canvas, picture[SIZE // 2 : SIZE // 2 * 3, SIZE // 4 : SIZE // 4 * 5])
     assert inside is not None
     assert inside.mean() > 0.98

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from beauty_bafe.rerank import learned
-from beauty_bafe.rerank.keypoints import Detector, Keypoints, to_bytes
+from beauty_bafe.rerank.keypoints import Detector, Keypoints, quantize
 from beauty_bafe.rerank.learned import Aliked, LightGlue, XFeat
 from beauty_bafe.rerank.matching import Matcher, NearestNeighbours, fit_geometry
 
@@ -30,10 +30,10 @@ def test_without_the_extra_the_install_command_is_named(monkeypatch: pytest.Monk
 def test_descriptors_keep_their_direction_as_bytes() -> None:
     exact = np.random.default_rng(0).normal(size=(50, 128)).astype(np.float32)
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
-    kept = to_bytes(exact).astype(np.float32)
+    kept = quantize(exact).astype(np.float32)
     kept /= np.linalg.norm(kept, axis=1, keepdims=True)
     assert (kept * exact).sum(axis=1).min() > 0.9995
-    assert not to_bytes(np.zeros((1, 4), np.float32)).any()
+    assert not quantize(np.zeros((1, 4), np.float32)).any()
 
 
 def product(seed: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def weights(tmp_path: Path) -> Callable[[str], str]:
 def some_keypoints(counts: list[int]) -> list[Keypoints]:
     rng = np.random.default_rng(0)
     return [
-        Keypoints((rng.random((count, 2)) * SIZE).astype(np.float32), to_bytes(rng.normal(size=(count, 64))))
+        Keypoints((rng.random((count, 2)) * SIZE).astype(np.float32), quantize(rng.normal(size=(count, 64))))
         for count in counts
     ]
 
@@ -102,7 +102,7 @@ def test_a_padded_batch_is_kornias_own_loop_pair_by_pair(weights: Callable[[str]
 
 
 def test_a_batch_matches_as_its_pairs_do_alone(weights: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned, "SURE", 1e-5)  # random weights are sure of nothing
+    monkeypatch.setattr(learned, "MIN_PROBABILITY", 1e-5)  # random weights are sure of nothing
     query, *candidates = some_keypoints([30, 30, 0, 12, 41])
     together = LightGlue("xfeat", weights("lighterglue"), layers=2, batch=3, precision="32-true")(query, candidates, SIZE)
     alone = LightGlue("xfeat", weights("lighterglue"), layers=2, batch=1, precision="32-true")

@@ -17,7 +17,7 @@ from beauty_bafe.rerank.candidates import Candidates, SearchContext
 
 pytest.importorskip("rapidocr", reason="the extra `text`")
 
-from beauty_bafe.rerank.reading import LabelReading, Reader, _alike, compare_words
+from beauty_bafe.rerank.reading import LabelReading, Reader, compare_words, word_similarity
 
 
 def test_words_are_alike_by_their_letters() -> None:
@@ -32,10 +32,10 @@ def test_words_are_alike_by_their_letters() -> None:
 
     words = ["fett", "fetl", "mild", "1,5%", "3%", "15%"]  # too short to be parts
     expected = [[max(0.0, (slow(first, second) - 70) / 30) for second in words] for first in words]
-    np.testing.assert_allclose(_alike(words, words), expected, atol=1e-5)
-    assert _alike(["mellan"], ["mellanmjölk"])[0, 0] == pytest.approx((95 - 70) / 30), "recognisers join words"
-    assert _alike(["mellanmjölk"], ["mellan"])[0, 0] < 0.1, "what is not there is not found"
-    assert _alike(["1%"], ["11%"])[0, 0] < 0.4, "a short word is no part of another"
+    np.testing.assert_allclose(word_similarity(words, words), expected, atol=1e-5)
+    assert word_similarity(["mellan"], ["mellanmjölk"])[0, 0] == pytest.approx((95 - 70) / 30), "recognisers join words"
+    assert word_similarity(["mellanmjölk"], ["mellan"])[0, 0] < 0.1, "what is not there is not found"
+    assert word_similarity(["1%"], ["11%"])[0, 0] < 0.4, "a short word is no part of another"
 
 
 def test_what_siblings_have_in_common_says_nothing() -> None:
@@ -59,7 +59,7 @@ def test_information_against_a_slow_twin() -> None:
     query = tuple(sorted(set(rng.choice(lexicon, 5))))
 
     def likest(word: str, others: tuple[str, ...]) -> float:
-        return max((float(_alike([word], [other])[0, 0]) for other in others), default=0.0)
+        return max((float(word_similarity([word], [other])[0, 0]) for other in others), default=0.0)
 
     total, shares = 0.0, np.zeros(5)
     for word in {word for answer in answers for word in answer}:
@@ -98,11 +98,11 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ranked.scores, found.ranking.scores, "how sure the first answer is stays as it was")
     copied = pickle.loads(pickle.dumps(copy.deepcopy(LabelReading(4, {"text": 1.0}, reader))))
     assert copied(found).ranking.as_answers() == ranked.as_answers(), "engines that have read travel with no step"
-    look = reader.look(label("YOGHURT", "VANILLA"), None)
-    assert look == ("vanilla", "yoghurt")
-    for words in (look, ()):
+    words_of_label = reader.extract(label("YOGHURT", "VANILLA"), None)
+    assert words_of_label == ("vanilla", "yoghurt")
+    for words in (words_of_label, ()):
         assert reader.unpack(reader.pack(words)) == words
-    with pytest.raises(ValueError, match=r"weights: \{words: ...\} is no evidence here; type some of text"):
+    with pytest.raises(ValueError, match=r"weights: words is not a kind of evidence here; type some of text"):
         LabelReading(4, {"words": 1.0}, reader)
 
 
@@ -113,5 +113,5 @@ def test_any_confidence_can_be_asked_for() -> None:
         cv2.putText(canvas, word, (100, 120 + 140 * row), cv2.FONT_HERSHEY_SIMPLEX, 1.4, (60, 60, 60), 3)
     blurred = cv2.GaussianBlur(canvas, (0, 0), 6)
     noisy = np.clip(blurred + np.random.default_rng(0).normal(0, 40, blurred.shape), 0, 255).astype(np.uint8)
-    doubtful, sure = (set(Reader(640, None, confidence).look(noisy, None)) for confidence in (0.0, 0.5))
+    doubtful, sure = (set(Reader(640, None, confidence).extract(noisy, None)) for confidence in (0.0, 0.5))
     assert sure < doubtful

@@ -60,7 +60,7 @@ def test_query_expansion(found: Candidates, n: int) -> None:
 @pytest.mark.parametrize("n", [0, 2, 99])
 def test_gallery_augmentation(found: Candidates, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "BLOCK", 16)
-    monkeypatch.setattr(descriptors, "SILENT", 10)
+    monkeypatch.setattr(descriptors, "PROGRESS_ABOVE", 10)
     result = descriptors.GalleryAugmentation(n=n, alpha=3.0)(found)
     gallery = found.index.get(found.index.ids).astype(float)
     augmented = []
@@ -82,8 +82,8 @@ def test_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: f
         candidates = by_likeness(found.index.get(found.index.ids), query)[:depth]
         items = np.concatenate([query[None], found.index.get(found.index.ids)[candidates]]).astype(float)
         size = len(items)
-        likeness = items @ items.T
-        order = [sorted(range(size), key=lambda j, i=i: (j != i, -likeness[i, j])) for i in range(size)]
+        similarity = items @ items.T
+        order = [sorted(range(size), key=lambda j, i=i: (j != i, -similarity[i, j])) for i in range(size)]
 
         def mutual(i: int, k: int, order: list[list[int]] = order) -> set[int]:
             return {j for j in order[i][: k + 1] if i in order[j][: k + 1]}
@@ -95,14 +95,14 @@ def test_k_reciprocal(found: Candidates, depth: int, k1: int, k2: int, weight: f
                 half = mutual(j, round(k1 / 2))
                 if len(half & mutual(i, k1)) >= 2 / 3 * len(half):
                     wide |= half
-            values = {j: math.exp(likeness[i, j] - 1) if j != i else 1.0 for j in wide}
+            values = {j: math.exp(similarity[i, j] - 1) if j != i else 1.0 for j in wide}
             encodings.append(np.array([values.get(j, 0) / sum(values.values()) for j in range(size)]))
         averaged = [np.mean([encodings[j] for j in order[i][:k2]], axis=0) for i in range(size)]
         scores = []
         for i in range(1, size):
             shared = sum(min(a, b) for a, b in zip(averaged[0], averaged[i], strict=True))
             either = sum(max(a, b) for a, b in zip(averaged[0], averaged[i], strict=True))
-            scores.append(-((1 - weight) * (1 - shared / either) + weight * (1 - likeness[0, i])))
+            scores.append(-((1 - weight) * (1 - shared / either) + weight * (1 - similarity[0, i])))
         check(result.ranking, row, candidates, scores)
 
 

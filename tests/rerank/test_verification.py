@@ -17,7 +17,7 @@ from beauty_bafe.data.catalog import Catalog
 from beauty_bafe.data.rehearsal import draw_street_views
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.rerank import looking
+from beauty_bafe.rerank import local_features
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
 from beauty_bafe.rerank.keypoints import Keypoints, Sift
 from beauty_bafe.rerank.matching import NearestNeighbours
@@ -68,7 +68,7 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
 
 
 def test_of_as_many_matches_the_nearer_ones_win() -> None:
-    query = DETECTOR.look(textured(0), None)
+    query = DETECTOR.extract(textured(0), None)
     points, descriptors = query.keypoints
     noise = np.random.default_rng(0).integers(0, 5, descriptors.shape).astype(np.uint8)
     near, far = (query._replace(keypoints=Keypoints(points, descriptors + step * noise)) for step in (0, 1))
@@ -87,7 +87,7 @@ def test_galleries_without_keypoints_change_nothing(shop: Callable[..., Candidat
     assert MatchCount(6, 0.8, DETECTOR)(found).ranking.answers(0) == found.ranking.answers(0)
 
 
-def test_only_the_first_answers_are_looked_at(shop: Callable[..., Candidates]) -> None:
+def test_only_the_first_candidates_are_matched(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": warped(textured(3))})
     ranked = MatchCount(2, 0.8, DETECTOR)(found).ranking
     assert set(ranked.answers(0)) == set(found.ranking.answers(0)[:2])
@@ -96,13 +96,13 @@ def test_only_the_first_answers_are_looked_at(shop: Callable[..., Candidates]) -
 def test_gallery_keypoints_are_made_once_and_mapped(shop: Callable[..., Candidates], monkeypatch: pytest.MonkeyPatch) -> None:
     found = shop({"q": warped(textured(3))})
     first = MatchCount(6, 0.8, DETECTOR)(found).ranking
-    monkeypatch.setattr(looking, "read_picture", lambda path, _size: pytest.fail(f"{path} is described again"))
+    monkeypatch.setattr(local_features, "read_picture", lambda path, _size: pytest.fail(f"{path} is described again"))
     again = MatchCount(6, 0.8, DETECTOR)(found).ranking
     monkeypatch.undo()
     assert again.as_answers() == first.as_answers()
     assert found.context is not None
     found.context.gallery.paths[0].write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"this re-ranking needs the gallery's pictures, and .*p0.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"this re-ranking needs the gallery's pictures, but .*p0.png' cannot be read"):
         MatchCount(6, 0.8, DETECTOR)(found)
 
 
@@ -110,21 +110,22 @@ def test_weights_come_from_street_views_of_the_gallery(
     shop: Callable[..., Candidates], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Descriptors are random here, so the pictures must be heard; a query's own truth is never asked for."""
-    practice = shop({f"p{number}": warped(textured(number)) for number in range(5)})
+    examples = shop({f"p{number}": warped(textured(number)) for number in range(5)})
     ignorant = Verification(6, None, DETECTOR, MATCHER)
     with pytest.raises(
         ValueError, match=r"no photo is a file with .*; type the weights \('rerank.NAME.weights=\{inliers: 0.05\}'"
     ):
-        ignorant(practice)
-    learned = ignorant.learned(practice)
+        ignorant(examples)
+    learned = ignorant.fit(examples)
     printed = capsys.readouterr().out
-    assert "5 gallery pictures found from their own street views: mean reciprocal rank 1.000" in printed
+    assert "weights learned from 5 street views: " in printed
+    assert "mean reciprocal rank 1.000" in printed
     assert learned.weights is not None
     assert learned.weights["inliers"] > 0
     assert learned(shop({"q4": warped(textured(4))})).ranking.answers(0)[0] == "p4"
     told = Verification(6, {"inliers": 0.3}, DETECTOR, MATCHER)
-    assert told.learned(practice) is told
-    with pytest.raises(ValueError, match=r"weights: \{inlier: ...\} is no evidence here; type some of inliers, lightness"):
+    assert told.fit(examples) is told
+    with pytest.raises(ValueError, match=r"weights: inlier is not a kind of evidence here; type some of inliers, lightness"):
         Verification(6, {"inlier": 0.3}, DETECTOR, MATCHER)
 
 
@@ -158,7 +159,7 @@ def test_distances_are_no_likeness(shop: Callable[..., Candidates]) -> None:
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_a_second_step_goes_on_from_the_first(shop: Callable[..., Candidates], metric: str) -> None:
-    """Also where it looks deeper: searching again would forget the first one."""
+    """Also if its depth is larger: searching again would discard the scores of the first."""
     found = shop({"q4": warped(textured(4))})
     index = ExactIndex(metric, "cpu").fit(found.index.get(found.index.ids), found.index.ids)
     found = replace(found, index=index, ranking=index.search(found.queries.vectors, found.queries.ids, 6))
@@ -169,9 +170,9 @@ def test_a_second_step_goes_on_from_the_first(shop: Callable[..., Candidates], m
     np.testing.assert_allclose(second.ranking.scores, together.scores, atol=1e-5)
 
 
-def test_descriptors_alone_cannot_be_looked_at(shop: Callable[..., Candidates]) -> None:
+def test_a_search_without_pictures_is_refused(shop: Callable[..., Candidates]) -> None:
     found = shop({"q": textured(0)})
-    with pytest.raises(ValueError, match="this search has descriptors alone"):
+    with pytest.raises(ValueError, match="this search has only descriptors"):
         MatchCount(6, 0.8, DETECTOR)(Candidates(found.ranking, found.queries, found.index))
 
 

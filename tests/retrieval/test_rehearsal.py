@@ -31,9 +31,9 @@ class Counting:
     depth: int = 3
     weights: Mapping[str, float] | None = None
 
-    def learned(self, practice: Candidates) -> Reranker:
-        assert all(name in practice.ranking.gallery_ids for name in practice.ranking.query_ids)
-        return replace(self, weights={"views": len(practice.ranking.query_ids)})
+    def fit(self, examples: Candidates) -> Reranker:
+        assert all(name in examples.ranking.gallery_ids for name in examples.ranking.query_ids)
+        return replace(self, weights={"views": len(examples.ranking.query_ids)})
 
     def __call__(self, found: Candidates) -> Candidates:
         assert self.weights is not None, "it learns before it answers"

@@ -1,4 +1,4 @@
-"""What is seen on gallery pictures: made once, kept on disk, shared by searches, threads and runs."""
+"""Local features of gallery pictures: extracted once, cached on disk, shared by searches, threads and runs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from beauty_bafe.data.pictures import letterbox
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.extraction.store import Store
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.rerank import looking
+from beauty_bafe.rerank import local_features
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
-from beauty_bafe.rerank.looking import look_at_answers
+from beauty_bafe.rerank.local_features import score_candidates
 
-SEEN: list[int] = []  # the brightness of every picture that was looked at
+SEEN: list[int] = []  # the brightness of every picture that was extracted
 
 
 @dataclass(frozen=True)
 class Brightness:
-    """A viewer whose look at picture i of the gallery, all of one grey, is the grey i."""
+    """An extractor whose feature of picture i of the gallery, all of one grey, is the grey i."""
 
     size: int = 8
 
     def key(self) -> dict[str, Any]:
         return {"size": self.size}
 
-    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> int:
+    def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> int:
         SEEN.append(int(rgb.mean()))
         return SEEN[-1]
 
-    def pack(self, look: int) -> dict[str, np.ndarray]:
-        return {"greys": np.full(look % 3 + 1, look, np.uint8)}  # of several lengths
+    def pack(self, features: int) -> dict[str, np.ndarray]:
+        return {"greys": np.full(features % 3 + 1, features, np.uint8)}  # of several lengths
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> int:
         assert len(set(arrays["greys"])) == 1
@@ -75,26 +75,26 @@ def ask(found: Candidates, asked: slice) -> Candidates:
 
 
 def seen(found: Candidates) -> list[int]:
-    """The greys of the answers; asserts that they are right, and gives those that had to be looked at."""
+    """The greys of the answers; asserts that they are right, and gives those that had to be extracted."""
     SEEN.clear()
-    grey = look_at_answers(found, 99, Brightness(), greys)[..., 0]
+    grey = score_candidates(found, 99, Brightness(), greys)[..., 0]
     np.testing.assert_array_equal(grey, found.ranking.positions)
     return sorted(SEEN)[len(found.queries.ids) :] if found.queries.ids == ("0",) else sorted(SEEN)
 
 
 def test_a_search_costs_what_it_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither all files of a large gallery nor the store on disk are looked at again."""
+    """Neither all files of a large gallery nor the store on disk are read again."""
     found = search(tmp_path)
     assert seen(found) == [0, 1, 2]
     stamped: list[Path] = []
-    stamp = looking.stamp
+    stamp = local_features.stamp
 
     def count(path: Path) -> str:
         stamped.append(path)
         return stamp(path)
 
-    monkeypatch.setattr(looking, "stamp", count)
-    monkeypatch.setattr(looking, "Store", lambda *_: pytest.fail("opened again"))
+    monkeypatch.setattr(local_features, "stamp", count)
+    monkeypatch.setattr(local_features, "Store", lambda *_: pytest.fail("opened again"))
     for asked, expected in ((slice(0, 3), []), (slice(1, 5), [3, 4]), (slice(3, 5), [])):
         stamped.clear()
         assert seen(ask(found, asked)) == expected
@@ -113,7 +113,7 @@ def test_runs_that_extend_the_same_gallery_in_turns(tmp_path: Path) -> None:
     assert seen(search(tmp_path, asked=slice(3, 7))) == [5, 6]
 
 
-def test_another_gallery_and_a_changed_picture_are_looked_at(tmp_path: Path) -> None:
+def test_another_gallery_and_a_changed_picture_are_extracted(tmp_path: Path) -> None:
     found = search(tmp_path)
     assert seen(found) == [0, 1, 2]
     path = tmp_path / "gallery" / "1.png"
@@ -124,7 +124,7 @@ def test_another_gallery_and_a_changed_picture_are_looked_at(tmp_path: Path) -> 
     grown = Catalog((*names[:2], "2"), (*paths[:2], paths[7]))
     changed = replace(found, context=replace(found.context, gallery=grown))
     SEEN.clear()
-    assert look_at_answers(changed, 3, Brightness(), greys)[0, :, 0].tolist() == [0, 1, 7]
+    assert score_candidates(changed, 3, Brightness(), greys)[0, :, 0].tolist() == [0, 1, 7]
 
 
 def test_galleries_do_not_push_each_other_out(tmp_path: Path) -> None:
@@ -134,14 +134,14 @@ def test_galleries_do_not_push_each_other_out(tmp_path: Path) -> None:
     for turn in range(2):
         for found in searches:
             assert found.context is not None
-            shared = replace(found.context, folder=tmp_path / "features", looks={})
+            shared = replace(found.context, folder=tmp_path / "features", cache={})
             assert seen(replace(found, context=shared)) == ([] if turn else [0, 1, 2])
 
 
 @pytest.mark.parametrize("what", ["MASKS", "PREPROCESSING"])
-def test_other_pixels_or_masks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_other_pixels_or_masks_are_extracted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     assert [seen(search(tmp_path)) for _ in range(2)] == [[0, 1, 2], []]
-    monkeypatch.setattr(looking, what, "other")
+    monkeypatch.setattr(local_features, what, "other")
     assert seen(search(tmp_path)) == [0, 1, 2]
 
 
@@ -152,25 +152,25 @@ def test_relative_and_resolved_paths_are_one_gallery(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert found.context is not None
     relative = Catalog(found.context.gallery.ids, tuple(path.relative_to(tmp_path) for path in found.context.gallery.paths))
-    assert seen(replace(found, context=replace(found.context, gallery=relative, looks={}))) == []
+    assert seen(replace(found, context=replace(found.context, gallery=relative, cache={}))) == []
 
 
-def test_threads_look_at_a_picture_once(tmp_path: Path) -> None:
+def test_threads_extract_a_picture_once(tmp_path: Path) -> None:
     found = search(tmp_path)
     asked = [ask(found, slice(start, start + 6)) for start in [0, 3, 1, 4, 2, 5] * 2]
     SEEN.clear()
     with ThreadPoolExecutor(4) as threads:
-        looked = list(threads.map(lambda part: look_at_answers(part, 9, Brightness(), greys)[..., 0], asked))
-    for part, grey in zip(asked, looked, strict=True):
+        scored = list(threads.map(lambda part: score_candidates(part, 9, Brightness(), greys)[..., 0], asked))
+    for part, grey in zip(asked, scored, strict=True):
         np.testing.assert_array_equal(grey, part.ranking.positions)
     assert sorted(SEEN) == sorted([*range(11), *[0] * len(asked)]), "each picture, and each query"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_on_the_way_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 after two shards and while the third is made; then the same again."""
-    monkeypatch.setattr(looking, "SHARD", 2)
-    monkeypatch.setattr(looking, "default_workers", lambda: 1)
+    monkeypatch.setattr(local_features, "SHARD", 2)
+    monkeypatch.setattr(local_features, "default_workers", lambda: 1)
     found = search(tmp_path, asked=slice(0, 12))
     child = os.fork()
     if child == 0:
@@ -199,7 +199,7 @@ def test_progress_is_shown_of_long_work_and_to_those_who_want_it(
     found = search(tmp_path, count=40, queries=queries)
     seen(found)
     printed = capsys.readouterr().out
-    assert printed.count("40 queries with 3 answers each") == (2 if queries == 40 else 0), "the progress bar, and the speed"
+    assert printed.count("40 queries with 3 candidates each") == (2 if queries == 40 else 0), "the progress bar, and the speed"
     assert bool(printed) == (queries == 40)
     with caplog.at_level("WARNING", "beauty_bafe"):
         seen(found)
@@ -208,33 +208,33 @@ def test_progress_is_shown_of_long_work_and_to_those_who_want_it(
 
 @dataclass(frozen=True)
 class Recorder:
-    """A viewer whose look is the picture and the mask as they came, on a canvas of its own size; no mask is all 7."""
+    """An extractor whose features are the picture and the mask on a canvas of 64 px; no mask is all 7."""
 
     size: int = 64
 
     def key(self) -> dict[str, Any]:
         return {}
 
-    def look(self, rgb: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         shown = np.full((64, 64), 7, np.uint8) if mask is None else cv2.resize(mask, (64, 64))
         return np.dstack([letterbox(rgb, 64), shown])
 
-    def pack(self, look: np.ndarray) -> dict[str, np.ndarray]:
-        return {"look": look}
+    def pack(self, features: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": features}
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(arrays["look"])
+        return np.asarray(arrays["features"])
 
 
 def recorded(found: Candidates, turns: int = 1) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """Each look at a query, and the answers it was scored with."""
+    """The features of each query in each rotation, and those of the candidates it was scored with."""
     pairs: list[tuple[np.ndarray, list[np.ndarray]]] = []
 
     def note(query: np.ndarray, answers: Sequence[np.ndarray]) -> np.ndarray:
         pairs.append((query, list(answers)))
         return np.zeros((len(answers), 1))
 
-    look_at_answers(found, 9, Recorder(), note, turns)
+    score_candidates(found, 9, Recorder(), note, turns)
     return pairs
 
 
@@ -266,6 +266,6 @@ def test_queries_come_with_their_own_pixels_and_mask_in_every_turn(tmp_path: Pat
     context = replace(found.context, queries=Images(tuple("abcd"), tuple(pictures)))
     pairs = recorded(replace(found, ranking=ranking, queries=asked, context=context), turns=4)
     expected = [np.dstack([pictures[row], masks[number]]) for number, row in enumerate((3, 1))]
-    seen_looks = {query.tobytes() for query, _ in pairs}
-    assert seen_looks == {np.rot90(picture, turn).tobytes() for picture in expected for turn in range(4)}
+    extracted = {query.tobytes() for query, _ in pairs}
+    assert extracted == {np.rot90(picture, turn).tobytes() for picture in expected for turn in range(4)}
     assert len(pairs) == 8
