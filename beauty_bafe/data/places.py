@@ -6,13 +6,15 @@ import os
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeGuard, TypeVar
 
 T = TypeVar("T")
+REQUESTS, CHUNK = 32, 4096  # requests in parallel; places per round, to limit memory
 URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
 # A file system provides one of these.
 STAMP_KEYS = ("ETag", "md5Hash", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
@@ -201,6 +203,15 @@ def stamp(place: Place) -> str:
     except OSError:
         return "missing"
     return f"{status.st_size}-{status.st_mtime_ns}" if os.access(place, os.R_OK) else "no access"
+
+
+def stamps(places: Sequence[Place]) -> list[str]:
+    """The `stamp` of each place; those that need a request are requested in parallel."""
+    if all(place.known_stamp for place in places if isinstance(place, RemoteFile)):
+        return [stamp(place) for place in places]
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        rounds = (places[start : start + CHUNK] for start in range(0, len(places), CHUNK))
+        return [found for part in rounds for found in threads.map(stamp, part)]
 
 
 def size_of(place: Place) -> int:

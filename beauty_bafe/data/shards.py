@@ -21,7 +21,7 @@ from rich.progress import track
 
 from ..manifest import locked, replace_file
 from .pictures import SUFFIXES
-from .places import BrokenShard, Place, ShardMember, broken_shard, is_url, list_files, locate, stamp
+from .places import BrokenShard, Place, ShardMember, broken_shard, is_url, list_files, locate, stamps
 from .workers import default_workers
 
 INDEX = "shards.json"  # written when all shards are complete
@@ -64,7 +64,7 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
 
     def make(number: int) -> dict[int, str]:
         rows = range(number * each, min((number + 1) * each, len(ids)))
-        wanted = [[ids[row], stamp(places[row])] for row in rows]
+        wanted = [[ids[row], found] for row, found in zip(rows, stamps([places[row] for row in rows]), strict=True)]
         tar, listing = (folder / name for name in _names(number))
         if _read_listing(tar, listing) == wanted:
             return {}

@@ -68,6 +68,7 @@ def write_report(
     html = page.render(
         entries=entries,
         total=len(ranking.query_ids),
+        known=len(precision),
         gallery=len(ranking.gallery_ids),
         k=ranking.positions.shape[1],
         cards=_cards(metrics, cfg.k),

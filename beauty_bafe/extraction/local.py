@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.catalog import Catalog, Skipped
 from ..data.images import Pictures
-from ..data.places import absolute, stamp
+from ..data.places import absolute, stamps
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
 from ..models.inference import MASK_SIZE
@@ -94,7 +94,7 @@ class FeatureExtraction:
         catalog = pictures.files
         if len(catalog) < len(pictures):
             raise ValueError(f"{len(pictures) - len(catalog)} {what} are not files, but descriptors are stored by file")
-        stamped = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
+        stamped = list(zip(catalog.ids, stamps(catalog.paths), strict=True))
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
             opened = {folder: Store(folder, key) for folder, key in places}  # identical members share a store

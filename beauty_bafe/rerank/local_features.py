@@ -19,7 +19,7 @@ from ..data.catalog import Catalog
 from ..data.foreground import find_foreground
 from ..data.photos import VERSION as MASKS
 from ..data.pictures import UnreadablePicture, letterbox, read_picture
-from ..data.places import stamp
+from ..data.places import stamp, stamps
 from ..data.workers import default_workers, one_opencv_thread
 from ..extraction.local import PREPROCESSING
 from ..extraction.store import Picture, Store
@@ -153,7 +153,7 @@ class _GalleryFeatures(Generic[T]):
         if self._store is not None and self._store.files() == self._files:
             return self._store
         store = Store(self.folder, self.key)
-        store.begin([(name, stamp(path)) for name, path in self.paths.items()], {})
+        store.begin(list(zip(self.paths, stamps(list(self.paths.values())), strict=True)), {})
         return store
 
     def _extract_all(self, store: Store, pictures: Sequence[Picture], threads: ThreadPoolExecutor) -> None:

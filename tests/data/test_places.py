@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,9 +14,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from beauty_bafe.data import places
 from beauty_bafe.data.catalog import Skipped, from_folder, from_shards, open_catalog
 from beauty_bafe.data.pictures import UnreadablePicture, read_picture
-from beauty_bafe.data.places import BrokenShard, Place, RemoteFile, is_url, stamp
+from beauty_bafe.data.places import BrokenShard, Place, RemoteFile, is_url, stamp, stamps
 from beauty_bafe.data.shards import make_shards
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
@@ -194,3 +196,20 @@ def test_errors_of_a_file_system_say_what_to_check(bucket: Any, monkeypatch: pyt
         OSError, match=r"'memory://bucket' does not respond \(RuntimeError: no credentials\); .*credentials for fsspec"
     ):
         open_catalog("memory://bucket")
+
+
+def test_stamps_of_urls_are_requested_in_parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = from_folder(folder).paths
+    asked, together = [], threading.Barrier(len(files), timeout=60)  # broken if they come one after the other
+
+    def request(url: str, _: Callable[..., Any]) -> dict[str, Any]:
+        asked.append(url)
+        together.wait()
+        return {"size": 7, "etag": url[-3:]}
+
+    monkeypatch.setattr(places, "_call_filesystem", request)
+    remote = [RemoteFile(f"https://shop.example/{number}.jpg") for number in range(100, 100 + len(files))]
+    known = RemoteFile("https://shop.example/known.jpg", "5-x")
+    expected = [*(f"7-{number}" for number in ("jpg",) * len(remote)), "5-x", *map(stamp, files)]
+    assert stamps([*remote, known, *files]) == expected
+    assert sorted(asked) == sorted(file.url for file in remote), "those of a listing are known"

@@ -44,7 +44,7 @@ def test_worst_first_with_true_answers_framed_and_misses_shown(page) -> None:
     articles = re.findall(r"<article.*?</article>", html, re.DOTALL)
     assert ['class="match"' in article for article in articles] == [False, True, True]
     assert ["missed" in article for article in articles] == [True, False, False]
-    assert "2 of 3 queries found one" in html
+    assert "2 of 3 queries with a true product found one" in html
     assert f"{(0 + 1 / 3 + 1) / 3:.3f}" in html
     assert "<b>q<0>" not in html, "names are escaped"
 
