@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from beauty_bafe.data.augmentation import Sample, Surroundings, camera
-from beauty_bafe.data.augmentation.hands import hold
+from beauty_bafe.data.augmentation.hands import paste_in_hand
 from beauty_bafe.data.augmentation.shelves import draw_shelf
 from beauty_bafe.data.augmentation.solids import RECTANGULAR, UPRIGHT, as_box, as_cylinder, tilt
 from beauty_bafe.data.backgrounds import Backgrounds, procedural_background
@@ -82,11 +82,11 @@ def main() -> None:
         "box": [as_box(*product, rng).photo for product in find(lambda product: filled(product) > RECTANGULAR)],
         "cylinder": [as_cylinder(*product, rng).photo for product in find(is_bottle)],
         "tilt": [tilt(*product, rng).photo for product in products],
-        "hand": [hold(procedural_background(rng, SIZE), smaller(product), rng).photo for product in products],
+        "hand": [paste_in_hand(procedural_background(rng, SIZE), smaller(product), rng).photo for product in products],
         "shelf": [draw_shelf(SIZE, surroundings, rng) for _ in products],
         "glare": [camera.glare(*product, rng) for product in products],
     }
-    scenes = [hold(draw_shelf(SIZE, surroundings, rng), smaller(product), rng).photo for product in products]
+    scenes = [paste_in_hand(draw_shelf(SIZE, surroundings, rng), smaller(product), rng).photo for product in products]
     steps = ("white_balance", "tone_curve", "motion_blur", "sensor_noise", "low_resolution", "sharpen", "jpeg")
     rows["before the camera"] = scenes
     rows |= {step: [getattr(camera, step)(scene, rng) for scene in scenes] for step in steps}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from beauty_bafe.commands.cache import KINDS, cache, find_entries
 from beauty_bafe.data.catalog import Skipped, from_folder
-from beauty_bafe.data.photos import PhotoCache, try_photo
+from beauty_bafe.data.photos import PhotoCache, inspect_photo
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
 from beauty_bafe.extraction.store import Store
@@ -36,7 +36,7 @@ def folder(toy: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
     extraction = FeatureExtraction(root / "features", num_workers=0, device="cpu", precision="32-true")
     members = load_members(str(tiny_checkpoint), {"spoc": Pooling(spoc, saliency=True)})
     extraction(members, pictures, str(toy / "gallery"), "pictures", Skipped())
-    PhotoCache(root / "photos", 32).fill(pictures, lambda part: (try_photo(path, 32) for path in part.paths))
+    PhotoCache(root / "photos", 32).fill(pictures, lambda part: (inspect_photo(path, 32) for path in part.paths))
     with locked([root / "features" / "sift-12"]):
         Store(root / "features" / "sift-12", {"size": 320}).begin([("a", "1"), ("b", "2")], {})
     with locked([root / "features" / "rehearsal-320"]):
@@ -119,7 +119,7 @@ def test_what_was_removed_is_made_again(command: Command, folder: Path, toy: Pat
     command("remove=all")
     pictures = from_folder(toy / "gallery").subset(range(4))
     photos = PhotoCache(folder / "photos", 32)
-    assert len(photos.fill(pictures, lambda part: (try_photo(path, 32) for path in part.paths))) == 4
+    assert len(photos.fill(pictures, lambda part: (inspect_photo(path, 32) for path in part.paths))) == 4
     assert photos(pictures.paths[0]).photo.shape == (32, 32, 3)
     assert kinds(folder) == ["photos"]
 

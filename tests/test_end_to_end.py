@@ -208,7 +208,7 @@ def test_mistakes_are_answered(retrieval: Callable[..., DictConfig], override: s
 
 def test_an_empty_query_folder_is_named(tmp_path: Path, retrieval: Callable[..., DictConfig]) -> None:
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"no pictures under '.*nothing'; files ending in .*\.jpg"):
+    with pytest.raises(ValueError, match=r"no pictures under '.*nothing'; supported suffixes: .*\.jpg"):
         retrieve(retrieval(f"queries={tmp_path / 'nothing'}", "report=false"))
 
 

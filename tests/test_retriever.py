@@ -207,7 +207,7 @@ def test_bad_arguments(shop: Retriever, tiny_checkpoint: Path, toy: Path, querie
         Retriever.build(tiny_checkpoint, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="the gallery is empty"):
         Retriever.build(tiny_checkpoint, {})
-    with pytest.raises(TypeError, match="the id 3 is of type int; ids are text, type '3'"):
+    with pytest.raises(TypeError, match="the id 3 is of type int; ids are strings, type '3'"):
         shop.add({3: queries[0]})  # type: ignore[dict-item]
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli, recipe
 from beauty_bafe.config import CONF
-from beauty_bafe.data.places import Elsewhere, Place
+from beauty_bafe.data.places import Place, VirtualFile
 
 log = logging.getLogger("beauty_bafe")
 
@@ -125,7 +125,7 @@ def _save(rgb: np.ndarray, mask: np.ndarray, white: bool, file: Path) -> None:
 
 
 def _is_newer(file: Path, source: Place) -> bool:
-    if isinstance(source, Elsewhere):  # its time is not known
+    if isinstance(source, VirtualFile):  # its time is not known
         return file.is_file()
     return file.is_file() and source.is_file() and file.stat().st_mtime >= source.stat().st_mtime
 

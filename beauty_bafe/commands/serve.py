@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -26,53 +28,58 @@ def serve(cfg: DictConfig) -> None:
         raise ValueError("serve needs index_dir=SHOP, a folder that Retriever.save(SHOP) wrote")
     import uvicorn
 
-    from beauty_bafe.retrieval.calibration import check_rate
     from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
-    from beauty_bafe.serving.app import Settings, create_app
-    from beauty_bafe.serving.limits import Limits
+    from beauty_bafe.serving.app import create_app
+    from beauty_bafe.serving.settings import read_settings
     from beauty_bafe.serving.shop import Shop, make
     from beauty_bafe.versions import Versions
 
-    token = read_token(cfg.token_file)
-    host = choose_host(cfg.host, token)
-    limits = Limits(**{**cfg.limits, "kinds": tuple(cfg.limits.kinds)})
-    check_rate(cfg.known_at)
-    access, batch = Access(token, cfg.private), cfg.batch
-    settings = Settings(access, limits, cfg.k, cfg.threshold, cfg.known_at, cfg.thumbnail, batch.size, batch.wait_ms)
-    empty = Versions(Path(cfg.index_dir)).current() is None
-    if empty and not (cfg.checkpoints and cfg.gallery):
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = read_settings(values)
+    token = read_token(settings.token_file)
+    host, access = choose_host(settings.host, token), Access(token, settings.private)
+    folder = settings.index_dir
+    empty = Versions(Path(folder)).current() is None
+    if empty and not (settings.checkpoints and settings.gallery):
         raise ValueError(
-            f"'{cfg.index_dir}' holds no retriever; to build one, type checkpoints='[RUN/checkpoints/best.ckpt]' "
-            f"gallery=GALLERY, or write one with Retriever.save('{cfg.index_dir}')"
+            f"'{folder}' holds no retriever; to build one, type checkpoints='[RUN/checkpoints/best.ckpt]' "
+            f"gallery=GALLERY, or write one with Retriever.save('{folder}')"
         )
+    listening = _listen(host, settings.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     failures: list[BaseException] = []
 
     def load() -> Shop:
         if empty:
-            make(cfg.index_dir, list(cfg.checkpoints), cfg.gallery, list(cfg.overrides))
-        return Shop(cfg.index_dir, list(cfg.overrides))
+            make(folder, settings.checkpoints, str(settings.gallery), settings.overrides)
+        return Shop(folder, settings.overrides)
 
     def fail(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, settings, fail)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=host, port=cfg.port, log_config=None, access_log=False, server_header=False)
-    )
+    app = create_app(load, settings, access, fail)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False))
     if token is None:
         log.info(
             f"no token, so anybody on this machine may change the catalogue; listening on {host} only. "
             f"Set {VARIABLE} or token_file=FILE to serve other machines.",
         )
-    if cfg.gallery and not empty:
-        log.info(f"'{cfg.index_dir}' already holds a catalogue, so {cfg.gallery} is not read")
-    log.info(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{cfg.port}")
-    with suppress(KeyboardInterrupt):  # raised after the requests in progress have been answered
-        server.run()
+    if settings.gallery and not empty:
+        log.info(f"'{folder}' already holds a catalogue, so {settings.gallery} is not read")
+    log.info(f"open http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{settings.port}")
+    with listening, suppress(KeyboardInterrupt):  # raised after the requests in progress have been answered
+        server.run([listening])
     if failures:
         raise failures[0]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; opened before the model is loaded, which takes longer. Raises ValueError."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen on host={host} port={port} ({error}); type another, such as port=8001") from error
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="serve")

@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     finally:  # also if too few photos are left to train on
         if writes:
             data.skipped.write(output / "skipped.csv")
-    data.skipped.check(data.looked_at, cfg.max_skipped, "pictures", "max_skipped")
+    data.skipped.check(data.inspected, cfg.max_skipped, "pictures", "max_skipped")
     if writes:
         log.info(data.describe())
 

@@ -1,1 +1,1 @@
-"""Pictures in: catalogues, foreground masks, augmentation, loaders."""
+"""Input pictures: catalogues, foreground masks, augmentation, loaders."""

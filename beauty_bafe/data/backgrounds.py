@@ -1,4 +1,4 @@
-"""Where products are pasted: a user's photographs, or scenes drawn from noise and shapes."""
+"""Backgrounds that products are pasted on: a user's photographs, or procedural scenes of noise and shapes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .catalog import Catalog
 from .pictures import read_picture
 from .places import Place
 
-BACKGROUND_LONGEST = 640  # photographs are kept at twice this on the long side at most, so that crops have detail
+BACKGROUND_LONGEST = 640  # photographs are kept at up to twice this on the longer side, so that crops have detail
 CACHED_PHOTOS = 128  # decoded once per worker; at 864 x 540 px that is about 180 MB, at 1280 x 960 px 470 MB
 
 
 class Backgrounds:
-    """Draws square pictures from the photographs of a catalogue, or procedural scenes where there is none."""
+    """Samples square crops of a catalogue's photographs, or procedural scenes if there is no catalogue."""
 
     def __init__(self, photos: Catalog | None) -> None:
         self.photos = photos
         self._cache: OrderedDict[Place, np.ndarray] = OrderedDict()
 
     def __call__(self, rng: np.random.Generator, size: int, zoom: tuple[float, float] = (0.4, 1.0)) -> np.ndarray:
-        """A crop of a random photograph as uint8 (size, size, 3); its side is `zoom` of the short side, at least `size`.
+        """A crop of a random photograph, uint8 (size, size, 3); `zoom`: range of its side as a share of the shorter side.
 
-        A zoom of (0, 0) takes `size` pixels as they are.
+        The side is at least `size`, so that a zoom of (0, 0) crops `size` pixels without scaling.
         """
         if self.photos is None:
             return procedural_background(rng, size)
@@ -70,14 +70,14 @@ def procedural_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def random_color(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A colour of any hue, saturation leaning to the muted, brightness to the bright; RGB 0..255."""
+    """A colour of any hue, with low saturation more likely than high; RGB 0..255."""
     hsv = np.array([[[rng.integers(180), int(255 * rng.random() ** 1.5), int(60 + 195 * rng.random())]]], np.uint8)
     red, green, blue = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0].tolist()
     return red, green, blue
 
 
 def _noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two or three colours mixed by noise of several scales; the sums are of integers, equal on every machine."""
+    """Two or three colours mixed by noise of several scales; sums are of integers, so that they are equal on every machine."""
     total = np.zeros((size, size), np.int32)
     for octave in range(4):
         cells = int(rng.integers(2, 5)) << octave

@@ -1,4 +1,4 @@
-"""A catalogue: product ids and where their pictures lie."""
+"""Catalogues: product ids and the locations of their pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .pictures import SUFFIXES, Picture, read_picture
-from .places import Place, is_url, list_below, locate, size_of, stamp
+from .places import Place, is_url, list_files, locate, size_of, stamp
 from .shards import INDEX, read_shards
 
 ID_COLUMNS = ("id", "image id", "image_id", "product")
@@ -20,7 +20,7 @@ PATH_COLUMNS = ("path", "file", "filename")
 
 @dataclass(frozen=True)
 class Catalog:
-    """Picture i has the id `ids[i]` and lies at `paths[i]`; ids are unique. Raises ValueError where two share one."""
+    """Picture i has the id `ids[i]` and the location `paths[i]`. Raises ValueError if ids are not unique."""
 
     ids: tuple[str, ...]
     paths: tuple[Place, ...]
@@ -41,13 +41,13 @@ class Catalog:
         return len(self.ids)
 
     def fingerprint(self) -> str:
-        """What tells these pictures from others, wherever they lie: how many, and a digest of their ids and file sizes."""
+        """Identifies the pictures independently of their location: their number, and a digest of their ids and file sizes."""
         listed = "\n".join(f"{name} {size_of(path)}" for name, path in zip(self.ids, self.paths, strict=True))
         return f"{len(self)} pictures ({hashlib.sha256(listed.encode()).hexdigest()[:16]})"
 
     @property
     def files(self) -> Catalog:
-        """Itself: all of its pictures are files."""
+        """This catalogue, as all of its pictures are files."""
         return self
 
     def read(self, row: int, longest: int | None = None) -> Picture:
@@ -60,16 +60,16 @@ class Catalog:
 
 
 def open_catalog(source: str | Path) -> Catalog:
-    """A folder (searched through, or of shards) or a csv of ids and paths, or the URL of one, as fsspec takes it.
+    """Open a folder of pictures (searched recursively) or shards, a csv of ids and paths, or the fsspec URL of one of these.
 
-    Raises ValueError or OSError saying what is there instead.
+    Raises ValueError or OSError, saying what was found instead.
     """
     if is_url(source):
         url = source.rstrip("/")
         if url.lower().endswith(".csv"):
             return from_csv(url)
         return from_url(url) if stamp(locate(INDEX, url)) == "missing" else from_shards(url)
-    path = Path(source).expanduser()  # a shell leaves key=~/folder as it is
+    path = Path(source).expanduser()  # shells do not expand key=~/folder
     if path.is_dir():
         return from_shards(path) if (path / INDEX).is_file() else from_folder(path)
     if path.is_file() and path.suffix.lower() == ".csv":
@@ -79,14 +79,14 @@ def open_catalog(source: str | Path) -> Catalog:
 
 
 def from_url(url: str) -> Catalog:
-    """As `from_folder`, of a bucket or a folder in it; sizes and what tells of changes come with the list."""
+    """Like `from_folder`, for a bucket or a folder in it; the listing also gives sizes and stamps."""
     found = [
         place
-        for parts, place in list_below(url)
+        for parts, place in list_files(url)
         if Path(place.name).suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in parts)
     ]
     if not found:
-        raise ValueError(f"no pictures under '{url}'; files ending in {', '.join(sorted(SUFFIXES))} are looked for")
+        raise ValueError(f"no pictures under '{url}'; supported suffixes: {', '.join(sorted(SUFFIXES))}")
     return Catalog(tuple(Path(place.name).stem for place in found), tuple(found))
 
 
@@ -94,12 +94,12 @@ def from_folder(root: str | Path) -> Catalog:
     """Every picture under `root`, sorted by path; the id is the file's stem (`a.b.jpg` is `a.b`)."""
     paths = _pictures_below(Path(root))
     if not paths:
-        raise ValueError(f"no pictures under '{root}'; files ending in {', '.join(sorted(SUFFIXES))} are looked for")
+        raise ValueError(f"no pictures under '{root}'; supported suffixes: {', '.join(sorted(SUFFIXES))}")
     return Catalog(tuple(path.stem for path in paths), tuple(paths))
 
 
 def from_csv(file: str | Path) -> Catalog:
-    """Rows of id and path or URL under a header such as `id,path`; relative paths start at the csv's own folder."""
+    """Rows of id and path or URL under a header such as `id,path`; paths are relative to the csv's folder."""
     folder = file.rpartition("/")[0] if is_url(file) else Path(file).parent
     header, rows = _read_rows(file)
     id_column, path_column = _column(file, header, ID_COLUMNS), _column(file, header, PATH_COLUMNS)
@@ -108,15 +108,15 @@ def from_csv(file: str | Path) -> Catalog:
 
 
 def from_shards(folder: str | Path) -> Catalog:
-    """The pictures that `make_shards` wrote, in the order of the catalogue it was given. Raises as `read_shards`."""
+    """The pictures that `make_shards` wrote, in the order of its catalogue. Raises like `read_shards`."""
     ids, places = read_shards(folder if is_url(folder) else Path(folder).expanduser())
     return Catalog(tuple(ids), tuple(places))
 
 
 def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
-    """The challenge's layout: a csv of (image id, title), pictures in one flat folder (2019/20) or in groups (2018).
+    """The challenge's layout: a csv of (image id, title), pictures in one flat folder (2019/20) or in subfolders (2018).
 
-    An id without a file stays in the catalogue, so that reading it reports it as missing.
+    Ids without a file stay in the catalogue, so that reading them reports them as missing.
     """
     header, rows = _read_rows(titles)
     names = [header[0].strip()] if header and header[0].strip().lower() not in ID_COLUMNS else []
@@ -130,7 +130,7 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
 
 
 class Skipped:
-    """Pictures left out as (id, path, reason); `unreadable` are those among them that nothing can read."""
+    """Skipped pictures as (id, path, reason); `unreadable`: those that cannot be decoded."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
@@ -141,7 +141,7 @@ class Skipped:
         self.unreadable += self.rows[-1:] if unreadable else []
 
     def write(self, file: Path) -> None:
-        """Write `id,path,reason`; an earlier run's file is removed where nothing was skipped."""
+        """Write `id,path,reason`; if nothing was skipped, an earlier run's file is removed."""
         if not self.rows:
             file.unlink(missing_ok=True)
             return
@@ -150,7 +150,7 @@ class Skipped:
             csv.writer(stream).writerows([("id", "path", "reason"), *self.rows])
 
     def check(self, total: int, max_share: float, what: str, setting: str) -> None:
-        """Raise ValueError when all of `total` pictures, or more than the share `max_share` (0..1), could not be read."""
+        """Raise ValueError if all of `total` pictures, or more than the share `max_share` (0..1), are unreadable."""
         if total and len(self.unreadable) == total:
             _, path, reason = self.unreadable[0]
             raise ValueError(f"none of the {total} {what} can be read; the first: {path}: {reason}")
@@ -181,7 +181,7 @@ def _read_rows(file: str | Path) -> tuple[list[str], list[list[str]]]:
     text = locate(str(file), "").read_bytes().decode("utf-8-sig")
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
     if len(rows) < 2:
-        raise ValueError(f"'{file}' holds no rows below its header")
+        raise ValueError(f"'{file}' has no rows below its header")
     return rows[0], rows[1:]
 
 

@@ -1,4 +1,4 @@
-"""Training pictures: catalogue photos with their masks, original and augmented, served by Lightning loaders."""
+"""Lightning data module for training: catalogue photos and augmented street views, with their masks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import BACKGROUND_LONGEST, Backgrounds
 from .catalog import Catalog, Skipped, from_perfect500k, from_shards, open_catalog
 from .foreground import find_holes
-from .photos import LoadResult, PhotoCache, load_photo, try_photo
+from .photos import LoadResult, PhotoCache, inspect_photo, load_photo
 from .pictures import UnreadablePicture, read_picture
 from .places import Place
-from .sampling import EpochSampler, share_out
-from .workers import default_workers, quiet_worker, yielding_worker
+from .sampling import EpochSampler, split_indices
+from .workers import default_workers, low_priority_worker, single_threaded_worker
 
-VALIDATION_EPOCH = 2**31 - 1  # validation pictures are drawn once and for all, from epochs training never reaches
+VALIDATION_EPOCH = 2**31 - 1  # validation pictures are always those of this epoch, which training never reaches
 
 
 class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
     """Item (epoch, index): the letterboxed photo and `views` street views of it, with their masks.
 
     `pictures`: uint8 (1 + views, 3, S, S), the photo first. `masks`: uint8 (1 + views, 1, S, S), 0 to 255, and 128 where the
-    photo does not tell (`find_holes`) and the augmentation shows it either way. `row`: int64 (), the index. Drawn from
-    generators seeded by (seed, epoch, index, view) alone, so the number of workers and the order of reading change nothing.
+    photo does not show whether there is a hole (`find_holes`), if the augmentation renders both cases. `row`: int64 (), the
+    index. Random generators are seeded by (seed, epoch, index, view), so results do not depend on workers or order.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self.catalog)
 
     def sample(self, index: int) -> Sample:
-        """Photo `index` and its mask, letterboxed; raises as `load_photo`."""
+        """Photo `index` and its mask, letterboxed; raises like `load_photo`."""
         return self.load(self.catalog.paths[index])
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key
         photo, mask = self.sample(index)
         surroundings = Surroundings(self.backgrounds, lambda rng: self.sample(draw_other(rng, index, len(self))))
-        label = seen_through = mask
+        label = open_mask = mask
         if self.augmentation.holes:
-            # Half: the photo does not tell whether what is enclosed is a hole, its street views show it as either.
+            # Label 128: the photo does not show whether an enclosed part is a hole; its street views render both.
             holes = find_holes(photo, mask)
             label = np.where(holes, np.uint8(128), mask)
-            seen_through = np.where(cv2.dilate(holes.view(np.uint8), np.ones((3, 3), np.uint8)), np.uint8(0), mask)
+            open_mask = np.where(cv2.dilate(holes.view(np.uint8), np.ones((3, 3), np.uint8)), np.uint8(0), mask)
         views = []
         for view in range(self.views):
             rng = np.random.default_rng((self.seed, epoch, index, view))
-            cut = seen_through if rng.random() < self.augmentation.holes else mask
+            cut = open_mask if rng.random() < self.augmentation.holes else mask
             views.append(self.augmentation(photo, cut, surroundings, rng))
         pictures = np.stack([photo, *(view.photo for view in views)]).transpose(0, 3, 1, 2)
         masks = np.stack([label, *(view.mask for view in views)])[:, None]
@@ -78,7 +78,7 @@ class ForegroundDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
-    """Item i: photo i as it is; `pictures`: uint8 (1, 3, S, S). `row`: int64 (), i."""
+    """Item i: photo i, not augmented; `pictures`: uint8 (1, 3, S, S). `row`: int64 (), i."""
 
     def __init__(self, catalog: Catalog, load: Callable[[Place], Sample]) -> None:
         self.catalog, self.load = catalog, load
@@ -92,20 +92,20 @@ class CleanPhotos(Dataset[dict[str, torch.Tensor]]):
 
 
 class _Scan(Dataset[LoadResult]):
-    """Item i: what was found in file i."""
+    """Item i: the result of inspecting file i."""
 
-    def __init__(self, catalog: Catalog, look: Callable[[Place], LoadResult]) -> None:
-        self.catalog, self.look = catalog, look
+    def __init__(self, catalog: Catalog, inspect: Callable[[Place], LoadResult]) -> None:
+        self.catalog, self.inspect = catalog, inspect
 
     def __len__(self) -> int:
         return len(self.catalog)
 
     def __getitem__(self, index: int) -> LoadResult:
-        return self.look(self.catalog.paths[index])
+        return self.inspect(self.catalog.paths[index])
 
 
-def try_background(path: Place) -> LoadResult:
-    """Whether a photograph can be read."""
+def inspect_background(path: Place) -> LoadResult:
+    """The result of reading a background photograph."""
     try:
         read_picture(path, BACKGROUND_LONGEST)
     except UnreadablePicture as error:
@@ -113,16 +113,16 @@ def try_background(path: Place) -> LoadResult:
     return LoadResult()
 
 
-def try_photo_without_pixels(path: Place, size: int) -> LoadResult:
-    """`try_photo` where nothing keeps the pixels, so that workers need not send them."""
-    return try_photo(path, size)._replace(pixels=None)
+def inspect_photo_without_pixels(path: Place, size: int) -> LoadResult:
+    """`inspect_photo` without pixels, so that workers need not send them if they are not cached."""
+    return inspect_photo(path, size)._replace(pixels=None)
 
 
 class SaliencyDataModule(pl.LightningDataModule):
-    """Catalogue photos and backgrounds, looked through once; what cannot be used is listed in `skipped`.
+    """Catalogue photos and backgrounds. All are inspected once; those that cannot be used are listed in `skipped`.
 
-    `root` is a Catalog or what `open_catalog` takes; `backgrounds` likewise, or None for procedural scenes. `cache`: folder
-    of decoded photos, None for reading the files every time, as happens where they would take more than `cache_gb` GB.
+    `root`: a Catalog or an argument of `open_catalog`; `backgrounds`: likewise, or None for procedural scenes. `cache`: folder
+    for decoded photos; files are read every time if it is None, or if the photos would take more than `cache_gb` GB.
     """
 
     def __init__(
@@ -150,82 +150,82 @@ class SaliencyDataModule(pl.LightningDataModule):
         self.num_workers = default_workers() if num_workers is None else num_workers
         fits = len(self.catalog) * size * size * 4 <= cache_gb * 1e9
         self.cache = PhotoCache(cache, size) if cache is not None and fits else None
-        self.skipped, self.looked_at = Skipped(), 0
+        self.skipped, self.inspected = Skipped(), 0
         self.train_set: ForegroundDataset | None = None
         self.val_set: ForegroundDataset | None = None
-        self._pictures: dict[str, str] = {}  # in use: setting -> fingerprint
+        self._pictures: dict[str, str] = {}  # setting -> fingerprint of the pictures in use
 
     def setup(self, stage: str | None = None) -> None:
-        """Look through every file once and split off the validation photos. Raises ValueError when too few are usable."""
+        """Inspect every file and split off the validation photos. Raises ValueError if too few are usable."""
         if self.train_set is not None:
             return
         if self.cache is not None:
-            results = self.cache.fill(self.catalog, partial(self._scan, look=partial(try_photo, size=self.size)))
+            results = self.cache.fill(self.catalog, partial(self._scan, inspect=partial(inspect_photo, size=self.size)))
         else:
-            results = list(self._scan(self.catalog, partial(try_photo_without_pixels, size=self.size)))
-        usable = self._note(self.catalog, results)
+            results = list(self._scan(self.catalog, partial(inspect_photo_without_pixels, size=self.size)))
+        usable = self._collect_usable(self.catalog, results)
         photos = self.photos
         if photos is not None:
-            photos = photos.subset(self._note(photos, self._scan(photos, try_background, "backgrounds")))
+            photos = photos.subset(self._collect_usable(photos, self._scan(photos, inspect_background, "backgrounds")))
             if not len(photos):
-                raise ValueError("no background can be read, see skipped.csv; data.backgrounds=null draws scenes instead")
+                raise ValueError("no background can be read, see skipped.csv; type data.backgrounds=null for procedural scenes")
         if len(usable) < 2:
             raise ValueError(
                 f"{len(usable)} of {len(self.catalog)} catalogue photos are usable, see skipped.csv; "
-                "training needs at least 2, one of them to validate on"
+                "training needs at least 2, one of them for validation"
             )
         drawn = "drawn scenes" if photos is None else photos.fingerprint()
         self._pictures = {"data.root": self.catalog.subset(usable).fingerprint(), "data.backgrounds": drawn}
         shuffled = np.random.default_rng((self.seed, len(usable))).permutation(usable).tolist()
-        held_back = max(1, min(round(self.val_share * len(usable)), self.val_max))
+        held_out = max(1, min(round(self.val_share * len(usable)), self.val_max))
         backgrounds = Backgrounds(photos)
         load = self.cache or partial(load_photo, size=self.size)
         self.val_set, self.train_set = (
             ForegroundDataset(self.catalog.subset(sorted(part)), self.augmentation, backgrounds, load, self.seed, views)
-            for part, views in ((shuffled[:held_back], self.val_views), (shuffled[held_back:], 1))
+            for part, views in ((shuffled[:held_out], self.val_views), (shuffled[held_out:], 1))
         )
 
     def state_dict(self) -> dict[str, str]:
-        """For checkpoints: the pictures in use, wherever they lie."""
+        """For checkpoints: fingerprints of the pictures in use, independent of their location."""
         return self._pictures
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Raise ValueError where a resumed run was started on other pictures."""
+        """Raise ValueError if a resumed run was started with other pictures."""
         for key, now in self._pictures.items():
             if state_dict[key] != now:
                 raise ValueError(
                     f"the run was started with {state_dict[key]} in {key}, now there are {now}; "
-                    f"type {key}= where those are, or leave out ckpt_path to start anew"
+                    f"type {key}= and their location, or leave out ckpt_path to start from scratch"
                 )
 
     def describe(self) -> str:
-        """One line on what training will see."""
+        """One line about the training data."""
         assert self.train_set is not None
         assert self.val_set is not None
         photos = self.train_set.backgrounds.photos
         return (
-            f"{len(self.train_set)} photos to train on, {len(self.val_set)} to validate on, {len(self.skipped.rows)} left out; "
+            f"{len(self.train_set)} training photos, {len(self.val_set)} validation photos, {len(self.skipped.rows)} skipped; "
             f"backgrounds: {f'{len(photos)} photographs' if photos else 'procedural'}"
         )
 
     def _scan(
-        self, catalog: Catalog, look: Callable[[Place], LoadResult], what: str = "catalogue photos"
+        self, catalog: Catalog, inspect: Callable[[Place], LoadResult], what: str = "catalogue photos"
     ) -> Iterator[LoadResult]:
         from rich.progress import track
 
         scan = DataLoader(
-            _Scan(catalog, look), batch_size=16, num_workers=self.num_workers, worker_init_fn=quiet_worker, collate_fn=list
+            _Scan(catalog, inspect), 16, num_workers=self.num_workers, worker_init_fn=single_threaded_worker, collate_fn=list
         )
-        for batch in track(scan, f"looking through {len(catalog)} {what}"):
+        for batch in track(scan, f"inspecting {len(catalog)} {what}"):
             yield from batch
 
-    def _note(self, catalog: Catalog, results: Iterable[LoadResult]) -> list[int]:
-        """The usable ones' numbers; the others go to `skipped`."""
+    def _collect_usable(self, catalog: Catalog, results: Iterable[LoadResult]) -> list[int]:
+        """Indices of the usable pictures; the others are added to `skipped`."""
         usable = []
-        for index, found in enumerate(results):
-            self.looked_at += 1
-            if found.reason:
-                self.skipped.add(catalog, index, found.reason, found.unreadable)
+        for index, result in enumerate(results):
+            self.inspected += 1
+            if result.reason:
+                self.skipped.add(catalog, index, result.reason, result.unreadable)
             else:
                 usable.append(index)
         return usable
@@ -236,36 +236,36 @@ class SaliencyDataModule(pl.LightningDataModule):
         sampler = EpochSampler(len(self.train_set), self.seed, self.epoch_size, replicas, rank)
         if not len(sampler):
             raise ValueError(
-                f"{sampler.epoch_size} photos an epoch for {replicas} processes; type trainer.devices={sampler.epoch_size} "
+                f"{sampler.epoch_size} photos per epoch for {replicas} processes; type trainer.devices={sampler.epoch_size} "
                 "or fewer, or a larger data.epoch_size"
             )
         if self.trainer:
-            # Lightning makes the first iterator, from which workers draw ahead, before it announces this same number.
+            # Lightning creates the first iterator, from which workers prefetch, before it calls set_epoch with this number.
             progress: Any = self.trainer.fit_loop.epoch_progress
             sampler.set_epoch(progress.current.processed)
         batch_size = min(self.batch_size, len(sampler))
-        # BatchSampler cuts any sampler's keys into lists; its annotation knows integers alone.
+        # BatchSampler works for keys of any type, but is annotated for integers only.
         batches = BatchSampler(sampler, batch_size, drop_last=True)  # type: ignore[arg-type]
         return self._loader(self.train_set, batches)
 
     def val_dataloader(self) -> list[DataLoader[dict[str, torch.Tensor]]]:
-        """Held-back photos with their street views; then as many training photos as `val_max`, to be told apart from them.
+        """Held-out photos with their street views; then up to `val_max` training photos as distractors.
 
-        Of several processes each takes its share, equally many: some rows come twice.
+        Each of several processes gets equally many, so that some rows occur twice.
         """
         assert self.val_set is not None
         assert self.train_set is not None
         share = self._share()
-        keys = [(VALIDATION_EPOCH, index) for index in share_out(len(self.val_set), *share)]
+        keys = [(VALIDATION_EPOCH, index) for index in split_indices(len(self.val_set), *share)]
         others = CleanPhotos(self.train_set.catalog.subset(range(min(len(self.train_set), self.val_max))), self.train_set.load)
         return [
-            # As many pictures at once as in training.
-            self._loader(self.val_set, cut(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
-            self._loader(others, cut(share_out(len(others), *share), 2 * self.batch_size)),
+            # As many pictures per batch as in training.
+            self._loader(self.val_set, split_batches(keys, max(1, 2 * self.batch_size // (1 + self.val_views)))),
+            self._loader(others, split_batches(split_indices(len(others), *share), 2 * self.batch_size)),
         ]
 
     def _share(self) -> tuple[int, int]:
-        """How many processes train together, and which of them this is."""
+        """The number of training processes, and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(self, dataset: Dataset[dict[str, torch.Tensor]], batches: object) -> DataLoader[dict[str, torch.Tensor]]:
@@ -274,22 +274,23 @@ class SaliencyDataModule(pl.LightningDataModule):
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
             num_workers=self.num_workers,
-            worker_init_fn=quiet_worker if on_gpu else yielding_worker,  # a GPU waits for pictures, it shares no core with them
+            # With a GPU, loading is the bottleneck, and the network does not need the cores.
+            worker_init_fn=single_threaded_worker if on_gpu else low_priority_worker,
             persistent_workers=self.num_workers > 0,
             pin_memory=on_gpu,
         )
 
 
 def perfect500k_datamodule(root: str, titles: str, **options: Any) -> SaliencyDataModule:
-    """SaliencyDataModule on the challenge's layout; see `from_perfect500k`."""
+    """SaliencyDataModule for the challenge's layout; see `from_perfect500k`."""
     return SaliencyDataModule(from_perfect500k(root, titles), **options)
 
 
 def shards_datamodule(root: str, **options: Any) -> SaliencyDataModule:
-    """SaliencyDataModule on what `beauty-bafe shards` wrote: the samples that the files in it would give, to the bit."""
+    """SaliencyDataModule for the output of `beauty-bafe shards`; samples are bit-identical to those of the original files."""
     return SaliencyDataModule(from_shards(root), **options)
 
 
-def cut(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Into batches of `size`, the last one shorter."""
+def split_batches(keys: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Split into batches of `size`; the last may be shorter."""
     return [keys[start : start + size] for start in range(0, len(keys), size)]

@@ -12,22 +12,25 @@ from .pictures import Picture
 
 # Distances are in CIE Lab as OpenCV's 8-bit scale gives it (L 0..255, a and b centred on 128).
 NOISE_FLOOR = 6.0  # JPEG ringing on plain white stays below this
-RING, RING_FACTOR = 2, 2.5  # pixels along the backdrop in which JPEG rings are forgiven, times the tolerance
+RING, RING_FACTOR = 2, 2.5  # within so many pixels of the backdrop, for JPEG ringing, the tolerance is multiplied by this
 MAX_NOISE = 3.0  # a backdrop that varies more than this is not plain
 LIGHTNESS_STEP = 3.0  # a soft shadow changes by less than this from pixel to pixel; a product's edge by more
 SHADOW_DEPTH = 70.0  # how much darker than the backdrop a soft shadow may get
 MIN_AREA, MAX_AREA = 0.005, 0.95
-HOLE_EDGE, HOLE_NOISE = 48, 10  # of 255: an enclosed part that differs less than the first mostly differs less than the second
+HOLE_EDGE, HOLE_NOISE = (
+    48,
+    10,
+)  # of 255: a hole's pixels differ less than the first from the backdrop, most of them less than the second
 MIN_HOLE = 0.002  # share of the picture
-# A pack's hull is nearly a rectangle (a disc fills 0.79 of its own). Where a pack is white, the backdrop eats into it, but
-# leaves a share of the hull within these bounds (above, the mask is whole) and this share of its outline.
+# A pack's hull fills this share of its bounding rectangle (a disc fills 0.79). If white parts of a pack are taken for the
+# backdrop, a share of the hull within these bounds is left (above, the mask is complete), and this share of its outline.
 PACK_RECTANGLE, PACK_LEFT, PACK_OUTLINE = 0.92, (0.55, 0.95), 0.7
-PACK_RIM = 75.0  # what borders a missing part is pale; the gap between two bottles is a real one
-MIN_UNIFORM_BORDER = 0.6  # products may touch the frame, a scene fills most of it
+PACK_RIM = 75.0  # colours around a missing part are pale; the gap between two bottles is real
+MIN_UNIFORM_BORDER = 0.6  # products may touch the border, a scene fills most of it
 
 
 class Foreground(NamedTuple):
-    """`mask`: uint8 (H, W), 255 on the product. `trusted`: fit to train on; `reason` says why not ("" if trusted)."""
+    """`mask`: uint8 (H, W), 255 on the product. `trusted`: good enough for training; `reason`: why not, "" if trusted."""
 
     mask: np.ndarray
     trusted: bool
@@ -35,12 +38,12 @@ class Foreground(NamedTuple):
 
 
 def find_foreground(picture: Picture) -> Foreground:
-    """Everything that is not joined to the picture's border through the backdrop's colour.
+    """Everything that is not connected to the picture's border through the backdrop's colour.
 
     The backdrop (white, off-white or any plain colour, JPEG-noisy, softly shaded) is modelled as a plane of colour fitted
-    to the border; soft shadows are followed as long as they stay smooth and keep the backdrop's hue. White parts inside
-    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`, and so do those of white packs. A file with
-    alpha brings its own mask.
+    to the border; soft shadows belong to it as long as they are smooth and have its hue. White parts inside
+    the product stay foreground, unlike in the paper's rule `mean(R, G, B) < 255`, and so do those of white packs. In a file
+    with alpha, the alpha channel is the mask.
     """
     rgb, alpha = picture
     height, width = rgb.shape[:2]
@@ -65,20 +68,20 @@ def find_foreground(picture: Picture) -> Foreground:
     lightness = cv2.GaussianBlur(lab[..., 0], (0, 0), 1.0)
     slope = np.hypot(cv2.Sobel(lightness, cv2.CV_32F, 1, 0, scale=0.125), cv2.Sobel(lightness, cv2.CV_32F, 0, 1, scale=0.125))
     shadow = (chroma < tolerance) & (darker > 0) & (darker < SHADOW_DEPTH) & (slope < LIGHTNESS_STEP)
-    plain = _joined_to(border & close, close | shadow)
-    # JPEG rings along edges are louder than elsewhere, but reach only a few pixels.
+    plain = _connected_to(border & close, close | shadow)
+    # JPEG ringing is stronger along edges, but reaches only a few pixels.
     near = cv2.dilate(plain.astype(np.uint8), np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)) > 0
     plain |= near & (distance < RING_FACTOR * tolerance)
-    return _judge(_mend_pack(_tidy(~plain), distance), uniform)
+    return _judge(_complete_pack(_tidy(~plain), distance), uniform)
 
 
 def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """What the product encloses in the backdrop's colour: a hole (a handle's) or a part like it (a white label), bool (H, W).
+    """Enclosed regions of the backdrop's colour: holes (in a handle), or parts that look like one (a white label), bool (H, W).
 
-    `photo`: uint8 (H, W, 3), `mask`: uint8 (H, W), 255 on the product. One picture cannot tell the two apart; what shades off
-    into the product (a glossy spot, a white of the eye) is neither.
+    `photo`: uint8 (H, W, 3), `mask`: uint8 (H, W), 255 on the product. One picture cannot distinguish the two; regions with
+    gradual edges (glossy highlights) are neither.
     """
-    outside = photo[::4, ::4][mask[::4, ::4] == 0]  # a sixteenth tells the colour
+    outside = photo[::4, ::4][mask[::4, ::4] == 0]  # every sixteenth pixel is enough
     if not len(outside):
         return np.zeros(mask.shape, bool)
     backdrop = np.median(outside, axis=0)
@@ -95,7 +98,7 @@ def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _fit_backdrop(lab: np.ndarray, border: np.ndarray) -> tuple[np.ndarray, float]:
-    """A plane a + bx + cy per Lab channel through the border's pixels, refitted three times without the outliers."""
+    """A plane a + bx + cy per Lab channel through the border's pixels, fitted three times without outliers."""
     height, width = border.shape
     ys, xs = np.nonzero(border)
     design = np.stack([np.ones_like(xs), xs / width - 0.5, ys / height - 0.5], axis=1).astype(np.float32)
@@ -105,7 +108,7 @@ def _fit_backdrop(lab: np.ndarray, border: np.ndarray) -> tuple[np.ndarray, floa
     plane[0] = np.median(values, axis=0)
     noise = 0.0
     for _ in range(3):
-        # A plane through one side alone would be extrapolated wildly over the others.
+        # A plane fitted to only one side would extrapolate poorly to the others.
         if inlier.mean() > 0.5:
             plane = np.linalg.lstsq(design[inlier], values[inlier], rcond=None)[0]
         residual = np.linalg.norm(values - design @ plane, axis=1)
@@ -116,7 +119,7 @@ def _fit_backdrop(lab: np.ndarray, border: np.ndarray) -> tuple[np.ndarray, floa
     return plane[0] + x * plane[1] + y * plane[2], min(noise, MAX_NOISE)
 
 
-def _joined_to(seed: np.ndarray, passable: np.ndarray) -> np.ndarray:
+def _connected_to(seed: np.ndarray, passable: np.ndarray) -> np.ndarray:
     """The parts of `passable` that touch `seed`: bool (H, W)."""
     count, labels = cv2.connectedComponents(passable.astype(np.uint8), connectivity=4)
     keep = np.zeros(count, bool)
@@ -133,10 +136,10 @@ def _tidy(mask: np.ndarray) -> np.ndarray:
     return np.where(keep[labels], 255, 0).astype(np.uint8)
 
 
-def _mend_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The convex hull where it is that of a pack whose white parts are lacking, else the mask as it is; uint8 0 or 255.
+def _complete_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The convex hull if it is that of a pack with missing white parts, else the unchanged mask; uint8 0 or 255.
 
-    `distance`: of each pixel's colour from the backdrop, Lab.
+    `distance`: of each pixel's colour to the backdrop, Lab.
     """
     points = cv2.findNonZero(mask)
     if points is None:
@@ -149,8 +152,8 @@ def _mend_pack(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
     outline = cv2.drawContours(np.zeros_like(mask), [hull], -1, 255, 1)
     near = cv2.dilate(mask, np.ones((5, 5), np.uint8))
     seen = cv2.countNonZero(cv2.bitwise_and(outline, near)) / cv2.countNonZero(outline)
-    lacking = cv2.morphologyEx(cv2.subtract(whole, mask), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    rim = (cv2.dilate(lacking, np.ones((7, 7), np.uint8)) > 0) & (mask > 0)
+    missing = cv2.morphologyEx(cv2.subtract(whole, mask), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    rim = (cv2.dilate(missing, np.ones((7, 7), np.uint8)) > 0) & (mask > 0)
     if seen < PACK_OUTLINE or not rim.any() or np.median(distance[rim]) > PACK_RIM:
         return mask
     return np.asarray(whole)

@@ -1,4 +1,4 @@
-"""Pictures given in memory or as paths, to be read one by one."""
+"""Pictures given in memory or as paths, read one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = "a path, a PIL image, an encoded file's bytes, or a uint8 array or tenso
 
 
 class Pictures(Protocol):
-    """A source of pictures: `ids` names them, `read(row, longest)` decodes one, `files` are those among them that are files."""
+    """A source of pictures: `ids` names them, `read(row, longest)` decodes one, `files`: those that are files."""
 
     @property
     def ids(self) -> tuple[str, ...]: ...
@@ -35,7 +35,7 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures of any of `KINDS`, and their ids. Raises TypeError or ValueError for anything else, saying what came."""
+    """Pictures of any of `KINDS`, with ids. Raises TypeError or ValueError for anything else, saying what it got."""
 
     ids: tuple[str, ...]
     images: tuple[ImageLike, ...]
@@ -46,7 +46,7 @@ class Images:
 
     @classmethod
     def numbered(cls, images: Iterable[ImageLike]) -> Images:
-        """Images whose ids are their numbers from 0. Raises TypeError where `images` is a single one."""
+        """Images whose ids are their numbers from 0. Raises TypeError if `images` is a single image."""
         if isinstance(images, ImageLike) and not (hasattr(images, "ndim") and images.ndim == 4):
             raise TypeError(f"got one {type(images).__name__}; give a list of images, [image] for a single one")
         if isinstance(images, Mapping) or not isinstance(images, Iterable):
@@ -56,12 +56,12 @@ class Images:
 
     @classmethod
     def named(cls, images: Mapping[str, ImageLike]) -> Images:
-        """Images by id. Raises TypeError where it is not a mapping or an id is not a str."""
+        """Images by id. Raises TypeError if it is not a mapping or an id is not a str."""
         if not isinstance(images, Mapping):
             raise TypeError(f"got a {type(images).__name__}; give a dict of id -> image, the image being {KINDS}")
         for name in images:
             if not isinstance(name, str):
-                raise TypeError(f"the id {name!r} is of type {type(name).__name__}; ids are text, type {str(name)!r}")
+                raise TypeError(f"the id {name!r} is of type {type(name).__name__}; ids are strings, type {str(name)!r}")
         return cls(tuple(images), tuple(images.values()))
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class Images:
 
 
 def check_image(image: Any, name: str) -> None:
-    """Raise TypeError or ValueError where `image` is none of `KINDS`; `name` tells which it is."""
+    """Raise TypeError or ValueError if `image` is none of `KINDS`; `name` identifies it in the message."""
     if not isinstance(image, ImageLike):
         raise TypeError(f"{name} is of type {type(image).__name__}; it must be {KINDS}")
     if isinstance(image, np.ndarray | Tensor):

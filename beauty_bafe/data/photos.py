@@ -1,4 +1,4 @@
-"""Catalogue photos with their masks as augmentation takes them: from their files, or decoded once into one large file."""
+"""Catalogue photos and masks, the input of augmentation: from their files, or from a cache of decoded photos."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .foreground import find_foreground
 from .pictures import UnreadablePicture, letterbox, read_picture
 from .places import Place, stamp
 
-VERSION = 2  # counts up when the same file gives other pixels or another mask
+VERSION = 2  # increase it when the same file gives other pixels or another mask
 
 
 class LoadResult(NamedTuple):
-    """What was found in a file: `reason` why it cannot be used ("" where it can), and whether nothing can read it.
+    """The result of inspecting a file. `reason`: why it cannot be used, "" if it can. `unreadable`: it cannot be decoded.
 
     `pixels`: uint8 (S, S, 4), photo and mask, of a usable catalogue photo.
     """
@@ -41,8 +41,8 @@ def load_photo(path: Place, size: int) -> Sample:
     return Sample(letterbox(picture.rgb, size), letterbox(foreground.mask, size, fill=0))
 
 
-def try_photo(path: Place, size: int) -> LoadResult:
-    """`load_photo`, its errors as reasons."""
+def inspect_photo(path: Place, size: int) -> LoadResult:
+    """`load_photo`, with its errors as reasons."""
     try:
         photo, mask = load_photo(path, size)
     except UnreadablePicture as error:
@@ -55,7 +55,7 @@ def try_photo(path: Place, size: int) -> LoadResult:
 class PhotoCache:
     """Photos and masks of one size in `folder`: photos.u8, uint8 (N, S, S, 4) read through a memory map, and photos.jsonl.
 
-    A photo is known by its path and stamp, so that a changed file is looked at again; several catalogues share a cache.
+    Photos are identified by path and stamp, so that a changed file is inspected again; catalogues can share a cache.
     """
 
     def __init__(self, folder: str | Path, size: int) -> None:
@@ -64,56 +64,56 @@ class PhotoCache:
         self.results: dict[str, LoadResult] = {}
         self.rows: dict[str, int] = {}
 
-    def fill(self, catalog: Catalog, look: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
-        """What was found in each photo, `look` asked only about those not seen before; usable ones' pixels are kept.
+    def fill(self, catalog: Catalog, inspect: Callable[[Catalog], Iterable[LoadResult]]) -> list[LoadResult]:
+        """The result of each photo; `inspect` is called only for new ones. The pixels of usable photos are cached.
 
-        A photo is listed once its pixels are on disk, so that a killed run continues where it was. Processes take turns.
-        Raises OSError where the disk is full.
+        A photo is listed only when its pixels are on disk, so that a killed run can continue. Only one process at a time
+        fills the cache. Raises OSError if the disk is full.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [_identify(path) for path in catalog.paths]
         with FileLock(self.folder / "lock"):
             os.utime(self.folder / "lock")  # the time of the last use, for beauty-bafe cache
             self._read()
-            # A file is kept once, whatever the number of its ids: the next free row is counted by them.
-            lacking = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
-            if lacking:
-                for index, found in zip(lacking, look(catalog.subset(lacking)), strict=True):
-                    self._keep(names[index], found)
+            # Each file once, even if it has several ids, as rows are numbered by files.
+            missing = list({name: index for index, name in enumerate(names) if name not in self.results}.values())
+            if missing:
+                for index, result in zip(missing, inspect(catalog.subset(missing)), strict=True):
+                    self._keep(names[index], result)
         return [self.results[name] for name in names]
 
     def __call__(self, path: Place) -> Sample:
-        """The photo and its mask. Raises ValueError where it is not in the cache, or not usable."""
+        """The photo and its mask. Raises ValueError if it is not in the cache, or not usable."""
         name = _identify(path)
         if name not in self.rows:
-            raise ValueError(f"'{path}' changed while it was trained on; start again, it will be looked at anew")
+            raise ValueError(f"'{path}' changed during training; run the same command again, which will inspect it again")
         shape = (self.size, self.size, 4)
-        # Mapped anew each time: it costs microseconds, and nothing has to travel to worker processes.
+        # Mapped at each call: it takes microseconds, and nothing has to be sent to worker processes.
         pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
         return Sample(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3))
 
-    def _keep(self, name: str, found: LoadResult) -> None:
+    def _keep(self, name: str, result: LoadResult) -> None:
         row = None
         try:
-            if found.pixels is not None:
+            if result.pixels is not None:
                 row = len(self.rows)
                 with self.pixels.open("r+b" if self.pixels.exists() else "wb") as pixels:
-                    pixels.seek(row * found.pixels.nbytes)
-                    pixels.write(found.pixels.tobytes())
+                    pixels.seek(row * result.pixels.nbytes)
+                    pixels.write(result.pixels.tobytes())
             with self.list.open("ab") as lines:
-                lines.write((json.dumps([name, row, found.reason, found.unreadable]) + "\n").encode())
+                lines.write((json.dumps([name, row, result.reason, result.unreadable]) + "\n").encode())
         except OSError as error:
             raise OSError(
-                f"could not write '{self.folder}' ({error}); what it holds is kept. Type data.cache=FOLDER on a disk with more "
-                "room, or data.cache=null to read the files every time"
+                f"could not write '{self.folder}' ({error}); its contents are kept. Type data.cache=FOLDER on a disk with more "
+                "space, or data.cache=null to read the files every time"
             ) from error
-        self._add(name, row, found.reason, found.unreadable)
+        self._add(name, row, result.reason, result.unreadable)
 
     def _read(self) -> None:
         self.results, self.rows = {}, {}
         lines = self.list.read_bytes() if self.list.exists() else b""
         whole = lines[: lines.rfind(b"\n") + 1]
-        if len(whole) < len(lines):  # a kill cut the last line short
+        if len(whole) < len(lines):  # the last line is incomplete after a kill
             self.list.write_bytes(whole)
         for line in whole.splitlines():
             self._add(*json.loads(line))
@@ -125,5 +125,5 @@ class PhotoCache:
 
 
 def _identify(place: Place) -> str:
-    """Where a photo lies, and its stamp."""
+    """A photo's absolute location and stamp."""
     return f"{os.path.abspath(place) if isinstance(place, Path) else place.resolve()} {stamp(place)}"

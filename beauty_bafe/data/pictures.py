@@ -1,4 +1,4 @@
-"""Read any picture file as RGB, and fit pictures into a square canvas."""
+"""Decode picture files as RGB, and letterbox pictures into a square canvas."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
-from .places import BrokenShard, Elsewhere
+from .places import BrokenShard, VirtualFile
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-# A header can announce any size; above this the pixels alone would need over 1 GB.
+# A header can declare any size; above this, the pixels would need over 1 GB.
 MAX_PIXELS = 400_000_000
 
 
 class UnreadablePicture(ValueError):
-    """A file that is not a picture, is cut short, or is too large; the message gives the reason."""
+    """A file that is not a picture, is truncated, or is too large; the message gives the reason."""
 
 
 class Picture(NamedTuple):
-    """`rgb`: uint8 (H, W, 3), transparency laid on white. `alpha`: uint8 (H, W), or None for opaque files."""
+    """`rgb`: uint8 (H, W, 3), composited on white. `alpha`: uint8 (H, W), or None for opaque files."""
 
     rgb: np.ndarray
     alpha: np.ndarray | None
 
 
-def read_picture(source: str | Path | bytes | Elsewhere, longest: int | None = None) -> Picture:
-    """Decode a file, its bytes, or what lies elsewhere: EXIF turned; grey, palette, alpha, CMYK and 16-bit become 8-bit RGB.
+def read_picture(source: str | Path | bytes | VirtualFile, longest: int | None = None) -> Picture:
+    """Decode a file, bytes, or a VirtualFile to 8-bit RGB, from grey, palette, alpha, CMYK or 16-bit; EXIF rotation is applied.
 
-    With `longest` a picture of more than four times as many pixels on its longest side is shrunk to two to four times, so
-    that memory stays bounded; the JPEG decoder then skips detail nobody will see.
+    With `longest`, a picture whose longest side exceeds four times as many pixels is shrunk to two to four times, to save
+    memory and, for JPEG, decoding time.
 
-    Raises UnreadablePicture with the reason, or BrokenShard; never returns a stand-in.
+    Raises UnreadablePicture with the reason, or BrokenShard; never returns a placeholder.
     """
     try:
-        content = source.read_bytes() if isinstance(source, Elsewhere) else source
+        content = source.read_bytes() if isinstance(source, VirtualFile) else source
         with _open(content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadablePicture(f"{image.width} x {image.height} is over {MAX_PIXELS:,} pixels; shrink the file first")
             whole = image.size
             if longest:
-                # draft() keeps both sides at or above the size asked for, so the shorter side must be scaled along.
+                # draft() keeps both sides at or above the requested size, so the shorter side must be scaled too.
                 scale = 2 * longest / max(image.size)
                 image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
             picture = _decode_jpeg(content, image, whole) or _to_rgb(ImageOps.exif_transpose(image))
@@ -63,14 +63,14 @@ def read_picture(source: str | Path | bytes | Elsewhere, longest: int | None = N
 
 
 def convert_image(image: Image.Image, longest: int | None = None) -> Picture:
-    """An opened picture as `read_picture` gives a file's."""
+    """Convert an open picture, as `read_picture` does for a file."""
     return shrink(_to_rgb(ImageOps.exif_transpose(image)), longest)
 
 
 def _open(source: str | Path | bytes) -> Image.Image:
-    """Image.open without its limit on pixels: `read_picture` has its own, and Pillow's is the whole process's to set.
+    """Image.open without its pixel limit, which is a global setting of the process: `read_picture` has its own.
 
-    Pillow's decoders of GIF, TIFF and WebP go on looking at theirs.
+    Pillow's decoders of GIF, TIFF and WebP still check it.
     """
     if isinstance(source, bytes):
         start = source[:16]
@@ -82,18 +82,18 @@ def _open(source: str | Path | bytes) -> Image.Image:
     for factory, accepts in [Image.OPEN[name] for name in Image.ID]:
         try:
             accepted = accepts is None or accepts(start)
-            if not accepted or isinstance(accepted, str):  # a text says what is missing to read it
+            if not accepted or isinstance(accepted, str):  # a string says which plugin is missing
                 continue
             if isinstance(source, bytes):
                 return factory(io.BytesIO(source), "")
-            return factory(str(source), str(source))  # type: ignore[arg-type]  # opens it itself, and closes it
+            return factory(str(source), str(source))  # type: ignore[arg-type]  # opens and closes the file
         except (SyntaxError, IndexError, TypeError, struct.error):
-            continue  # another format, as Image.open takes it
+            continue  # try the next format, as Image.open does
     raise UnidentifiedImageError("cannot identify image file")
 
 
 def _decode_jpeg(source: str | Path | bytes, image: Image.Image, whole: tuple[int, int]) -> Picture | None:
-    """An upright, colour or grey JPEG that the draft left at its `whole` size: Pillow's pixels in half its time."""
+    """Decode an upright colour or grey JPEG at its `whole` size: the same pixels as Pillow in half the time; otherwise None."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or image.size != whole:
         return None
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -104,7 +104,7 @@ def _decode_jpeg(source: str | Path | bytes, image: Image.Image, whole: tuple[in
         )
         pixels = decode_jpeg(content, mode=ImageReadMode.RGB)
     except RuntimeError:
-        return None  # Pillow says what is wrong, or can read it after all
+        return None  # Pillow can read it, or raises the exact reason
     return Picture(pixels.permute(1, 2, 0).contiguous().numpy(), None)
 
 
@@ -127,7 +127,7 @@ def _to_rgb(image: Image.Image) -> Picture:
 
 
 def shrink(picture: Picture, longest: int | None) -> Picture:
-    """A picture over four times as large as `longest` at twice `longest`; others, and all where it is None, as they are."""
+    """Shrink a picture over four times as large as `longest` to twice `longest`; others are unchanged, as all are if None."""
     if not longest:
         return picture
     scale = 2 * longest / max(picture.rgb.shape)
@@ -140,7 +140,7 @@ def shrink(picture: Picture, longest: int | None) -> Picture:
 
 
 def letterbox(picture: np.ndarray, size: int, fill: int = 255) -> np.ndarray:
-    """Scale the longest side to `size` and centre the rest on a `fill` canvas: uint8 (H, W[, 3]) -> (size, size[, 3])."""
+    """Scale the longest side to `size` and centre on a canvas of value `fill`: uint8 (H, W[, 3]) -> (size, size[, 3])."""
     height, width = picture.shape[:2]
     scale = size / max(height, width)
     new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))

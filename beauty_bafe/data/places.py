@@ -1,4 +1,4 @@
-"""Where a picture lies: in a file of its own, or elsewhere: in a shard, or behind a URL that fsspec opens."""
+"""Locations of pictures: a file, a member of a shard, or a URL that fsspec can open."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any, Self, TypeGuard, TypeVar
 
 T = TypeVar("T")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://.")
-# Of these a file system tells one or another.
-MARKS = ("ETag", "md5Hash", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
-PACKED = re.compile(r"(.+)/([^/]+)#(\d+)\+(\d+)=([0-9a-f]{8})")  # as `str` of a Packed
+# A file system provides one of these.
+STAMP_KEYS = ("ETag", "md5Hash", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "created")
+SHARD_MEMBER = re.compile(r"(.+)/([^/]+)#(\d+)\+(\d+)=([0-9a-f]{8})")  # str(ShardMember)
 
 
-class Elsewhere(ABC):
-    """A picture without a file of its own. `str` names it, and `locate` takes that name; what reads it knows only this much."""
+class VirtualFile(ABC):
+    """A picture that is not a plain local file. `locate` is the inverse of `str`."""
 
     @abstractmethod
     def read_bytes(self) -> bytes:
@@ -32,7 +32,7 @@ class Elsewhere(ABC):
 
     @abstractmethod
     def resolve(self) -> Self:
-        """The same place, named so that every working directory knows it."""
+        """The same location, independent of the working directory."""
 
     @property
     def size(self) -> int:
@@ -41,7 +41,7 @@ class Elsewhere(ABC):
 
     @property
     def name(self) -> str:
-        """As a file's: with the suffix, which tells the format."""
+        """Like that of a file, with the suffix."""
         return PurePosixPath(str(self)).name
 
     @property
@@ -49,18 +49,18 @@ class Elsewhere(ABC):
         return PurePosixPath(str(self)).parent
 
 
-Place = Path | Elsewhere
+Place = Path | VirtualFile
 
 
 class BrokenShard(OSError):
-    """A shard that is not there, or not as its list says; the message says what to type."""
+    """A shard that is missing or differs from its listing; the message says what to type."""
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(Elsewhere):
-    """`member` of the tar file `file`, a path or URL: `length` bytes from `start`; every reading compares their CRC-32, `crc`.
+class ShardMember(VirtualFile):
+    """`member` of the tar file `file`, a path or URL: `length` bytes from `start`, verified against the CRC-32 `crc`.
 
-    The file is opened for each reading, so that processes share no position in it.
+    The file is opened for each read, so that processes do not share a file position.
     """
 
     file: str
@@ -73,24 +73,26 @@ class Packed(Elsewhere):
         return f"{self.file}/{self.member}#{self.start}+{self.length}={self.crc:08x}"
 
     def read_bytes(self) -> bytes:
-        """See Elsewhere. Raises BrokenShard."""
+        """See VirtualFile. Raises BrokenShard."""
         try:
             if is_url(self.file):
-                content = _ask(self.file, lambda system, path: system.cat_file(path, self.start, self.start + self.length))
+                content = _call_filesystem(
+                    self.file, lambda system, path: system.cat_file(path, self.start, self.start + self.length)
+                )
             else:
                 with open(self.file, "rb") as stream:
                     stream.seek(self.start)
                     content = stream.read(self.length)
         except FileNotFoundError as error:
-            raise broken_shard(self.file, "is not there") from error
+            raise broken_shard(self.file, "is missing") from error
         if zlib.crc32(content) != self.crc:
-            raise broken_shard(self.file, f"holds other bytes where {self.member} was")
+            raise broken_shard(self.file, f"contains other bytes in the place of {self.member}")
         return content
 
     def stamp(self) -> str:
         return f"{self.length}-{self.crc:08x}"
 
-    def resolve(self) -> Packed:
+    def resolve(self) -> ShardMember:
         return replace(self, file=self.file if is_url(self.file) else os.path.abspath(self.file))
 
     @property
@@ -99,29 +101,29 @@ class Packed(Elsewhere):
 
 
 @dataclass(frozen=True)
-class Remote(Elsewhere):
-    """What lies at a URL. `seen`: its stamp as a list told it; where none did, it is asked for once, and kept."""
+class RemoteFile(VirtualFile):
+    """A file at a URL. `known_stamp`: its stamp from a listing; without one, it is requested once."""
 
     url: str
-    seen: str = field(default="", compare=False)
+    known_stamp: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return self.url
 
     def read_bytes(self) -> bytes:
-        content: bytes = _ask(self.url, lambda system, path: system.cat_file(path))
+        content: bytes = _call_filesystem(self.url, lambda system, path: system.cat_file(path))
         return content
 
     def stamp(self) -> str:
-        if not self.seen:
+        if not self.known_stamp:
             try:
-                seen = _mark(_ask(self.url, lambda system, path: system.info(path)))
+                known = _stamp_of(_call_filesystem(self.url, lambda system, path: system.info(path)))
             except OSError:
-                seen = "missing"
-            object.__setattr__(self, "seen", seen)
-        return self.seen
+                known = "missing"
+            object.__setattr__(self, "known_stamp", known)
+        return self.known_stamp
 
-    def resolve(self) -> Remote:
+    def resolve(self) -> RemoteFile:
         return self
 
 
@@ -130,69 +132,69 @@ def is_url(source: object) -> TypeGuard[str]:
 
 
 def absolute(source: str) -> str:
-    """A source of pictures, named so that every working directory knows it."""
+    """A source of pictures, independent of the working directory."""
     return source if is_url(source) else str(Path(source).expanduser().resolve())
 
 
-def list_below(url: str) -> list[tuple[tuple[str, ...], Remote]]:
-    """Every file below a URL, with the parts of its name there, sorted by them. Raises OSError."""
+def list_files(url: str) -> list[tuple[tuple[str, ...], RemoteFile]]:
+    """Every file below a URL, with the parts of its relative path, sorted by them. Raises OSError."""
 
-    def listed(system: Any, root: str) -> list[tuple[tuple[str, ...], Remote]]:
-        system.invalidate_cache()  # it would answer with the list of another day
+    def listed(system: Any, root: str) -> list[tuple[tuple[str, ...], RemoteFile]]:
+        system.invalidate_cache()  # which may contain an outdated listing
         found = system.find(root, detail=True).items()
         return [
-            # A list of links, as over HTTP, tells no sizes: each is asked for then.
-            (PurePosixPath(name).relative_to(root).parts, Remote(system.unstrip_protocol(name), _mark(info)))
+            # A listing of links, as over HTTP, has no sizes, which are then requested one by one.
+            (PurePosixPath(name).relative_to(root).parts, RemoteFile(system.unstrip_protocol(name), _stamp_of(info)))
             for name, info in found
         ]
 
-    return sorted(_ask(url, listed), key=lambda file: file[0])
+    return sorted(_call_filesystem(url, listed), key=lambda file: file[0])
 
 
-def _ask(url: str, question: Callable[[Any, str], T]) -> T:
-    """What the file system of a URL answers. Raises OSError saying what to look after, ImportError for a missing package."""
+def _call_filesystem(url: str, call: Callable[[Any, str], T]) -> T:
+    """Call the fsspec file system of a URL. Raises OSError, saying what to check, or ImportError for a missing package."""
     from fsspec.core import url_to_fs  # slow to import
 
     try:
-        return question(*url_to_fs(url))  # one object a process: fsspec makes another one after a fork
+        return call(*url_to_fs(url))  # one instance per process: fsspec creates another after a fork
     except (OSError, ImportError):
         raise
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system has its own exceptions
         raise OSError(
-            f"'{url}' does not answer ({type(error).__name__}: {error}); check the address, and keys as fsspec takes them"
+            f"'{url}' does not respond ({type(error).__name__}: {error}); check the address, and the credentials for fsspec"
         ) from error
 
 
-def _mark(info: dict[str, Any]) -> str:
+def _stamp_of(info: dict[str, Any]) -> str:
     if info.get("size") is None:
         return ""
-    mark = next((info[key] for key in MARKS if info.get(key)), "")
-    # Lists and single answers may write the same differently.
+    mark = next((info[key] for key in STAMP_KEYS if info.get(key)), "")
+    # Listings and single requests may format the same value differently.
     return f"{info['size']}-{mark.timestamp() if isinstance(mark, datetime) else str(mark).strip(chr(34))}"
 
 
 def broken_shard(file: str, what: str) -> BrokenShard:
-    """`what` is wrong with the shard, and what to do about it."""
+    """The error for a shard; `what`: what is wrong with it."""
     folder = "SHARDS" if is_url(file) else PurePosixPath(file).parent
     return BrokenShard(
-        f"the shard '{file}' {what}; copy it again from where it was made, or make it anew: delete it and type "
-        f"beauty-bafe shards pictures=GALLERY output_dir={folder}, with the GALLERY of the first time"
+        f"the shard '{file}' {what}; copy it again from its source, or recreate it: delete it and type "
+        f"beauty-bafe shards pictures=GALLERY output_dir={folder}, with the original GALLERY"
     )
 
 
 def locate(text: str, folder: str | Path) -> Place:
-    """The place that `str` named so; a relative one starts at `folder`."""
-    if found := PACKED.fullmatch(text):
+    """The location with this `str`; paths are relative to `folder`."""
+    if found := SHARD_MEMBER.fullmatch(text):
         file, member, start, length, crc = found.groups()
-        return Packed(file if is_url(file) else str(Path(folder) / file), member, int(start), int(length), int(crc, 16))
+        return ShardMember(file if is_url(file) else str(Path(folder) / file), member, int(start), int(length), int(crc, 16))
     if is_url(text) or is_url(folder):
-        return Remote(text if is_url(text) else f"{folder}/{text}")
+        return RemoteFile(text if is_url(text) else f"{folder}/{text}")
     return Path(folder) / text
 
 
 def stamp(place: Place) -> str:
-    """What changes when a picture has to be read again: its size and time, or that it could not be read at all."""
-    if isinstance(place, Elsewhere):
+    """Changes if a picture must be read again: its size and time, or why it cannot be read."""
+    if isinstance(place, VirtualFile):
         return place.stamp()
     try:
         status = os.stat(place)
@@ -203,4 +205,4 @@ def stamp(place: Place) -> str:
 
 def size_of(place: Place) -> int:
     """Bytes of the encoded picture. Raises OSError."""
-    return place.size if isinstance(place, Elsewhere) else os.stat(place).st_size
+    return place.size if isinstance(place, VirtualFile) else os.stat(place).st_size

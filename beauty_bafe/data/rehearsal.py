@@ -1,4 +1,4 @@
-"""Street views of gallery photos: queries whose answer is known, drawn without any label."""
+"""Rehearsal: synthetic street views of gallery photos, queries whose match is known without labels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .catalog import Catalog, open_catalog
 from .photos import load_photo
 from .pictures import UnreadablePicture
 
-SIDE = 640  # pixels of a street view; what looks at it from close by needs more than a network does
+SIDE = 640  # pixels of a street view; re-ranking needs more detail than a network
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Practice queries for a gallery: street views of `views` of its photos, drawn by `augmentation` on `backgrounds`.
+    """Synthetic queries for a gallery: street views of `views` of its photos, rendered by `augmentation` on `backgrounds`.
 
-    `views`: how many, 0 for none. `backgrounds`: a folder of photographs, None for drawn scenes.
+    `views`: their number, 0 for none. `backgrounds`: a folder of photographs, None for procedural scenes.
     """
 
     views: int
@@ -30,7 +30,7 @@ class Rehearsal:
     backgrounds: str | None = None
 
     def draw(self, catalog: Catalog, folder: Path) -> Catalog:
-        """Street views of a catalogue's photos in `folder`; none where no product can be cut out."""
+        """Street views of a catalogue's photos, written to `folder`; none if no product can be segmented."""
         photos = Backgrounds(None if self.backgrounds is None else open_catalog(self.backgrounds))
         return draw_street_views(catalog, self.views, self.augmentation, photos, SIDE, folder)
 
@@ -38,9 +38,9 @@ class Rehearsal:
 def draw_street_views(
     catalog: Catalog, count: int, augmentation: Augmentation, backgrounds: Backgrounds, size: int, folder: Path
 ) -> Catalog:
-    """Augment `count` photos, drawn without return, into `folder`; each picture has the id of the photo it shows.
+    """Write augmented views of `count` photos, sampled without replacement, to `folder`; each has the id of its photo.
 
-    Photos whose product cannot be cut out are passed over. Files that are there and would not change stay untouched.
+    Photos whose product cannot be segmented are skipped. Files that would not change are not written again.
     """
     order = np.random.default_rng((0, len(catalog))).permutation(len(catalog)).tolist()
     photos: dict[int, Sample] = {}

@@ -1,4 +1,4 @@
-"""The order in which photos are trained on, drawn from the seed alone."""
+"""The order of training photos, which depends only on the seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index); the order is drawn from (seed, epoch), and each of `replicas` processes takes its share.
 
     `epoch_size` cuts a large catalogue into shorter epochs: epoch e is the e-th slice of a stream of shuffled passes,
-    so that validation and checkpoints come as often as wanted and no photo is seen twice before all were seen once.
+    so that validation and checkpoints can be more frequent and no photo is repeated before all have occurred once.
     """
 
     def __init__(self, length: int, seed: int, epoch_size: int | None = None, replicas: int = 1, rank: int = 0) -> None:
@@ -39,10 +39,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(order[offset])
 
 
-def share_out(length: int, replicas: int, rank: int) -> list[int]:
-    """The numbers below `length` for process `rank` of `replicas`: as many for each, so that some come twice.
+def split_indices(length: int, replicas: int, rank: int) -> list[int]:
+    """The indices below `length` for process `rank` of `replicas`: equally many for each, so that some occur twice.
 
-    >>> share_out(5, 2, 0), share_out(5, 2, 1)
+    >>> split_indices(5, 2, 0), split_indices(5, 2, 1)
     ([0, 2, 4], [1, 3, 0])
     """
     each = -(-length // replicas)

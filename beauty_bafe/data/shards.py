@@ -1,8 +1,8 @@
-"""Pictures packed into shards: numbered tar files as webdataset reads them, each beside a list of what lies where in it.
+"""Pictures packed into shards: numbered tar files in webdataset's format, each with a listing of its members' positions.
 
-Picture n of the catalogue is the member n.jpg (its file's bytes as they are, and its suffix), and n.json tells its id.
-webdataset itself reads shards as streams, so that the order depends on the number of workers and what is drawn cannot be told
-from (seed, epoch, index); with the lists any picture is one read, and training draws from shards what it draws from files.
+Picture n of the catalogue is the member n.jpg (the unchanged bytes and suffix of its file), and n.json contains its id.
+webdataset itself reads shards as streams, so that the order depends on the number of workers and samples are not determined
+by (seed, epoch, index); with the listings, pictures are accessed at random, and training samples are the same as from files.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from rich.progress import track
 
 from ..manifest import locked, replace_file
 from .pictures import SUFFIXES
-from .places import BrokenShard, Packed, Place, broken_shard, is_url, list_below, locate, stamp
+from .places import BrokenShard, Place, ShardMember, broken_shard, is_url, list_files, locate, stamp
 from .workers import default_workers
 
-INDEX = "shards.json"  # written when every shard is there
+INDEX = "shards.json"  # written when all shards are complete
 
 
-def read_shards(folder: str | Path) -> tuple[list[str], list[Packed]]:
-    """Ids and places of the pictures in a folder of shards, or at its URL. Raises ValueError where it is none, BrokenShard."""
+def read_shards(folder: str | Path) -> tuple[list[str], list[ShardMember]]:
+    """Ids and locations of the pictures in a folder or URL of shards. Raises ValueError if it has none, or BrokenShard."""
     if is_url(folder):
-        there = {place.name: place.size for _, place in list_below(folder)}
+        there = {place.name: place.size for _, place in list_files(folder)}
     else:
         there = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if Path(folder).is_dir() else {}
     if INDEX not in there:
         raise ValueError(
-            f"'{folder}' holds no shards, or not all yet; type beauty-bafe shards pictures=GALLERY output_dir="
+            f"'{folder}' contains no shards, or is incomplete; type beauty-bafe shards pictures=GALLERY output_dir="
             + ("SHARDS and copy it there" if is_url(folder) else str(folder))
         )
     ids: list[str] = []
-    places: list[Packed] = []
+    places: list[ShardMember] = []
     for number in range(json.loads(locate(INDEX, folder).read_bytes())["shards"]):
-        tar, beside = (locate(name, folder) for name in _names(number))
-        for file in (tar, beside):
+        tar, listing = (locate(name, folder) for name in _names(number))
+        for file in (tar, listing):
             if file.name not in there:
-                raise broken_shard(str(file), "is not there")
-        listed = json.loads(beside.read_bytes())
+                raise broken_shard(str(file), "is missing")
+        listed = json.loads(listing.read_bytes())
         if there[tar.name] != listed["bytes"]:
-            raise broken_shard(str(tar), f"has {there[tar.name]} bytes, {listed['bytes']} were written")
-        archive = str(tar)  # one text for all of its pictures
+            raise broken_shard(str(tar), f"has {there[tar.name]} bytes instead of {listed['bytes']}")
+        archive = str(tar)  # one string shared by all of its pictures
         for name, _, *where in listed["pictures"]:
             ids.append(name)
-            places.append(Packed(archive, *where))
+            places.append(ShardMember(archive, *where))
     return ids, places
 
 
 def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each: int) -> dict[int, str]:
-    """Copy pictures into shards of `each` in `folder`; returns why those that are left out cannot be read, by number.
+    """Copy pictures into shards of `each` pictures in `folder`; returns the reasons of unreadable pictures, by number.
 
-    A shard that is there whole, with the same pictures as they are now, stays: after a kill or a change of the catalogue only
-    the others are made. Raises OSError where the disk is full.
+    Complete shards whose pictures have not changed are kept: after a kill or a change of the catalogue, only the others are
+    written. Raises OSError if the disk is full.
     """
 
     def make(number: int) -> dict[int, str]:
         rows = range(number * each, min((number + 1) * each, len(ids)))
         wanted = [[ids[row], stamp(places[row])] for row in rows]
-        tar, beside = (folder / name for name in _names(number))
-        if _held(tar, beside) == wanted:
+        tar, listing = (folder / name for name in _names(number))
+        if _read_listing(tar, listing) == wanted:
             return {}
-        (folder / INDEX).unlink(missing_ok=True)  # until all agree again
+        (folder / INDEX).unlink(missing_ok=True)  # until all shards are consistent again
         pictures: list[list[Any]] = []
         reasons: dict[int, str] = {}
 
@@ -91,7 +91,7 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
 
         replace_file(tar, write)
         text = json.dumps({"bytes": tar.stat().st_size, "pictures": pictures})
-        replace_file(beside, lambda part: part.write_text(text, encoding="utf-8"))
+        replace_file(listing, lambda part: part.write_text(text, encoding="utf-8"))
         return reasons
 
     numbers = range(-(-len(ids) // each))
@@ -104,7 +104,7 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
                 left_out |= reasons
         text = json.dumps({"shards": len(numbers), "pictures": len(ids) - len(left_out)})
         replace_file(folder / INDEX, lambda part: part.write_text(text + "\n", encoding="utf-8"))
-        surplus = len(numbers)  # of a larger catalogue, or smaller shards
+        surplus = len(numbers)  # from a larger catalogue, or smaller shards
         while files := [folder / name for name in _names(surplus) if (folder / name).exists()]:
             for file in files:
                 file.unlink()
@@ -113,21 +113,21 @@ def make_shards(ids: Sequence[str], places: Sequence[Place], folder: Path, each:
 
 
 def _names(number: int) -> tuple[str, str]:
-    """Of a shard and its list."""
+    """File names of a shard and its listing."""
     return f"photos-{number:06d}.tar", f"photos-{number:06d}.json"
 
 
-def _held(tar: Path, beside: Path) -> list[list[str]] | None:
-    """Id and stamp of each picture of a shard; None where it is not there whole."""
+def _read_listing(tar: Path, listing: Path) -> list[list[str]] | None:
+    """Id and stamp of each picture of a shard; None if the shard is not complete."""
     try:
-        listed = json.loads(beside.read_bytes())
+        listed = json.loads(listing.read_bytes())
         return [picture[:2] for picture in listed["pictures"]] if tar.stat().st_size == listed["bytes"] else None
     except (OSError, ValueError):
         return None
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Append a member, always the same bytes for the same content; returns where that starts."""
+    """Append a member, deterministically for the same content; returns the offset of the content."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""A toy catalogue of any size: drawn products as catalogue photos and as street-like queries with masks and truth.
+"""A synthetic toy catalogue of any size: catalogue photos, and street-like queries with masks and ground truth.
 
 python -m beauty_bafe.data.toy --root toy --products 400 --queries 100 --seed 0
 """
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from .augmentation.base import Sample
-from .augmentation.hands import hold
+from .augmentation.hands import paste_in_hand
 from .augmentation.solids import as_solid
 from .backgrounds import procedural_background, random_color
 from .datamodule import SaliencyDataModule
@@ -27,12 +27,12 @@ from .toy_products import draw_product
 from .toy_shapes import CANVAS
 from .workers import default_workers
 
-VERSION = 2  # raise it when a drawing changes: folders of an older version are drawn anew
-# Products come in sixes: (line within the six, colour). Three colours of one line are the near-duplicates.
+VERSION = 2  # increase it when a drawing changes: folders of an older version are drawn again
+# Products come in groups of six: (line within the group, colour). Three colours of one line are near-duplicates.
 SIX = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0)]
-CATALOGUE, STREET = 1, 2  # keep the two kinds of pictures' random numbers apart
-TOY_FOLDER = re.compile(r"products\d+_queries\d+_seed\d+_\d+px")  # what draw_toy calls its folders
-SOLID, HELD = 0.4, 0.4  # shares of the queries that show the product turned in space, and in a hand
+CATALOGUE, STREET = 1, 2  # part of the seeds, so that the two kinds of pictures use different random numbers
+TOY_FOLDER = re.compile(r"products\d+_queries\d+_seed\d+_\d+px")  # names of draw_toy's folders
+SOLID, HELD = 0.4, 0.4  # shares of the queries with the product rotated in 3D, and in a hand
 
 
 def draw_catalogue_photo(seed: int, product: int, size: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def draw_catalogue_photo(seed: int, product: int, size: int) -> np.ndarray:
     rng = np.random.default_rng((seed, CATALOGUE, product))
     backdrop = np.array([255, 255, 255] if rng.random() < 0.6 else rng.integers(243, 255, 3), np.int32)
     canvas = np.tile(backdrop, (size, size, 1))
-    if rng.random() < 0.3:  # a studio's light falls off towards the floor
+    if rng.random() < 0.3:  # studio light falls off towards the floor
         canvas -= (np.arange(size) * int(rng.integers(4, 14)) // size)[:, None, None]
     layer = _place(_rgba(seed, product), size, rng.uniform(0.75, 0.92), 0.0, (0.5, 0.5), 0.0, rng)
     if rng.random() < 0.5:
@@ -53,7 +53,7 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
     rng = np.random.default_rng((seed, STREET, query))
     product = int(rng.integers(products))
     canvas = procedural_background(rng, size).astype(np.int32)
-    for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.6 else 0):  # at times other, smaller products
+    for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.6 else 0):  # sometimes other, smaller products
         spot = (rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.95))
         other = _place(
             _rgba(seed, int(rng.integers(products))), size, rng.uniform(0.15, 0.3), rng.uniform(-180, 180), spot, 0.05, rng
@@ -66,7 +66,7 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
         shown = np.dstack(as_solid(*_on_white(shown), rng))
     layer = _place(shown, size, rng.uniform(0.5, 0.95), angle, spot, 0.12, rng)
     if rng.random() < HELD:
-        held = hold(canvas.clip(0, 255).astype(np.uint8), _on_white(layer, premultiplied=True), rng)
+        held = paste_in_hand(canvas.clip(0, 255).astype(np.uint8), _on_white(layer, premultiplied=True), rng)
         canvas, mask = held.photo.astype(np.int32), held.mask
     else:
         offset = (int(rng.integers(-8, 9)), int(rng.integers(2, 12)))
@@ -77,7 +77,7 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
     picture = _relight(canvas, rng)
     if rng.random() < 0.4:
         picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.5, 1.6))
-    if rng.random() < 0.3:  # phones take oblong pictures
+    if rng.random() < 0.3:  # phone pictures are not square
         cut = int(size * rng.uniform(0.08, 0.16))
         window = (slice(None), slice(cut, -cut)) if rng.random() < 0.5 else (slice(cut, -cut), slice(None))
         picture, mask = picture[window], mask[window]
@@ -87,7 +87,7 @@ def draw_query(seed: int, query: int, products: int, size: int) -> tuple[np.ndar
 def draw_toy(root: str | Path, products: int, queries: int, seed: int, size: int = 256, workers: int | None = None) -> Path:
     """Draw gallery/, queries/, masks/ and truth.csv into a folder of `root` named by size and seed, and return that folder.
 
-    A finished folder is used as it is; an unfinished one is drawn again, to the same pictures.
+    A finished folder is reused; an unfinished one is drawn again, with the same pictures.
     """
     folder = Path(root) / f"products{products}_queries{queries}_seed{seed}_{size}px"
     made = {"version": VERSION, "products": products, "queries": queries, "seed": seed, "size": size}
@@ -113,16 +113,16 @@ def draw_toy(root: str | Path, products: int, queries: int, seed: int, size: int
 
 
 def toy_datamodule(root: str, products: int, toy_seed: int, **options: Any) -> SaliencyDataModule:
-    """SaliencyDataModule on a toy catalogue, drawn under `root` on first use.
+    """SaliencyDataModule for a toy catalogue, drawn under `root` on first use.
 
-    Raises ValueError where `root` holds anything else: toys drawn among somebody's pictures would become part of their gallery.
+    Raises ValueError if `root` contains anything else: toys drawn into a folder of pictures would become part of a gallery.
     """
     place = Path(root)
     names = sorted(file.name for file in place.iterdir()) if place.is_dir() else [place.name] if place.exists() else []
     others = [name for name in names if not name.startswith(".") and not TOY_FOLDER.fullmatch(name)]
     if others:
         raise ValueError(
-            f"data=toy draws its own catalogue, and data.root={root} is where '{others[0]}' is; "
+            f"data=toy draws its own catalogue, but data.root={root} contains '{others[0]}'; "
             f"type data=folder data.root={root} for pictures of your own"
         )
     return SaliencyDataModule(draw_toy(root, products, 0, toy_seed) / "gallery", **options)
@@ -148,7 +148,7 @@ def _save(file: Path, picture: np.ndarray, quality: int) -> None:
 
 
 def _rgba(seed: int, product: int) -> np.ndarray:
-    """Product `product` of the catalogue, trimmed to the square that holds it: uint8 RGBA (S, S, 4)."""
+    """Product `product` of the catalogue, cropped to its bounding square: uint8 RGBA (S, S, 4)."""
     line, variant = SIX[product % 6]
     whole = draw_product(seed, product // 6 * 4 + line, variant)
     x, y, width, height = cv2.boundingRect(whole[..., 3])
@@ -168,7 +168,7 @@ def _place(
     perspective: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Shrink, turn (degrees), tilt and move an RGBA product on an empty canvas: RGBA (size, size, 4), alpha premultiplied."""
+    """Scale, rotate (degrees), tilt and move an RGBA product on an empty canvas: RGBA (size, size, 4), alpha premultiplied."""
     side = max(8, round(size * scale))
     small = product.astype(np.uint16)
     small[..., :3] = small[..., :3] * small[..., 3:] // 255
@@ -200,7 +200,7 @@ def _shadow(canvas: np.ndarray, mask: np.ndarray, offset: tuple[int, int], blur:
 
 
 def _occlude(canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A strip or a blob in front, over the edge of the product rather than its middle."""
+    """Cover a random point of the product with an ellipse."""
     size = mask.shape[0]
     cover = np.zeros_like(mask)
     ys, xs = np.nonzero(mask)
@@ -229,9 +229,9 @@ def main() -> None:
     parser.add_argument("--root", default="toy", help="folder to draw into (default: toy)")
     parser.add_argument("--products", type=int, default=400, help="catalogue photos (default: 400)")
     parser.add_argument("--queries", type=int, default=100, help="street-like pictures with true masks (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other products (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other products (default: 0)")
     parser.add_argument(
-        "--size", type=int, default=256, help=f"side in pixels, {CANVAS} at most for full detail (default: 256)"
+        "--size", type=int, default=256, help=f"side in pixels, at most {CANVAS} for full detail (default: 256)"
     )
     arguments = parser.parse_args()
     print(draw_toy(**vars(arguments)))

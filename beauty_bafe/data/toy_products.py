@@ -1,7 +1,6 @@
 """Beauty products drawn by code: bottles, tubes, jars, pumps, lipsticks, compacts, nail polish, brushes.
 
-Almost everything on a cosmetics shelf is a body of revolution: a stack of turned parts, each a profile of half-widths
-over height.
+Almost all cosmetics are solids of revolution: a stack of parts, each a profile of half-widths over height.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ WORDS = [
 
 
 def draw_product(seed: int, family: int, variant: int) -> np.ndarray:
-    """A product as uint8 RGBA (CANVAS, CANVAS, 4). Variants of a family differ in their colours alone."""
+    """A product as uint8 RGBA (CANVAS, CANVAS, 4). Variants of a family differ only in their colours."""
     shape = np.random.default_rng((seed, family))
     kind = KINDS[int(shape.integers(len(KINDS)))]
     color = np.random.default_rng((seed, family, variant + 1))
     fitting = METALS[int(shape.integers(len(METALS)))]
-    # Hues of variants are kept apart, so that near-duplicates can be told apart by a person.
+    # Hues of variants are kept apart, so that a person can distinguish near-duplicates.
     hue = (int(shape.integers(180)) + 57 * variant + int(color.integers(-12, 13))) % 180
     body = _hsv(hue, int(color.integers(40, 230)), int(color.integers(120, 250)))
     label, ink = ((250, 249, 245), (40, 38, 42)) if shape.random() < 0.6 else ((45, 42, 48), (238, 226, 196))
@@ -205,7 +204,7 @@ def _brush(canvas: np.ndarray, style: Style) -> None:
         tint = r.uniform(0.7, 1.1)
         cv2.line(strands, start, end, (*(min(255, int(c * tint)) for c in hair), 255), 1)
     canvas[hairy] = strands[hairy]
-    # The tips take the variant's colour, as a brush in use does.
+    # The tips have the variant's colour, like a used brush.
     tips = canvas[:80][canvas[:80, :, 3] > 0]
     canvas[:80][canvas[:80, :, 3] > 0] = ((tips.astype(np.uint16) + np.array([*style.body, 255])) // 2).astype(np.uint8)
     turned(canvas, [(neck, ferrule), (neck + 60, ferrule * 0.8)], METALS[int(r.integers(3))], 0.9)

@@ -1,7 +1,7 @@
-"""What drawn products are made of: bodies of revolution, discs, caps, labels with lettering.
+"""Components of drawn products: solids of revolution, discs, caps, labels with lettering.
 
-All arithmetic is on integers, polynomials and OpenCV's fixed-point routines, so a product looks the same to the bit on
-every machine.
+All arithmetic uses integers, polynomials and OpenCV's fixed-point routines, so that products are bit-identical on every
+machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ METALS: list[Color] = [(212, 175, 90), (200, 200, 206), (190, 120, 100), (35, 33
 
 
 class Style(NamedTuple):
-    """What a product line shares (shape, lettering, fittings) and what its variants change (colours)."""
+    """The properties shared by a product line (shape, lettering, fittings) and those of its variants (colours)."""
 
     shape: np.random.Generator
     body: Color
@@ -34,7 +34,7 @@ class Style(NamedTuple):
 
 
 def turned(canvas: np.ndarray, profile: Profile, color: Color, gloss: float = 0.5, centre: float = CENTRE) -> None:
-    """Paint a body of revolution: dark at the flanks, a highlight left of the middle, its width given by `profile`."""
+    """Draw a solid of revolution: darker at the sides, with a highlight left of the middle; `profile` gives its width."""
     heights, widths = np.array(profile, np.float64).T
     top, bottom = max(0, int(heights[0])), min(CANVAS, int(heights[-1]) + 1)
     half = np.interp(np.arange(top, bottom), heights, widths)[:, None]
@@ -58,7 +58,7 @@ def _shade(across: np.ndarray, color: Color, gloss: float) -> np.ndarray:
 
 
 def label(canvas: np.ndarray, style: Style, top: float, bottom: float, half: float) -> None:
-    """A label round the body between two heights: a band, frame or bare lettering; it takes the body's shading along."""
+    """A label around the body between two heights: a band, frame or plain lettering, with the body's shading."""
     rows = slice(int(top), int(bottom))
     columns = slice(int(CENTRE - half), int(CENTRE + half))
     height, width = int(bottom) - int(top), columns.stop - columns.start
@@ -84,7 +84,7 @@ def label(canvas: np.ndarray, style: Style, top: float, bottom: float, half: flo
     for line in range(int(style.shape.integers(0, 4))):
         y, reach = int(height * (0.74 + 0.06 * line)), int(width * style.shape.uniform(0.12, 0.3))
         cv2.line(print_, (width // 2 - reach, y), (width // 2 + reach, y), (*ink, 255), 1)
-    # The body's own light and dark, as a factor on what is printed on it.
+    # The body's shading, as a factor on the print.
     light = under.sum(axis=2, keepdims=True) * 256 // max(1, sum(style.body))
     printed = np.clip(print_[..., :3].astype(np.int32) * np.clip(light, 110, 290) // 256, 0, 255)
     solid = (print_[..., 3:] > 0) & (canvas[rows, columns, 3:] > 0)
@@ -92,7 +92,7 @@ def label(canvas: np.ndarray, style: Style, top: float, bottom: float, half: flo
 
 
 def _letter(canvas: np.ndarray, text: str, color: Color, at: float, share: float) -> None:
-    """Centre `text` at the height `at` (0..1), `share` of the width wide at most."""
+    """Centre `text` at the height `at` (0..1), with at most `share` of the width."""
     height, width = canvas.shape[:2]
     font = cv2.FONT_HERSHEY_DUPLEX
     (wide, tall), _ = cv2.getTextSize(text, font, 1.0, 1)
@@ -105,7 +105,7 @@ def _letter(canvas: np.ndarray, text: str, color: Color, at: float, share: float
 
 
 def shoulder(top: float, narrow: float, bottom: float, wide: float) -> list[tuple[float, float]]:
-    """A rounded step from a narrow to a wide half-width (a quarter of a circle's cousin, s = 1 - (1 - u)^2)."""
+    """A rounded step from a narrow to a wide half-width: s = 1 - (1 - u)^2."""
     steps = np.linspace(0, 1, 9)
     return [(top + (bottom - top) * u, narrow + (wide - narrow) * (1 - (1 - u) ** 2)) for u in steps.tolist()]
 
@@ -132,7 +132,7 @@ def cap(canvas: np.ndarray, style: Style, top: float, bottom: float, half: float
 
 
 def disc(canvas: np.ndarray, centre: tuple[int, int], wide: float, tall: float, color: Color) -> None:
-    """An ellipse lit from the upper left."""
+    """An ellipse, lit from the upper left."""
     top, left = (max(0, int(middle - half) - 1) for middle, half in zip(centre[::-1], (tall, wide), strict=True))
     y, x = np.ogrid[top : min(CANVAS, int(centre[1] + tall) + 2), left : min(CANVAS, int(centre[0] + wide) + 2)]
     u, v = (x - centre[0]) / wide, (y - centre[1]) / tall

@@ -1,1 +1,1 @@
-"""From pictures to descriptors and masks: in memory, on disk, on several machines."""
+"""Extraction of descriptors and masks from pictures: in memory, on disk, on several machines."""

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.catalog import Catalog
 from ..data.pictures import UnreadablePicture
-from ..data.workers import default_workers, quiet_worker
+from ..data.workers import default_workers, single_threaded_worker
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.inference import FEW, MASK_SIZE
+from ..models.inference import MASK_SIZE, PLAN_ABOVE
 from ..models.views import View
 from .engine import Canvas, EnsembleEngine, Network, fit, longest, stack
 from .engine import Settings as EngineSettings
@@ -32,7 +32,7 @@ from .store import Picture, Store
 
 log = logging.getLogger("beauty_bafe")
 
-CHUNK = 32  # pictures that a loader hands to the network at once; a whole batch if that is more
+CHUNK = 32  # pictures that a loader passes to the network at once; a whole batch if that is more
 
 
 class Settings(EngineSettings, Protocol):
@@ -45,10 +45,10 @@ class Settings(EngineSettings, Protocol):
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """The pictures numbered `lacking`, to be described for every store that lacks them.
+    """Describes the pictures numbered `missing` for every store that lacks them.
 
     `requested`: network and pooling of each store, in the order of `stores`. `pictures`: id and stamp of every picture of
-    `catalog`. `what` names them in messages. `masks`, `view`: see FeatureExtraction.
+    `catalog`. `what` describes them in messages. `masks`, `view`: see FeatureExtraction.
     """
 
     settings: Settings
@@ -56,7 +56,7 @@ class ExtractionJob:
     stores: Sequence[Store]
     catalog: Catalog
     pictures: Sequence[Picture]
-    lacking: Sequence[int]
+    missing: Sequence[int]
     what: str
     masks: bool
     view: View | None
@@ -67,22 +67,22 @@ class ExtractionJob:
 
 
 class LocalRun:
-    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk or memory will not suffice."""
+    """Runs an ExtractionJob in this process, a shard at a time. Raises ValueError if disk space or memory is insufficient."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self.job, settings = job, job.settings
         numbers: dict[BackgroundAgnosticExtractor, list[int]] = {}
         for number, (extractor, _) in enumerate(job.requested):
             numbers.setdefault(extractor, []).append(number)
-        # A network all of whose stores are complete has nothing to do.
+        # Networks whose stores are all complete are skipped.
         members = {
             number: job.requested[number]
             for same in numbers.values()
-            if any(job.lacks(one, job.lacking) for one in same)
+            if any(job.lacks(one, job.missing) for one in same)
             for number in same
         }
-        begun = {number: store.plan(job.pictures) for number, store in enumerate(job.stores)}
-        engine = EnsembleEngine(settings, members, job.masks, job.view, begun)
+        plans = {number: store.plan(job.pictures) for number, store in enumerate(job.stores)}
+        engine = EnsembleEngine(settings, members, job.masks, job.view, plans)
         self.networks, self.canvases = engine.networks, engine.canvases
         # On a CPU the network uses every core, and loading processes would compete with it (measured: a fifth slower than
         # threads that decode between its batches).
@@ -92,11 +92,11 @@ class LocalRun:
     def run(self) -> None:
         """Plan, print a forecast, compile if that saves time, describe, and print how long it took."""
         job = self.job
-        count, shard = len(job.lacking), job.settings.shard
+        count, shard = len(job.missing), job.settings.shard
         forecast = self._plan()
         if not count:
             return
-        shards = [job.lacking[at : at + shard] for at in range(0, count, shard)]
+        shards = [job.missing[at : at + shard] for at in range(0, count, shard)]
         chunk = max([CHUNK, *(network.engine.batch for network in self.networks)])
         chunks = [list(shard_rows[at : at + chunk]) for shard_rows in shards for at in range(0, len(shard_rows), chunk)]
         start, decoding, writing, size = time.perf_counter(), 0.0, 0.0, 0
@@ -118,7 +118,7 @@ class LocalRun:
                     shard_rows, reasons, [torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True)], network
                 )
             writing += time.perf_counter() - before
-        next(loaded, None)  # lets the progress bar end
+        next(loaded, None)  # completes the progress bar
         network_time = sum(network.engine.seconds for network in self.networks)
         expected = f" (forecast {forecast:.0f} s)" if forecast else ""
         log.info(
@@ -129,9 +129,9 @@ class LocalRun:
 
     def _plan(self) -> float:
         """Print the forecast and prepare every store; returns the expected seconds of the networks, 0 for few pictures."""
-        job, count = self.job, len(self.job.lacking)
+        job, count = self.job, len(self.job.missing)
         seconds = sum(network.engine.plan(count) for network in self.networks)
-        if count > FEW:
+        if count > PLAN_ABOVE:
             self._forecast(seconds)
         plans = {number: network.engine for network in self.networks for number in network.numbers}
         for number, store in enumerate(job.stores):
@@ -147,10 +147,10 @@ class LocalRun:
         return seconds
 
     def _forecast(self, seconds: float) -> None:
-        """Print the time and space needed. Raises ValueError if disk or memory will not suffice."""
+        """Print the time and space needed. Raises ValueError if disk space or memory is insufficient."""
         job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
-        count, masks = len(job.lacking), len(widths) * MASK_SIZE**2 if job.masks else 0
-        # To search: the descriptors, their ensemble, and its rounded copy.
+        count, masks = len(job.missing), len(widths) * MASK_SIZE**2 if job.masks else 0
+        # For search: the descriptors, their ensemble, and its rounded copy.
         disk = count * (sum(widths) * job.settings.dtype.itemsize + masks + 64)
         memory = 10 * sum(widths) * len(job.pictures)
         how = ", less when compiled" if any(network.engine.runtime == "compiled" for network in self.networks) else ""
@@ -158,7 +158,7 @@ class LocalRun:
             f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
             f"{memory / 1e9:.1f} GB of memory to search them"
         )
-        check_room(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
+        check_space(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
 
     def _load(self, chunks: list[list[int]]) -> Iterator[tuple[list[Tensor], list[str], float]]:
         pictures = Canvases(self.job.catalog, self.canvases)
@@ -167,14 +167,14 @@ class LocalRun:
                 pictures,
                 batch_sampler=chunks,
                 num_workers=self.workers,
-                collate_fn=stack_items,
-                worker_init_fn=quiet_worker,
+                collate_fn=collate,
+                worker_init_fn=single_threaded_worker,
                 pin_memory=self.job.settings.device.startswith("cuda"),
             )
             return
         with ThreadPoolExecutor(default_workers()) as threads:
             for chunk in chunks:
-                yield stack_items(list(threads.map(pictures.__getitem__, chunk)))
+                yield collate(list(threads.map(pictures.__getitem__, chunk)))
 
     def _write(self, shard_rows: Sequence[int], reasons: Sequence[str], outputs: list[np.ndarray], network: Network) -> int:
         """Append to each of the network's stores the rows that it lacks; returns the bytes written."""
@@ -204,8 +204,8 @@ def stored_arrays(
     return arrays | ({"masks": outputs[-1][list(rows)]} if masks else {})
 
 
-def readable_now(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
-    """Which of the pictures numbered `rows` can be read (at about `size` pixels, to save time)."""
+def find_readable(catalog: Catalog, rows: Sequence[int], size: int) -> list[int]:
+    """Those of the pictures numbered `rows` that can be read (at about `size` pixels, to save time)."""
 
     def readable(row: int) -> bool:
         try:
@@ -235,7 +235,7 @@ class Canvases(Dataset[tuple[list[Tensor], str, float]]):
         return fit(picture, self.canvases), "", time.perf_counter() - start
 
 
-def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
+def collate(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tensor], list[str], float]:
     """Items of `Canvases` -> one batch per canvas of the readable pictures, all reasons, and the total seconds."""
     return (
         stack([views for views, reason, _ in items if not reason]),
@@ -244,8 +244,8 @@ def stack_items(items: list[tuple[list[Tensor], str, float]]) -> tuple[list[Tens
     )
 
 
-def check_room(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
-    """Raise ValueError if this machine has fewer bytes left than `disk` or `memory`."""
+def check_space(disk: int, memory: int, folder: Path, pictures: int, what: str) -> None:
+    """Raise ValueError if fewer than `disk` bytes of disk space or `memory` bytes of memory are free."""
     place = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
     if disk > free:

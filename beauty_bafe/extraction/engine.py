@@ -16,11 +16,11 @@ from ..models.extractor import BackgroundAgnosticExtractor
 from ..models.inference import Describer, Engine
 from ..models.views import View
 
-Canvas = tuple[int, int]  # side in pixels, and the value around oblong pictures
+Canvas = tuple[int, int]  # side in pixels, and padding value
 
 
 class Settings(Protocol):
-    """How networks are run, see FeatureExtraction."""
+    """How networks are run; see FeatureExtraction."""
 
     batch_size: int | None
     device: str
@@ -47,10 +47,10 @@ class Described(NamedTuple):
 
 
 class EnsembleEngine:
-    """The networks of all members: built once, safe to call from several threads. Descriptors depend on their picture alone.
+    """The networks of all members: built once, safe to call from several threads. A descriptor depends only on its picture.
 
     `members`: network and pooling by the number of the member. `masks`: whether to return the masks of members whose pooling
-    uses them. `view`: see Describer. `begun`: by member, the batch size and runtime of a run that is being resumed.
+    uses them. `view`: see Describer. `plans`: by member, the batch size and runtime of a run that is being resumed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EnsembleEngine:
         members: Mapping[int, tuple[BackgroundAgnosticExtractor, Pooling]],
         masks: bool,
         view: View | None = None,
-        begun: Mapping[int, Mapping[str, Any]] | None = None,
+        plans: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         self.masks, self.poolings = masks, {number: pooling for number, (_, pooling) in members.items()}
         shared: dict[BackgroundAgnosticExtractor, list[int]] = {}
@@ -67,8 +67,8 @@ class EnsembleEngine:
             shared.setdefault(extractor, []).append(number)
         engines = []
         for extractor, numbers in shared.items():
-            # A resumed run keeps its settings, as others would change the last bits of its vectors.
-            plan = next((begun[number] for number in numbers if begun and begun.get(number)), {})
+            # A resumed run keeps its plan, as another one would change the last bits of its vectors.
+            plan = next((plans[number] for number in numbers if plans and plans.get(number)), {})
             poolings = [self.poolings[number] for number in numbers]
             drawn = masks and any(pooling.saliency for pooling in poolings)
             describer = Describer(extractor, poolings, drawn, settings.scales, settings.flip, view)
@@ -83,7 +83,7 @@ class EnsembleEngine:
         ]
 
     def __call__(self, canvases: Sequence[Tensor]) -> list[Described]:
-        """A batch per canvas, uint8 (N, 3, S, S), as `stack` makes them -> one Described per member, in their order."""
+        """A batch per canvas, uint8 (N, 3, S, S), as returned by `stack` -> one Described per member, in their order."""
         results: dict[int, Described] = {}
         for network in self.networks:
             outputs = [output.numpy() for output in network.engine(canvases[network.canvas])]

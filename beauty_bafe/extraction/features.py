@@ -1,4 +1,4 @@
-"""Descriptors of pictures, checked when they are made."""
+"""Descriptors of pictures, validated on construction."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-TOLERANCE = 1e-3  # of a vector's length: extraction.dtype=float16 rounds it
+TOLERANCE = 1e-3  # of a vector's length, for the rounding of extraction.dtype=float16
 
 
 @dataclass(frozen=True)
 class Features:
     """`vectors`: float32 (N, D), one row per picture. `ids`: N names. `masks`: uint8 (N, M, M) saliency, 0 to 255, or None.
 
-    Every vector has length 1, or 0 if there was nothing to describe in the picture, unless `any_length` is true: the
+    Every vector has length 1, or 0 if nothing in the picture could be described, unless `any_length` is true: the
     ensemble of BAFE's code (`ensemble.normalize=false`) does not normalise them. Call `unit` where length 1 is needed.
 
     Raises ValueError if the numbers of rows and ids differ, or a vector is not finite or has another length.
@@ -48,9 +48,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def mean_masks(members: Sequence[Features]) -> Features:
-    """The first member's features with the mean mask of all members that have masks."""
+    """The first member's features, with the mean mask of all members that have masks."""
     masks = [features.masks for features in members if features.masks is not None]
-    if not masks:
-        return replace(members[0], masks=None)
+    if len(masks) < 2:
+        return replace(members[0], masks=masks[0] if masks else None)
     mean = np.asarray(masks, np.float32).mean(axis=0) + 0.5
     return replace(members[0], masks=np.asarray(mean, np.uint8))

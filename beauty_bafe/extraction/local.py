@@ -1,4 +1,4 @@
-"""From pictures to descriptors on disk, for all checkpoints and poolings in one pass over the catalogue."""
+"""Extraction to disk, for all checkpoints and poolings in one pass over the catalogue."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from ..models.inference import MASK_SIZE
 from ..models.precision import pick_devices
 from ..models.runtime import pick_precision, pick_runtime
 from ..models.views import View
-from .describing import ExtractionJob, LocalRun, readable_now
+from .describing import ExtractionJob, LocalRun, find_readable
 from .features import Features
 from .members import Member
 from .sharing import SharedRun, on_devices
 from .store import Picture, Store
 
-PREPROCESSING = "letterbox 1"  # to be increased when the same file gives other pixels
+PREPROCESSING = "letterbox 1"  # increase it when the same file gives other pixels
 PACKAGES = ("torch", "timm", "opencv-python-headless", "pillow")
 
 
 class FeatureExtraction:
     """Describes pictures and keeps the descriptors on disk (conf/extraction).
 
-    `features`: folder of the stores. `scales`: sizes as multiples of the network's own; `flip`: also the mirror image; their
-    descriptors are summed. `batch_size`: pictures per batch, None for a default of the device. `num_workers`: loading
-    processes, 0 for threads that take turns with the network, None for a default of the device. `device`: see
+    `features`: folder of the stores. `scales`: sizes as multiples of the network's own; `flip`: also the mirror image; the
+    descriptors of all are summed. `batch_size`: pictures per batch, None for a default of the device. `num_workers`: loading
+    processes, 0 for threads that alternate with the network, None for a default of the device. `device`: see
     `pick_device`. `precision`: auto, bf16-mixed, 32-true. `runtime`: see `pick_runtime`.
-    `shard`: pictures per file, which is the most that an interruption loses. `dtype`: float32 or float16, on disk.
+    `shard`: pictures per file, the most that are lost if a run is interrupted. `dtype`: float32 or float16, on disk.
     `max_skipped`: largest share of unreadable pictures. `devices`: all for every GPU of this machine, or a list of devices,
-    which share the pictures; None for `device` alone. Raises ValueError for an unavailable device or an unknown dtype.
+    among which the pictures are divided; None for `device` only. Raises ValueError for an unavailable device or unknown dtype.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FeatureExtraction:
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
-        """A folder for pictures to be described, locked against other runs meanwhile, and kept for the next one."""
+        """A folder for pictures to be described, locked against other runs, and kept for later ones."""
         with locked([self.root / name]):
             yield self.root / name
 
@@ -87,9 +87,9 @@ class FeatureExtraction:
     ) -> list[Features]:
         """Features of each member for picture files, read from disk if they were stored; unreadable pictures go to `skipped`.
 
-        `source`: where the pictures came from, by which their stores are found again. `what` names them in messages. `masks`:
+        `source`: where the pictures come from, which identifies their stores. `what` describes them in messages. `masks`:
         whether to keep the masks of members whose pooling uses them. `view`: see Describer. Raises ValueError if too many
-        pictures cannot be read, or disk or memory will not suffice.
+        pictures cannot be read, or disk space or memory is insufficient.
         """
         catalog = pictures.files
         if len(catalog) < len(pictures):
@@ -97,14 +97,14 @@ class FeatureExtraction:
         stamped = [(name, stamp(path)) for name, path in zip(catalog.ids, catalog.paths, strict=True)]
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
-            opened = {folder: Store(folder, key) for folder, key in places}  # identical members share one
+            opened = {folder: Store(folder, key) for folder, key in places}  # identical members share a store
             stores = [opened[folder] for folder, _ in places]
             self._retry(members, stores, catalog, stamped)
-            lacking = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
-            if lacking or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
+            missing = [row for row, picture in enumerate(stamped) if not all(picture in store for store in stores)]
+            if missing or any(len(store.rows) + len(store.unreadable) > len(stamped) for store in stores):
                 requested = [(member.extractor, member.pooling) for member in members]
                 with one_opencv_thread:
-                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, lacking, what, masks, view))
+                    self._describe(ExtractionJob(self, requested, stores, catalog, stamped, missing, what, masks, view))
             readable, broken = [], Skipped()
             for row, picture in enumerate(stamped):
                 reason = next((store.unreadable[picture] for store in stores if picture in store.unreadable), None)
@@ -125,9 +125,9 @@ class FeatureExtraction:
             LocalRun(job).run()
 
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
-        """Let stores forget unreadable pictures that can be read now: after a network error the stamp is still the same."""
+        """Remove unreadable pictures that can be read now from the stores: a network error does not change their stamp."""
         doubtful = [row for row, picture in enumerate(pictures) if any(picture in store.unreadable for store in stores)]
-        for row in readable_now(catalog, doubtful, max(member.extractor.size for member in members)):
+        for row in find_readable(catalog, doubtful, max(member.extractor.size for member in members)):
             for store in stores:
                 store.unreadable.pop(pictures[row], None)
 
@@ -140,7 +140,7 @@ class FeatureExtraction:
             "source": absolute(source),
             "masks": MASK_SIZE if masks else 0,
             "precision": self.precision,
-            "openvino": self.runtime == "openvino",  # whether it is compiled is in the store's plan
+            "openvino": self.runtime == "openvino",  # the store's plan says whether it is compiled
             "dtype": str(self.dtype),
             "scales": str(self.scales),
             "flip": self.flip,

@@ -1,4 +1,4 @@
-"""The members of an ensemble, each a network with a pooling."""
+"""The members of an ensemble: a network with a pooling each."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def load_members(
     """Every network with every pooling: trained networks from `checkpoints`, networks with published weights from `models`.
 
     `models`: arguments of BackgroundAgnosticExtractor, by name. `pairs`: names of the poolings of a network, by the name of
-    a model or the number of a checkpoint from 0; networks not listed take all. A pooling of the picture itself is used once.
+    a model or the number of a checkpoint from 0; networks not listed take all. A pooling of the picture is used only once.
     `size`: side in pixels of the trained networks' input, None for the size stored in each checkpoint.
-    Raises ValueError for a file that is not a checkpoint, unknown names, or saliency of a network without trained masks.
+    Raises ValueError for a file that is not a checkpoint, unknown names, or saliency without trained masks.
     """
     models = models or {}
     pairs = {str(name): names for name, names in (pairs or {}).items()}
@@ -80,13 +80,13 @@ def load_members(
 
 
 def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
-    """A checkpoint's network at `size`, or at the size that its recipe asks for."""
+    """A checkpoint's network at `size`, or at the size set by its recipe."""
     extractor = load_extractor(file)
     recipe = read_checkpoint(file).get("retrieval")
     times = check_enlarge(recipe.get("enlarge", 1), f"checkpoint '{file}'") if isinstance(recipe, Mapping) else 1
     own = extractor.size
     if size is not None and size < 1:
-        raise ValueError(f"size={size}: type a number of pixels, or null for the size that the checkpoint asks for")
+        raise ValueError(f"size={size}: type a number of pixels, or null for the size set by the checkpoint")
     patch = extractor.backbone.patch or 1
     patch = patch if own % patch == 0 else 1
     extractor.size = size or max(1, round(own * times / patch)) * patch
@@ -97,7 +97,7 @@ def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
             extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))
     except (AssertionError, RuntimeError) as error:  # timm's transformers assert their size
         raise ValueError(
-            f"'{file}' does not take pictures of {extractor.size} px ({error}); type size={own}, the size of training"
+            f"'{file}' does not accept pictures of {extractor.size} px ({error}); type size={own}, the size of training"
         ) from error
     return extractor
 

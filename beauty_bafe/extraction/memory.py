@@ -26,11 +26,11 @@ from .features import Features
 from .local import FeatureExtraction
 from .members import Member
 
-CHUNK = 32  # pictures decoded together before they go to the network
+CHUNK = 32  # pictures decoded before they are passed to the network
 
 
 class MemoryExtraction:
-    """Like FeatureExtraction, but nothing is stored, and each engine is built once, at its first use. Thread-safe.
+    """Like FeatureExtraction, but nothing is stored, and each engine is built once, on first use. Thread-safe.
 
     `settings`: how to describe. Networks are compiled only if `settings.runtime` is compiled. `root`: a temporary folder for
     re-rankers and descriptors that keep files (SIFT, VLAD), created when needed and removed with this object.
@@ -43,7 +43,7 @@ class MemoryExtraction:
         self.root = Path(tempfile.gettempdir()) / f"beauty_bafe-{uuid.uuid4().hex}"
         weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         self._engines: dict[tuple[bool, str], EnsembleEngine] = {}
-        # Only one call at a time runs the networks: each already uses every core, and threads that share cores wait for each
+        # Only one call at a time runs the networks: they already use every core, and threads that share cores wait for each
         # other at every layer.
         self._networks = threading.RLock()
 
@@ -54,7 +54,7 @@ class MemoryExtraction:
             yield Path(folder)
 
     def engine(self, members: Sequence[Member], masks: bool, view: View | None) -> EnsembleEngine:
-        """The engine for these settings, built at the first call; `members` must be the same at every call."""
+        """The engine for these settings, built at the first call; `members` must be the same in every call."""
         with self._networks:
             key = (masks, str(view))
             if key not in self._engines:
@@ -75,7 +75,7 @@ class MemoryExtraction:
         masks: bool = False,
         view: View | None = None,
     ) -> list[Features]:
-        """Features of each member, see FeatureExtraction; `source` is not used here."""
+        """Features of each member, see FeatureExtraction; `source` is ignored."""
         engine = self.engine(members, masks, view)
         parts: list[list[Described]] = []
         ids: list[str] = []
@@ -107,6 +107,6 @@ class MemoryExtraction:
     def _features(self, parts: Sequence[Described], ids: tuple[str, ...]) -> Features:
         vectors = np.concatenate([part.vectors for part in parts])
         drawn = [part.masks for part in parts if part.masks is not None]
-        # Rounded as in a store.
+        # Rounded as on disk.
         vectors = vectors.astype(self.settings.dtype).astype(np.float32)
         return Features(vectors, ids, np.concatenate(drawn) if drawn else None)

@@ -1,4 +1,4 @@
-"""Describe pictures on a Ray cluster, or by several processes of one machine."""
+"""Describe pictures on a Ray cluster, or in several processes on one machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class RayExtraction(FeatureExtraction):
     """FeatureExtraction whose shards are described and written by Ray actors (`extraction=ray`).
 
     `address`: None starts Ray on this machine, until this process ends; auto, or HOST:PORT, joins a running cluster, all
-    machines of which need this package, and the pictures (a folder or a URL) and `features` under the same paths. A process
-    that uses Ray already keeps the connection it has. `workers`: number of actors, None for as many as fit. `cpus`, `gpus`:
+    machines of which need this package, and the pictures (a folder or a URL) and `features` under the same paths. An
+    existing Ray connection of this process is reused. `workers`: number of actors, None for as many as fit. `cpus`, `gpus`:
     of each actor; gpus may be a fraction such as 0.5, None for 1 if `device` is a GPU, else 0. With device=auto the actors
     use GPUs if the cluster has any. Other settings: see FeatureExtraction.
 
-    Vectors are bit for bit those of one process on the same kind of device. A worker that dies is restarted, and its shard
+    Vectors are bit-identical to those of one process on the same kind of device. A worker that dies is restarted, and its shard
     described again; if this process dies, the same command continues with the missing shards. Raises ConnectionError if
-    no cluster answers, ValueError if a number is not above 0.
+    no cluster responds, ValueError if a number is not above 0.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RayExtraction(FeatureExtraction):
                 raise ValueError(f"extraction.{name}={value}: type a number above 0")
         if settings.pop("devices", None) is not None:
             raise ValueError("extraction.devices applies to one machine; with extraction=ray type extraction.workers=N instead")
-        # Whether there are GPUs, the cluster decides in `_choose_device`; until then, and in memory, this machine.
+        # `_choose_device` finds out whether the cluster has GPUs; until then, and in memory, this machine counts.
         here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
         super().__init__(features, device=here, precision=precision, runtime=runtime, **settings)
         self.wanted, self.wanted_precision, self.wanted_runtime = device, precision, runtime
@@ -69,19 +69,19 @@ class RayExtraction(FeatureExtraction):
         import ray
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts; it would send usage statistics
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors that request no GPU may see them
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors that request no GPU still see the GPUs
         local: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
         address = "local" if self.address is None else self.address
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-        except Exception as error:  # a start that takes too long raises no special class
+        except Exception as error:  # a timeout raises no specific class
             if self.address is None:
                 raise ConnectionError(
                     f"Ray did not start on this machine ({error}); run the same command again, or type extraction=local"
                 ) from error
             raise ConnectionError(
-                f"no Ray cluster answers at extraction.address={self.address} ({error}); type ray start --head on one of its "
-                "machines, or extraction.address=null for this machine alone"
+                f"no Ray cluster responds at extraction.address={self.address} ({error}); type ray start --head on one of its "
+                "machines, or extraction.address=null for this machine only"
             ) from error
 
     def _choose_device(self) -> None:
@@ -110,7 +110,7 @@ class RayExtraction(FeatureExtraction):
         import ray.data
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # ours shows pictures
+        context.enable_progress_bars = False  # our own counts pictures
         there = ray.cluster_resources()
         fitting = int(there.get("CPU", 0) / self.cpus)
         if self._gpus:
@@ -122,7 +122,7 @@ class RayExtraction(FeatureExtraction):
                 f"{there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; type extraction.workers={max(1, fitting)}, "
                 "or smaller extraction.cpus and extraction.gpus"
             )
-        # Bytes, as Arrow has no type for a shard; one block per shard, so that workers take them one by one.
+        # Bytes, as Arrow has no type for a shard; one block per shard, so that workers fetch them one by one.
         rows = [{"shard": pickle.dumps(shard)} for shard in shards]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,

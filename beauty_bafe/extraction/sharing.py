@@ -1,4 +1,4 @@
-"""Describe pictures by several workers, each of which describes and writes whole shards."""
+"""Describe pictures with several workers, each of which describes and writes whole shards."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..data.places import Place
 from ..data.workers import default_workers
 from ..models.descriptor import Pooling
 from ..models.extractor import BackgroundAgnosticExtractor
-from ..models.inference import MASK_SIZE, Describer, suitable_batch
+from ..models.inference import MASK_SIZE, Describer, default_batch_size
 from ..models.views import View
-from .describing import CHUNK, Canvases, ExtractionJob, Settings, check_room, stack_items, stored_arrays
+from .describing import CHUNK, Canvases, ExtractionJob, Settings, check_space, collate, stored_arrays
 from .engine import EnsembleEngine
-from .store import Picture, holds, write_shard
+from .store import Picture, is_written, write_shard
 
 log = logging.getLogger("beauty_bafe")
 
 
 class Shard(NamedTuple):
-    """Pictures that are described together. `files`: number of each store that lacks some -> the file to write, their rows."""
+    """Pictures that are described together. `files`: number of each store that lacks some -> (file to write, missing rows)."""
 
     number: int
     pictures: Sequence[Picture]
@@ -41,17 +41,17 @@ class Shard(NamedTuple):
 class Worker(NamedTuple):
     """What a worker needs to describe shards; can be pickled and sent to another machine.
 
-    `begun`: number of each store that lacks pictures -> the batch size and runtime in its manifest.
+    `plans`: number of each store that lacks pictures -> the batch size and runtime in its manifest.
     """
 
     settings: Settings
     requested: Sequence[tuple[BackgroundAgnosticExtractor, Pooling]]
     masks: bool
     view: View | None
-    begun: Mapping[int, Mapping[str, Any]]
+    plans: Mapping[int, Mapping[str, Any]]
 
     def start(self, device: str, threads: int) -> ShardDescriber:
-        """Load the networks on a device; pictures are decoded in so many threads."""
+        """Load the networks on a device; pictures are decoded in `threads` threads."""
         settings = copy.copy(self.settings)
         settings.device = device
         return ShardDescriber(self, settings, threads)
@@ -62,17 +62,17 @@ class ShardDescriber:
 
     def __init__(self, worker: Worker, settings: Settings, threads: int) -> None:
         self.worker, self.settings, self.threads = worker, settings, threads
-        members = {number: worker.requested[number] for number in worker.begun}
-        self.engine = EnsembleEngine(settings, members, worker.masks, worker.view, worker.begun)
+        members = {number: worker.requested[number] for number in worker.plans}
+        self.engine = EnsembleEngine(settings, members, worker.masks, worker.view, worker.plans)
         for network in self.engine.networks:
             network.engine.compile()
 
     def __call__(self, shard: Shard) -> int:
-        """Describe a shard and write its files; returns their size in bytes. Files of a worker that died are kept."""
+        """Describe a shard and write its files; returns their size in bytes. Files written by a worker that died are kept."""
         left = {
             number: (file, rows)
             for number, (file, rows) in shard.files.items()
-            if not holds(file, [shard.pictures[row] for row in rows], ())
+            if not is_written(file, [shard.pictures[row] for row in rows], ())
         }
         wanted = [network for network in self.engine.networks if any(number in left for number in network.numbers)]
         if not wanted:
@@ -107,7 +107,7 @@ class ShardDescriber:
             for start in range(0, len(rows), chunk):
                 now = ahead
                 ahead = [threads.submit(pictures.__getitem__, row) for row in rows[start + chunk : start + 2 * chunk]]
-                views, reasons, _ = stack_items([future.result() for future in now])
+                views, reasons, _ = collate([future.result() for future in now])
                 yield views, reasons
 
 
@@ -115,7 +115,7 @@ Run = Callable[[Worker, Sequence[Shard]], Iterable[tuple[int, int]]]
 
 
 class SharedRun:
-    """Runs an ExtractionJob by several workers. Networks are compiled only if `settings.runtime` is compiled."""
+    """Runs an ExtractionJob with several workers. Networks are compiled only if `settings.runtime` is compiled."""
 
     def __init__(self, job: ExtractionJob) -> None:
         self.job = job
@@ -123,15 +123,15 @@ class SharedRun:
     def run(self, run: Run) -> None:
         """Prepare every store and let `run` describe the shards; it yields the number and the bytes of each finished shard."""
         job, plans = self.job, self._begin()
-        if not job.lacking:
+        if not job.missing:
             return
-        count, start, size = len(job.lacking), time.perf_counter(), 0
+        count, start, size = len(job.missing), time.perf_counter(), 0
         shards = {shard.number: shard for shard in self._shards(sorted(plans))}
         done = run(Worker(job.settings, job.requested, job.masks, job.view, plans), list(shards.values()))
         for number, written in track(done, f"describing {count} {job.what}", total=len(shards)):
             size += written
             for store, (file, _) in shards.pop(number).files.items():
-                job.stores[store].note(int(file.stem))
+                job.stores[store].register(int(file.stem))
         if shards:
             raise RuntimeError(f"{len(shards)} shards of {job.what} were not described; run the same command again")
         log.info(f"described {count} {job.what} in {time.perf_counter() - start:.1f} s; {size / 1e6:.1f} MB on disk")
@@ -142,22 +142,22 @@ class SharedRun:
         plans: dict[int, dict[str, Any]] = {}
         for number, (store, (extractor, pooling)) in enumerate(zip(job.stores, job.requested, strict=True)):
             side = Describer(extractor, [pooling], False, settings.scales, settings.flip, job.view).canvas
-            batch = settings.batch_size or suitable_batch(settings.device, side)
+            batch = settings.batch_size or default_batch_size(settings.device, side)
             plan = {"runtime": "torch" if settings.runtime == "auto" else settings.runtime, "batch": batch}
             plan |= {key: value for key, value in store.plan(job.pictures).items() if key in plan}
-            if job.lacks(number, job.lacking):
+            if job.lacks(number, job.missing):
                 plans[number] = plan
             store.begin(job.pictures, plan)
         drawn = MASK_SIZE**2 if job.masks else 0
-        check_room(len(job.lacking) * len(plans) * (64 + drawn), 0, job.stores[0].folder, len(job.pictures), job.what)
+        check_space(len(job.missing) * len(plans) * (64 + drawn), 0, job.stores[0].folder, len(job.pictures), job.what)
         return plans
 
     def _shards(self, numbers: Sequence[int]) -> list[Shard]:
         job = self.job
         free = {number: job.stores[number].free_shards() for number in numbers}
         shards: list[Shard] = []
-        for at in range(0, len(job.lacking), job.settings.shard):
-            rows = job.lacking[at : at + job.settings.shard]
+        for at in range(0, len(job.missing), job.settings.shard):
+            rows = job.missing[at : at + job.settings.shard]
             pictures = [job.pictures[row] for row in rows]
             files: dict[int, tuple[Path, Sequence[int]]] = {}
             for number in numbers:

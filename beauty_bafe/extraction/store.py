@@ -1,4 +1,4 @@
-"""Descriptors on disk: numbered shards, each written atomically, and a manifest that says how they were made."""
+"""Descriptors on disk: numbered shards, each written atomically, and a manifest of the settings that they depend on."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ import numpy as np
 
 from ..manifest import check_manifest, digest, replace_file
 
-Picture = tuple[str, str]  # id and stamp (size and time of the file), so that a changed picture counts as a new one
+Picture = tuple[str, str]  # id and stamp (size and time of the file), so that a changed picture counts as new
 
 
 class Store:
     """The descriptors of one checkpoint and pooling over one catalogue, in `folder`.
 
-    `key`: plain values that every vector depends on; they go into the manifest, with the catalogue's fingerprint and what
-    `begin` adds. Open, write and read it inside `manifest.locked`, or other runs can write to the same folder meanwhile.
-    Raises ValueError, with its name, for a key whose value differs from the folder's, or a damaged shard.
+    `key`: plain values that every vector depends on; they are written to the manifest, with the catalogue's fingerprint and
+    the plan given to `begin`. Open, write and read it inside `manifest.locked`, as other runs may write to the same folder.
+    Raises ValueError, with the name, if a key differs from the folder's, or a shard is damaged.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder, self.key = folder, dict(key)
-        self.rows: dict[Picture, tuple[int, int]] = {}  # where a picture's vector lies: shard, row
+        self.rows: dict[Picture, tuple[int, int]] = {}  # position of a picture's vector: shard, row
         self.unreadable: dict[Picture, str] = {}
         self.manifest: dict[str, Any] = {}
         self._shards: dict[int, list[Picture]] = {}  # their pictures
         self._mapped: dict[int, dict[str, Any]] = {}
         if (folder / "manifest.json").is_file():
             self.manifest = check_manifest(
-                folder / "manifest.json", self.key, f"type another features=DIR, or delete {folder} to describe all anew"
+                folder / "manifest.json",
+                self.key,
+                f"type another features=DIR, or delete {folder} to describe everything again",
             )
             for file in sorted(folder.glob("*.safetensors")):
-                self._note(int(file.stem), *_about(file))
+                self._register(int(file.stem), *_about(file))
 
-    def _note(self, shard: int, pictures: list[Picture], unreadable: Mapping[Picture, str]) -> None:
+    def _register(self, shard: int, pictures: list[Picture], unreadable: Mapping[Picture, str]) -> None:
         self._shards[shard] = pictures
         self.rows |= {picture: (shard, row) for row, picture in enumerate(pictures)}
         known = {**self.unreadable, **unreadable}
@@ -52,7 +54,7 @@ class Store:
         return self.manifest if self.manifest.get("catalogue") == _fingerprint(pictures) else {}
 
     def begin(self, pictures: Sequence[Picture], plan: Mapping[str, Any]) -> None:
-        """Prepare for this catalogue: drop the rows of pictures that are no longer in it, and write the manifest."""
+        """Prepare for this catalogue: drop pictures that are no longer in it, and write the manifest."""
         manifest = {**self.key, **plan, "catalogue": _fingerprint(pictures), "pictures": len(pictures)}
         if self.manifest == manifest:
             return
@@ -76,12 +78,12 @@ class Store:
                 arrays = {name: array[keep] for name, array in _arrays(file).items()}
                 pictures = [pictures[row] for row in keep]
                 _write(file, arrays, pictures, kept)
-            self._note(int(file.stem), pictures, kept)
+            self._register(int(file.stem), pictures, kept)
 
     def free_shards(self) -> Iterator[int]:
-        """The numbers that no shard has, the lowest first.
+        """Unused shard numbers, lowest first.
 
-        Workers that are killed leave gaps. Filled in this order, they get the pictures that they would have had.
+        Workers that are killed leave gaps. Filled in this order, they receive the same pictures as without the kill.
         """
         return (number for number in count() if number not in self._shards)
 
@@ -90,12 +92,12 @@ class Store:
         shard = next(self.free_shards())
         file = self.file(shard)
         _write(file, arrays, pictures, unreadable)
-        self._note(shard, list(pictures), unreadable)
+        self._register(shard, list(pictures), unreadable)
         return file.stat().st_size
 
-    def note(self, shard: int) -> None:
-        """Add a shard that another process has written by `write_shard`."""
-        self._note(shard, *_about(self.file(shard)))
+    def register(self, shard: int) -> None:
+        """Add a shard that another process has written with `write_shard`."""
+        self._register(shard, *_about(self.file(shard)))
 
     def file(self, shard: int) -> Path:
         """The path of a shard, written or not."""
@@ -109,7 +111,7 @@ class Store:
         return file
 
     def map(self, pictures: Iterable[Picture]) -> None:
-        """Memory-map the shards of these pictures for `row`; what other runs write later does not change them."""
+        """Memory-map the shards of these pictures for `row`; later writes of other runs do not affect them."""
         from safetensors import safe_open
 
         for shard in {self.rows[picture][0] for picture in pictures}.difference(self._mapped):
@@ -120,7 +122,7 @@ class Store:
         return picture in self.rows and self.rows[picture][0] in self._mapped
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """What tells whether another run has changed the folder: inode and time of every shard and of the manifest."""
+        """Inode and time of every shard and of the manifest, to detect changes by other runs."""
         with os.scandir(self.folder) as entries:
             found = {entry.name: entry.stat() for entry in entries if entry.name.endswith((".safetensors", ".json"))}
         return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
@@ -153,25 +155,25 @@ class Store:
         return result
 
 
-def holds(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
-    """Whether a shard was written. Raises ValueError if it holds other pictures than these, or is damaged."""
+def is_written(file: Path, pictures: Sequence[Picture], unreadable: Iterable[Picture]) -> bool:
+    """Whether a shard was written. Raises ValueError if it contains other pictures, or is damaged."""
     if not file.exists():
         return False
     found, reasons = _about(file)
     if {*found, *reasons} != {*pictures, *unreadable}:
-        raise ValueError(f"another run has written '{file}' since this one began; run the same command again")
+        raise ValueError(f"another run has written '{file}' since this one started; run the same command again")
     return True
 
 
 def write_shard(
     file: Path, pictures: Sequence[Picture], arrays: Mapping[str, np.ndarray], unreadable: Mapping[Picture, str]
 ) -> int:
-    """Write a shard from a worker process, under a number that the process with the store has given it.
+    """Write a shard from a worker process, to a file chosen by the process that owns the store.
 
-    A shard with the same pictures is kept, as a worker believed dead may have written it. Raises ValueError if it has
-    other pictures. Returns its size in bytes.
+    An existing shard with the same pictures is kept: a worker that was assumed dead may have written it. Raises ValueError
+    if it has other pictures. Returns its size in bytes.
     """
-    if not holds(file, pictures, unreadable):
+    if not is_written(file, pictures, unreadable):
         _write(file, arrays, pictures, unreadable)
     return file.stat().st_size
 
@@ -185,7 +187,7 @@ def _write(
 ) -> None:
     from safetensors.numpy import save_file
 
-    # One metadata entry, as several would be written in no fixed order.
+    # One metadata entry, as the order of several is not deterministic.
     about = json.dumps({"pictures": list(pictures), "unreadable": [[*key, reason] for key, reason in unreadable.items()]})
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     replace_file(file, lambda part: save_file(whole, part, {"about": about}))

@@ -35,11 +35,11 @@ _TAPPED = _Tapped()
 class Backbone(nn.Module):
     """A timm network that returns the outputs of some of its modules, the taps.
 
-    `name`: timm's, with or without a tag. `taps`, `last`: names of modules. The numbers of channels are found by running one
-    empty picture. Modules that the feature maps do not need (classifier, attention pool) are removed. `patch`: the side in
-    pixels of a transformer's patches, None for other networks.
+    `name`: timm's, with or without a tag. `taps`, `last`: names of modules. A forward pass of one empty picture
+    determines the numbers of channels. Modules that the feature maps do not need (classifier, attention pool) are removed.
+    `patch`: the side in pixels of a transformer's patches, None for other networks.
 
-    Raises ValueError for an unknown name or module or a size that the network does not take, RuntimeError if pretrained
+    Raises ValueError for an unknown name or module or a size that the network does not accept, RuntimeError if pretrained
     weights cannot be downloaded.
     """
 
@@ -65,7 +65,7 @@ class Backbone(nn.Module):
             if tap not in modules:
                 near = [m for m in modules if m.split(".")[0] == tap.split(".")[0]] or list(modules)
                 raise ValueError(f"{name} has no module '{tap}'; among its modules: {', '.join(near[:40])}")
-            modules[tap].register_forward_hook(partial(_keep, tap))  # a partial is copied with the network
+            modules[tap].register_forward_hook(partial(_store_output, tap))  # a partial is copied with the network
         patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", None)
         self.patch: int | None = max(patch) if isinstance(patch, tuple) else patch
         try:
@@ -76,8 +76,8 @@ class Backbone(nn.Module):
                 near = [f"model.size={side}" for side in (below, below + self.patch) if side > 0]
                 advice = f"its patches have {self.patch} px; type {' or '.join(near)}"
             else:
-                advice = "if it is a transformer, +model.options.dynamic_img_size=true may let it take other sizes"
-            raise ValueError(f"model.size={size}: {name} takes no pictures of that size ({error}); {advice}") from error
+                advice = "if it is a transformer, +model.options.dynamic_img_size=true may allow other sizes"
+            raise ValueError(f"model.size={size}: {name} does not accept pictures of that size ({error}); {advice}") from error
         self.channels = [tap.shape[1] for tap in maps.taps]
         self.strides = [round(size / tap.shape[-1]) for tap in maps.taps]
         self.last_channels = maps.last.shape[1]
@@ -92,10 +92,10 @@ class Backbone(nn.Module):
         return FeatureMaps(taps, last)
 
     def freeze_through(self, taps: int) -> None:
-        """Keep everything up to the shallowest `taps` taps as it is. Raises ValueError for more taps than there are."""
+        """Freeze everything up to and including the shallowest `taps` taps. Raises ValueError for more taps than exist."""
         if not 0 <= taps < len(self.tap_names):
             raise ValueError(f"objective.freeze={taps}: type a number of taps, 0 to {len(self.tap_names) - 1}")
-        names = [name for name, _ in self.net.named_parameters()]  # in the order in which a picture passes them
+        names = [name for name, _ in self.net.named_parameters()]  # in the order of the forward pass
         prefixes = tuple(f"{tap}." for tap in self.tap_names[:taps])
         inside = [place for place, name in enumerate(names) if name.startswith(prefixes)]
         for name in names[: max(inside, default=-1) + 1]:
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
         return maps
 
 
-def _keep(tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+def _store_output(tap: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
     if _TAPPED.outputs is not None:
         _TAPPED.outputs[tap] = output
 
@@ -143,7 +143,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:12] or timm.list_models("resnet*")[:12]
         raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(near)}")
     if pretrained:
-        _give_up_early_without_hub()
+        _go_offline_without_hub()
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
@@ -156,14 +156,14 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _give_up_early_without_hub() -> None:
-    """If the hub does not answer a short request, let its client use its cache only: it would retry for minutes."""
+def _go_offline_without_hub() -> None:
+    """If the hub does not answer a short request, make its client use the cache only, as it would retry for minutes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the HTTP client calls it
+    except Exception:  # each HTTP client has its own exceptions
         constants.HF_HUB_OFFLINE = True
 
 
@@ -229,7 +229,7 @@ def find_weights(source: str, setting: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a file without running any code in it. Raises ValueError for anything else."""
+    """Read a state dict from a file without executing code in it. Raises ValueError for anything else."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -242,5 +242,5 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"'{path}' holds no state dict (names to tensors)")
+        raise ValueError(f"'{path}' contains no state dict (names to tensors)")
     return state

@@ -23,11 +23,11 @@ log = logging.getLogger("beauty_bafe")
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt before the first step and after every epoch, and best.ckpt if `monitor` has not been higher before.
+    """Writes last.ckpt before the first step and after every epoch, and best.ckpt if `monitor` is at its highest so far.
 
     Without `monitor` the newest epoch is the best: averaging lowers the validation metrics, but helps on photographs
-    (benchmarks/real.md). Files are replaced atomically, so that a kill or a full disk leaves the earlier ones. `retrieval`:
-    the recipe for retrieve.py, stored in each.
+    (benchmarks/real.md). Files are replaced atomically, so that the previous ones survive a kill or a full disk.
+    `retrieval`: the recipe for retrieve.py, stored in each.
     """
 
     def __init__(self, folder: str, monitor: str | None, retrieval: Mapping[str, Any]) -> None:
@@ -56,8 +56,8 @@ class Checkpoints(Checkpoint):
         self.save(trainer, [self.best, self.last] if better else [self.last])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The untrained network, for comparisons. The setting decides, not the files: best.ckpt may be of an older run, and if
-        # only one of several processes saved, it would wait forever.
+        # The untrained network, for comparisons. The setting decides, not the files: best.ckpt may be from an earlier run, and
+        # if only one of several processes saved, it would wait forever.
         if trainer.max_epochs == 0:
             self.save(trainer, [self.best, self.last])
 
@@ -74,7 +74,11 @@ class Checkpoints(Checkpoint):
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
             for leftover in (part, self.best.with_suffix(".copy")):
                 leftover.unlink(missing_ok=True)
-            kept = f"the one of an earlier epoch is kept; type ckpt_path={self.last} to continue" if self.last.exists() else ""
+            kept = (
+                f"the checkpoint of an earlier epoch is kept; type ckpt_path={self.last} to continue"
+                if self.last.exists()
+                else ""
+            )
             raise OSError(f"could not write '{files[-1]}' ({error}); is the disk full? {kept}") from error
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -85,7 +89,7 @@ class Checkpoints(Checkpoint):
 
 
 class History(Callback):
-    """Collects the metrics of every epoch, also when a run is resumed, and writes metrics.json and curves.png."""
+    """Collects the metrics of every epoch, including those before a run was resumed, and writes metrics.json and curves.png."""
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
@@ -133,7 +137,7 @@ def _draw_curves(epochs: list[dict[str, float]], file: Path) -> None:
 
     panels = {
         "loss (val: of the mask)": ["train/loss", "val/loss"],
-        "held-back photos, augmented": ["val/mAP@7", "val/iou", "val/f_beta", "val/mae"],
+        "held-out photos, augmented": ["val/mAP@7", "val/iou", "val/f_beta", "val/mae"],
     }
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

@@ -2,7 +2,7 @@
 
 A decoder is a module of this file, made from the taps' channels, shallow to deep, and the settings of a file in conf/decoder.
 It takes the taps, float (B, C_l, H_l, W_l), and returns logits, float32 (B, 1, H, W) each, of which the first are the mask;
-the others serve as auxiliary outputs in training.
+the others are auxiliary outputs for training.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .together import SharedBatchNorm2d
+from .distributed import SharedBatchNorm2d
 
 
 class TopDownDecoder(nn.Module):

@@ -1,4 +1,4 @@
-"""A network as a folder with safetensors and JSON, which can be used instead of a checkpoint."""
+"""Networks exported as a folder with safetensors and JSON, which can be used instead of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PREFIX = "extractor."  # of the network's weights in a checkpoint, which may hold others of the objective
+PREFIX = "extractor."  # of the network's weights in a checkpoint, which may contain other weights of the objective
 
 
 def write_network(content: Mapping[str, Any], folder: Path) -> None:
@@ -20,7 +20,7 @@ def write_network(content: Mapping[str, Any], folder: Path) -> None:
     config = {"model": model} | {key: content[key] for key in ("retrieval",) if key in content}
     state = content["state_dict"].items()
     weights = {key.removeprefix(PREFIX): value.contiguous() for key, value in state if key.startswith(PREFIX)}
-    # Not save_file, whose files can be read by their owner only, whatever the umask.
+    # Not save_file, whose files only their owner can read, whatever the umask.
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

@@ -18,8 +18,8 @@ from .pooling import EPSILON, spoc
 class Extraction(NamedTuple):
     """The output of the network for B pictures.
 
-    `masks`: float32 (B, 1, H_l, W_l) in 0..1, one per tap, shallow to deep; only the deepest ones if `shallowest` of the
-    extractor is above 0. `taps`: the (gated) feature maps. `last`: float (B, C, H, W), the map that descriptors pool.
+    `masks`: float32 (B, 1, H_l, W_l) in 0..1, one per tap, shallow to deep; only the deepest ones if the extractor's
+    `shallowest` is above 0. `taps`: the (gated) feature maps. `last`: float (B, C, H, W), the map that descriptors pool.
     `pictures`: (B, 3, S, S), the input. `logits`: those of the decoder, float32 (B, 1, H, W) each, if there is one;
     `masks` are then the first of them at the size of each tap.
     """
@@ -31,7 +31,7 @@ class Extraction(NamedTuple):
     logits: list[Tensor] | None = None
 
     def saliency(self, size: int | Sequence[int]) -> Tensor:
-        """The mask at `size` (pixels): float32 (B, 1, H, W) in 0..1; that of the decoder, or of all taps combined.
+        """The mask at `size` (pixels): float32 (B, 1, H, W) in 0..1, from the decoder or from all taps combined.
 
         The logits of the taps are summed, which is better than their mean (benchmarks/dev.md).
         """
@@ -50,7 +50,7 @@ def resize_mask(mask: Tensor, size: int | Sequence[int]) -> Tensor:
 
 
 def check_pictures(pictures: Tensor) -> None:
-    """Raise ValueError where pictures are not uint8 (B, 3, S, S): floats could be 0..1, which it takes for black."""
+    """Raise ValueError unless pictures are uint8 (B, 3, S, S): floats could be in 0..1, and would be treated as black."""
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
         raise ValueError(f"pictures must be uint8 (B, 3, S, S), got {pictures.dtype} {tuple(pictures.shape)}")
 
@@ -82,7 +82,7 @@ class BackgroundAgnosticExtractor(nn.Module):
     pooling and channel gates of `gate_layers` layers from deep to shallow; or the `_target_` and settings of a decoder that
     makes one mask from all taps (decoder.py).
 
-    All arguments are plain values, so that a checkpoint rebuilds the network alone. Raises ValueError for an unknown decoder.
+    All arguments are plain values, so that a checkpoint suffices to rebuild it. Raises ValueError for an unknown decoder.
     """
 
     mean: Tensor
@@ -112,7 +112,7 @@ class BackgroundAgnosticExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or self.backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std or self.backbone.std).view(1, 3, 1, 1))
         channels = self.backbone.channels
-        if isinstance(decoder, str):  # checkpoints of earlier versions say taps or topdown
+        if isinstance(decoder, str):  # checkpoints of earlier versions store taps or topdown
             settings = {"_target_": f"{TopDownDecoder.__module__}.TopDownDecoder", "width": hidden}
             decoder = {"taps": None, "topdown": settings}.get(decoder, {"_target_": decoder})
         self.decoder = None if decoder is None else make_decoder(decoder, channels)
@@ -136,12 +136,12 @@ class BackgroundAgnosticExtractor(nn.Module):
         return ((pictures.float() / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, pictures: Tensor) -> Extraction:
-        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction. Raises ValueError for others."""
+        """uint8 (B, 3, S, S), RGB, letterboxed -> Extraction. Raises ValueError for other inputs."""
         check_pictures(pictures)
-        return self.look(pictures)
+        return self.extract(pictures)
 
-    def look(self, pictures: Tensor) -> Extraction:
-        """(B, 3, S, S), uint8, or float of 0..255 as views.py makes them -> Extraction."""
+    def extract(self, pictures: Tensor) -> Extraction:
+        """Like `forward`, but without checks: (B, 3, S, S), uint8 or float in 0..255 (see views.py) -> Extraction."""
         inputs = self.normalise(pictures)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(inputs)

@@ -20,7 +20,7 @@ def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
     Batch norms scale the weights of their convolution at every step instead of its output, and depthwise convolutions under
-    bfloat16 autocast on a CPU compute their gradients in the ways that oneDNN is fast at.
+    bfloat16 autocast on a CPU compute their gradients in ways that are fast in oneDNN.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
@@ -29,7 +29,7 @@ def optimize_for_training(network: nn.Module, example: Tensor) -> None:
         elif isinstance(layer, nn.Hardtanh):
             layer.inplace = False  # in place, autograd would copy the input first, which the gradient needs
     for norm in norms.values():
-        norm.forward = partial(_rest, norm)  # type: ignore[method-assign]
+        norm.forward = partial(_apply_children, norm)  # type: ignore[method-assign]
 
 
 def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> Tensor:
@@ -52,9 +52,9 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> 
 class _Depthwise(torch.autograd.Function):
     """A depthwise convolution in bfloat16 with fast gradients.
 
-    In bfloat16, oneDNN is up to twenty times slower than in float32 at the gradient of the inputs for strides above 1, and
-    at that of the weights for kernels wider than 3; that of the bias takes up to a third of the total time. So the first is
-    computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
+    In bfloat16, oneDNN computes the gradient of the inputs for strides above 1, and that of the weights for kernels wider
+    than 3, up to twenty times slower than in float32; that of the bias takes up to a third of the total time. So the first
+    is computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
     """
 
     @staticmethod
@@ -77,7 +77,7 @@ class _Depthwise(torch.autograd.Function):
             known = gradient.to(dtype), shape, weight.to(dtype)
             back = _gradients(*known, ctx.stride, ctx.padding, [True, False, False])[0].to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            change = _by_columns(gradient, inputs, weight, ctx.stride, ctx.padding)
+            change = _weight_gradient(gradient, inputs, weight, ctx.stride, ctx.padding)
         if ctx.needs_input_grad[2]:
             shift = gradient.sum((2, 3)).float().sum(0)  # with dtype=float32, PyTorch would first convert the whole tensor
         return back, change, shift, None, None
@@ -91,7 +91,7 @@ def _gradients(
     )
 
 
-def _by_columns(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def _weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     """The gradient of `weight` (C, 1, K, L), three columns at a time: float32; `gradient` and `inputs` are bfloat16."""
     part, width = weight[..., :WIDTH].bfloat16(), weight.shape[3]
     if width == WIDTH:
@@ -105,8 +105,8 @@ def _by_columns(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[i
     return change
 
 
-def _rest(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
-    """The dropout and activation inside timm's norms."""
+def _apply_children(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
+    """Apply the dropout and activation inside timm's norms."""
     for part in norm.children():
         inputs = part(inputs)
     return inputs

@@ -1,4 +1,4 @@
-"""Fold batch norms with fixed statistics, a scale and a shift, into the convolution before them."""
+"""Fold batch norms with fixed statistics, which are a scale and a shift, into the preceding convolutions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def is_plain(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Pairs of a convolution and the batch norm that takes its output.
+    """Pairs of a convolution and the batch norm applied to its output.
 
-    They are found by running `example` through the network, not by names. Convolutions that are tapped are left out, as
-    their output must not change.
+    They are found with a forward pass of `example`, not by names. Tapped convolutions are excluded, as their output must
+    not change.
     """
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -44,7 +44,7 @@ def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.
 
 @torch.no_grad()
 def fold_norms(network: nn.Module, example: Tensor) -> None:
-    """Fold batch norms into the weights of their convolutions, in place. The outputs stay the same; a seventh faster."""
+    """Fold batch norms into the weights of their convolutions, in place. The outputs stay the same, a seventh faster."""
     places = {module: (parent, name) for parent in network.modules() for name, module in parent.named_children()}
     for layer, norm in find_norms(network, example):
         setattr(*places[layer], fuse_conv_bn_eval(layer, norm))

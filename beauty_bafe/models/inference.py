@@ -1,4 +1,4 @@
-"""The network at its fastest: uint8 pictures in, descriptors out, every layer at the lowest precision that does no harm."""
+"""Fast inference from uint8 pictures to descriptors, each layer at the lowest precision that preserves accuracy."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, check_pictures, resize_mask
 from .folding import fold_norms
-from .runtime import OpenVinoLook
-from .views import View, guided_filter, look_back, look_through, move_inside, product_window, resize
+from .runtime import OpenVinoExtractor
+from .views import View, clamp_window, guided_filter, inverse_window, product_window, resize, sample_window
 
 log = logging.getLogger("beauty_bafe")
 
-MASK_SIZE = 112  # kept of queries alone; coarser grids blur edges
+MASK_SIZE = 112  # pixels a side of stored masks; coarser ones blur edges
 GPU_BATCH = 256  # pictures
-# On a CPU the maps of four pictures of 224 px stay in its caches: 1.7 times as fast as 16, 2 times as 64 (EfficientNet-Lite0).
+# The maps of four pictures of 224 px fit into a CPU's caches: 1.7 times as fast as 16, 2 times as 64 (EfficientNet-Lite0).
 CPU_PIXELS = 4 * 224**2
-COMPILE_ABOVE = 60.0  # seconds of eager work per network and size; compiling takes 12 to 30 and halves the rest
-FEW = 500  # pictures that are not worth planning for
+COMPILE_ABOVE = 60.0  # seconds of eager execution per network and size; compiling takes 12 to 30 and halves the rest
+PLAN_ABOVE = 500  # pictures; for fewer, a forecast is not worth its time
 
 
 class HalfPrecision(nn.Module):
-    """A layer that multiplies in bfloat16 between float32 neighbours."""
+    """A layer that multiplies in bfloat16, with float32 inputs and outputs."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
@@ -43,28 +43,28 @@ class HalfPrecision(nn.Module):
         return self.layer(inputs.bfloat16()).float() + self.bias
 
 
-def halve(network: nn.Module) -> None:
-    """Let dense convolutions and linear layers multiply in bfloat16, in place; everything between stays float32.
+def to_bfloat16(network: nn.Module) -> None:
+    """Run dense convolutions and linear layers in bfloat16, in place; everything in between stays float32.
 
-    Depthwise convolutions and the stem stay float32: rounding their few weights costs EfficientNet-Lite0 ten times the
-    error of all others together (median cosine 0.9990 against 0.9999), and they hardly multiply anything.
+    Depthwise convolutions and the stem stay float32: rounding their few weights causes ten times the error of
+    all other layers of EfficientNet-Lite0 combined (median cosine 0.9990 against 0.9999), and they do few multiplications.
     """
     for parent in list(network.modules()):
         if isinstance(parent, HalfPrecision):
             continue
         for name, layer in list(parent.named_children()):
             dense = type(layer) is nn.Linear or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels > 4)
-            if dense and not layer._forward_hooks:  # the output of a tapped one must not change
+            if dense and not layer._forward_hooks:  # the output of a tapped layer must not change
                 setattr(parent, name, HalfPrecision(cast(nn.Linear, layer)))
 
 
 class Describer(nn.Module):
     """An extractor and its poolings: uint8 (B, 3, S, S) -> one descriptor per pooling, float32 (B, D), length 1.
 
-    `scales`: sizes to look at, as shares of the extractor's; `flip`: mirrored as well. The descriptors of all these are
-    added at length 1. `view` changes what is looked at once the saliency is known.
-    With `masks` the last output is the saliency of the picture as it came, the last that was drawn, uint8 (B, 112, 112),
-    0 to 255. Raises ValueError for scales of a network that takes one size alone, or whose patches do not fill them.
+    `scales`: input sizes as multiples of the extractor's; `flip`: also the mirror images. The normalised descriptors of all
+    of these are summed. `view` crops or changes the pictures once the saliency is known.
+    With `masks` the last output is the final saliency, in the coordinates of the input picture, uint8 (B, 112, 112), 0 to
+    255. Raises ValueError for scales that the network does not accept, or that are not multiples of its patches.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Describer(nn.Module):
     ) -> None:
         super().__init__()
         self.extractor, self.poolings, self.masks = extractor, list(poolings), masks
-        self.look: Callable[[Tensor], Extraction] = extractor.look
+        self.extract: Callable[[Tensor], Extraction] = extractor.extract
         self.sides, self.flip, self.view = [round(extractor.size * scale) for scale in scales], flip, view
         for side in set(self.sides) - {extractor.size}:
             try:
@@ -93,19 +93,19 @@ class Describer(nn.Module):
                         f"type extraction.scales=[{shares}] for {', '.join(map(str, fitting))} px"
                     ) from error
                 raise ValueError(
-                    f"extraction.scales={list(scales)}: this network takes pictures of {extractor.size} px alone ({error}); "
+                    f"extraction.scales={list(scales)}: this network accepts only pictures of {extractor.size} px ({error}); "
                     "type extraction.scales=[1.0]"
                 ) from error
 
     @property
     def canvas(self) -> int:
-        """The side S of the pictures it takes, pixels: its largest scale's."""
+        """The side S of the input pictures in pixels: that of the largest scale."""
         detail = round(self.extractor.size * self.view.detail) if self.view is not None else 0
         return max([self.extractor.size, *self.sides, detail])
 
     @property
     def passes(self) -> int:
-        """Times a picture goes through the network; each size is compiled for itself."""
+        """Forward passes per picture; each input size is compiled separately."""
         sides = len(self.sides) * (2 if self.flip else 1)
         if self.view is None:
             return sides
@@ -114,31 +114,33 @@ class Describer(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
-        whole = self.look(resize(pictures, self.extractor.size))
-        outputs, saliency = self._look(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
+        whole = self.extract(resize(pictures, self.extractor.size))
+        outputs, saliency = (
+            self._describe_view(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
+        )
         if self.masks:
             drawn = whole.saliency(MASK_SIZE) if saliency is None else resize_mask(saliency, MASK_SIZE)
             outputs.append((drawn[:, 0] * 255 + 0.5).to(torch.uint8))
         return outputs
 
-    def _look(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
-        """Descriptors of what the view makes of the pictures, and the saliency it went by, (B, 1, S, S)."""
-        # The network's own size is enough to find the window and draw the mask, but not to cut the product out.
+    def _describe_view(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
+        """Descriptors of the pictures under the view, and the saliency that it used, float (B, 1, S, S)."""
+        # The network's own size is enough for the window and the mask, but not to cut the product out.
         side, pad = self.extractor.size if view.change is None else self.canvas, self.extractor.pad
         saliency = whole.saliency(side)
         trusted = view.trusts(saliency)
         seen, known, window = pictures, whole, None
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
-            window = torch.where(trusted[:, :, 0, 0], move_inside(product_window(saliency, view.closer)), canvas)
-            seen = look_through(pictures, window, pad)
-            known = self.look(resize(seen, self.extractor.size))
+            window = torch.where(trusted[:, :, 0, 0], clamp_window(product_window(saliency, view.closer)), canvas)
+            seen = sample_window(pictures, window, pad)
+            known = self.extract(resize(seen, self.extractor.size))
             saliency = known.saliency(side)
         if self.masks or view.change is not None:
             if view.edges > 0:
                 saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)
             if window is not None:
-                saliency = look_through(saliency, look_back(window), 0)
+                saliency = sample_window(saliency, inverse_window(window), 0)
         if view.change is None:
             outputs = self._describe(seen, known)
         else:
@@ -149,13 +151,13 @@ class Describer(nn.Module):
         return outputs, saliency
 
     def _describe(self, pictures: Tensor, known: Extraction | None) -> list[Tensor]:
-        """A descriptor for each pooling; `known`: what the network said of these pictures at its own size already."""
+        """A descriptor for each pooling; `known`: the network's output for these pictures at its own size, if available."""
         extractions = []
         for side in self.sides:
             seen = resize(pictures, side)
-            extractions.append(known if known is not None and side == self.extractor.size else self.look(seen))
+            extractions.append(known if known is not None and side == self.extractor.size else self.extract(seen))
             if self.flip:
-                extractions.append(self.look(seen.flip(3)))
+                extractions.append(self.extract(seen.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]
@@ -166,67 +168,67 @@ class Describer(nn.Module):
 class Engine:
     """Runs a Describer in batches of one fixed size, so that a picture's descriptor does not depend on its neighbours.
 
-    `precision`: "32-true", or "bf16-mixed" for `halve`. `batch`: pictures a batch, None for the device's own choice;
-    halved when memory runs out. `runtime`: openvino, torch, compiled (torch.compile), or auto: `plan` decides between these.
+    `precision`: "32-true", or "bf16-mixed" for `to_bfloat16`. `batch`: pictures per batch, None for the device's default;
+    halved when memory runs out. `runtime`: openvino, torch, compiled (torch.compile), or auto (see `plan`).
     """
 
     def __init__(self, describer: Describer, device: str, precision: str, batch: int | None, runtime: str) -> None:
         self.device, self.runtime = device, runtime
-        self.batch = batch or suitable_batch(device, describer.canvas)
-        self.describer = describer = copy.deepcopy(describer).eval()  # what follows is for this engine alone
+        self.batch = batch or default_batch_size(device, describer.canvas)
+        self.describer = describer = copy.deepcopy(describer).eval()  # it is changed below
         if not describer.masks and describer.view is None:
             taps = len(describer.extractor.backbone.channels)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
         if runtime == "openvino":
-            describer.look = OpenVinoLook(describer.extractor, precision)
+            describer.extract = OpenVinoExtractor(describer.extractor, precision)
         elif precision == "bf16-mixed":
             size = describer.extractor.size
             fold_norms(describer.extractor, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-            halve(describer.extractor)
+            to_bfloat16(describer.extractor)
             describer.extractor.to(memory_format=torch.channels_last)
         self.describer.to(device)
         self._run: Callable[[Tensor], list[Tensor]] = self.describer
         self.seconds = 0.0
 
     def plan(self, pictures: int) -> float:
-        """Forecast the seconds that `pictures` take as things stand; above `COMPILE_ABOVE` plan to compile, if it can be."""
+        """Forecast the seconds that `pictures` take without compiling; plan to compile above `COMPILE_ABOVE`, if possible."""
         seconds = 0.0
-        if pictures > FEW:
-            self._try()
+        if pictures > PLAN_ABOVE:
+            self._dry_run()
             start = time.perf_counter()
-            self._try()
+            self._dry_run()
             seconds = (time.perf_counter() - start) / self.batch * pictures
         if self.runtime == "auto":
-            compiling = seconds > COMPILE_ABOVE * self.describer.passes and _compiler_is_there(self.device)
+            compiling = seconds > COMPILE_ABOVE * self.describer.passes and _has_compiler(self.device)
             self.runtime = "compiled" if compiling else "torch"
         return seconds
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must do alike, plain values."""
+        """The settings that a resumed run must keep, plain values."""
         return {"runtime": self.runtime, "batch": self.batch}
 
     def widths(self) -> list[int]:
         """Dimensions of each pooling's descriptor."""
-        return [output.shape[1] for output in self._try()[: len(self.describer.poolings)]]
+        return [output.shape[1] for output in self._dry_run()[: len(self.describer.poolings)]]
 
     def compile(self) -> float:
-        """Compile if planned; returns the seconds it took. Raises RuntimeError where PyTorch finds no compiler."""
+        """Compile if planned; returns the seconds it took. Raises RuntimeError if compilation fails."""
         if self.runtime != "compiled" or self._run is not self.describer:
             return 0.0
         start = time.perf_counter()
-        # One program a network: with PyTorch's limit of 8, larger ensembles would fall back to eager.
+        # One graph per network: with PyTorch's limit of 8, larger ensembles would fall back to eager mode.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # Weights become constants, which lets the compiler lay them out for this processor.
+        # Freezing makes weights constants, so that the compiler can arrange them for this processor.
         self._run = torch.compile(self.describer, dynamic=False, options={"freezing": True})
         try:
-            self._try()
+            self._dry_run()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
                 f"torch.compile failed here ({str(error).splitlines()[0][:200]}); type extraction.runtime=torch"
             ) from error
         return time.perf_counter() - start
 
-    def _try(self) -> list[Tensor]:
+    def _dry_run(self) -> list[Tensor]:
         size = self.describer.canvas
         return self(torch.zeros(self.batch, 3, size, size, dtype=torch.uint8))
 
@@ -239,7 +241,7 @@ class Engine:
         while at < len(pictures):
             batch = self.batch  # another thread may halve it meanwhile
             part = pictures[at : at + batch]
-            if len(part) < batch:  # the same shape always: compiled once, and the same sums whatever the batch
+            if len(part) < batch:  # always the same shape: compiled once, with the same results for every batch
                 part = torch.cat([part, part.new_zeros(batch - len(part), *part.shape[1:])])
             try:
                 outputs = self._run(part.to(self.device, non_blocking=True))
@@ -248,7 +250,7 @@ class Engine:
                     raise
                 if self.batch == batch:
                     self.batch = batch // 2
-                    log.info(f"memory is short: batches of {self.batch} pictures from here on")
+                    log.info(f"out of memory: continuing with batches of {self.batch} pictures")
                 continue
             done.append([output[: len(pictures) - at].cpu() for output in outputs])
             at += batch
@@ -256,12 +258,12 @@ class Engine:
         return [torch.cat(parts) for parts in zip(*done, strict=True)]
 
 
-def suitable_batch(device: str, side: int) -> int:
-    """Pictures of `side` pixels that a device does best to look at together."""
+def default_batch_size(device: str, side: int) -> int:
+    """The fastest batch size of a device for pictures of `side` pixels."""
     return GPU_BATCH if device != "cpu" else 1 << max(0, min(6, (CPU_PIXELS // side**2).bit_length() - 1))
 
 
-def _compiler_is_there(device: str) -> bool:
+def _has_compiler(device: str) -> bool:
     if device != "cpu":
         return device.startswith("cuda") and importlib.util.find_spec("triton") is not None
     from torch._inductor.cpp_builder import get_cpp_compiler

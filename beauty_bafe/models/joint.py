@@ -13,25 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone
+from .distributed import gather_rows
 from .extractor import Extraction, resize_mask
 from .module import SaliencyModule
 from .objectives import contrast_loss, distillation_loss, overlap_loss
 from .pooling import gem
-from .together import gather_rows
 
 log = logging.getLogger("beauty_bafe")
 
 
 class JointModule(SaliencyModule):
-    """The mask by overlap loss, the descriptor by InfoNCE between catalogue photo and street view.
+    """Trains the mask with the overlap loss and the descriptor with InfoNCE between catalogue photo and street view.
 
     `model`: see SaliencyModule; its `frozen` is ignored. `decoder`: see BackgroundAgnosticExtractor. `lr`: learning rate of
-    the decoder; `backbone_lr`: of the backbone; both rise over `warmup` steps, but at most a tenth of all, then follow a
-    cosine to 0. A `backbone_lr` of 0 freezes the backbone, so that only the decoder learns; `contrast` must then be 0.
-    `freeze`: the shallowest so many taps of the backbone, and all before them, stay as pretrained.
+    the decoder; `backbone_lr`: of the backbone; both rise over `warmup` steps, but at most a tenth of all steps, then
+    follow a cosine to 0. A `backbone_lr` of 0 freezes the backbone, so that only the decoder learns; `contrast` must then be 0.
+    `freeze`: number of the shallowest taps that, with all layers before them, keep their pretrained weights.
 
     `contrast`: weight of InfoNCE at `temperature` between the products of a batch; the descriptor is GeM of power `p` under
-    the predicted mask. `distill`: weight of the distance of the street views' feature map to that of the pretrained network.
+    the predicted mask. `distill`: weight of the distance of the street views' feature map from the pretrained network's.
     `average`: weight of the pretrained network, 0..1, in the final backbone (WiSE-FT, Wortsman et al., CVPR 2022): in the last
     `settle` of the epochs, 0..1 (never the first), the backbone is this average, frozen, while the decoder adapts to it.
 
@@ -61,8 +61,8 @@ class JointModule(SaliencyModule):
                 raise ValueError(f"objective.{name}={share}: type a share from 0 to 1")
         if average and not settle:
             raise ValueError(
-                f"objective.average={average} with objective.settle=0: the decoder would never see the averaged network; "
-                "type objective.settle=0.2, or objective.average=0"
+                f"objective.average={average} with objective.settle=0: the decoder would not be trained on the averaged "
+                "network; type objective.settle=0.2, or objective.average=0"
             )
         frozen = backbone_lr == 0
         if frozen and contrast != 0:
@@ -90,7 +90,7 @@ class JointModule(SaliencyModule):
         )
 
     def describe(self, extraction: Extraction) -> Tensor:
-        # Without gradient, or the mask would grow to whatever tells products apart.
+        # Without gradient, or the mask would grow over everything that discriminates products.
         weight = resize_mask(extraction.masks[-1].detach(), extraction.last.shape[-2:])
         return F.normalize(gem(extraction.last.float(), weight, self.p))
 
@@ -109,7 +109,7 @@ class JointModule(SaliencyModule):
             self.averaged.fill_(True)
         if self.averaged and self.current_epoch < begin:
             log.info("the backbone of this run has been averaged already; more epochs train only the decoder")
-        if self.averaged:  # also when resumed from a checkpoint of the averaged network
+        if self.averaged:  # also if resumed from a checkpoint of the averaged network
             self.extractor.frozen = True
             self.extractor.backbone.requires_grad_(False)
             self._pretrained = ()
@@ -121,7 +121,7 @@ class JointModule(SaliencyModule):
         if self.extractor.frozen:
             return mask
         clean, street = self.describe(extraction).unflatten(0, (-1, 2)).unbind(1)
-        # Only of this step: descriptors kept from earlier batches are outdated and lower the accuracy (benchmarks/accuracy.md).
+        # Of this step only: descriptors kept from earlier batches are outdated and lower the accuracy (benchmarks/accuracy.md).
         contrast = contrast_loss(gather_rows(street), gather_rows(clean), self.temperature)
         for name, value in {"mask": mask, "contrast": contrast}.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(clean))
@@ -153,7 +153,7 @@ class JointModule(SaliencyModule):
 
         def factor(step: int) -> float:
             # Computed at every step: trainer.estimated_stepping_batches would create the loader now, before a resumed run
-            # knows its epoch, and so with the order of the first epoch.
+            # knows its epoch, and thus with the order of the first epoch.
             steps = (trainer.max_epochs or 0) * trainer.num_training_batches / trainer.accumulate_grad_batches
             done = min(1.0, step / steps) if steps > 0 else 0.0
             rise = min(self.warmup, steps / 10) if steps > 0 else self.warmup  # small catalogues make few steps

@@ -12,31 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import gather_rows
 from .exported import PREFIX, read_network
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .fast_training import optimize_for_training
 from .objectives import average_precision, mask_metrics, saliency_loss
 from .pooling import spoc
-from .together import gather_rows
 
 
 class SaliencyModule(pl.LightningModule):
-    """Trains the mask encoders by mean square error on foreground augmentation (BAFE).
+    """Trains the mask encoders with mean squared error on augmented foregrounds (BAFE).
 
     `model`: the arguments of BackgroundAgnosticExtractor. `lr`: learning rate of Adam, reached after `warmup` steps.
     """
 
     def __init__(self, model: Mapping[str, Any], lr: float, warmup: int) -> None:
         super().__init__()
-        # Through JSON, so that a value that is not plain fails here and not when the checkpoint is loaded.
+        # Through JSON, so that a value that is not plain fails here, not when the checkpoint is loaded.
         self.save_hyperparameters(json.loads(json.dumps({"model": model, "lr": lr, "warmup": warmup})))
         self.lr, self.warmup = lr, warmup
         self.extractor = BackgroundAgnosticExtractor(**model)
-        self._held_back: list[dict[str, Tensor]] = []
+        self._held_out: list[dict[str, Tensor]] = []
         self._others: list[dict[str, Tensor]] = []
 
     def describe(self, extraction: Extraction) -> Tensor:
-        """The descriptors that validation ranks by, float (B, D) of length 1."""
+        """The descriptors that validation ranks, float (B, D) of length 1."""
         weight = resize_mask(extraction.masks[-1], extraction.last.shape[-2:])
         return F.normalize(spoc(extraction.last.float(), weight))
 
@@ -53,11 +53,11 @@ class SaliencyModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError if another class wrote the checkpoint."""
-        written = checkpoint.get("objective", type(self).__name__)  # older checkpoints do not say
+        written = checkpoint.get("objective", type(self).__name__)  # older checkpoints do not store it
         if written != type(self).__name__:
             raise ValueError(
                 f"this checkpoint is of {written}, not of {type(self).__name__}; type {written}.load_from_checkpoint, "
-                "or load_extractor for the network alone"
+                "or load_extractor for the network only"
             )
 
     def on_fit_start(self) -> None:
@@ -72,10 +72,10 @@ class SaliencyModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._held_back, self._others = [], []
+        self._held_out, self._others = [], []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Held-back photos and their street views (first loader); training photos as distractors (second loader)."""
+        """Held-out photos and their street views (first loader); training photos as distractors (second loader)."""
         pictures = batch["pictures"]
         extraction = self.extractor(pictures.flatten(0, 1))
         vectors = self.describe(extraction).unflatten(0, pictures.shape[:2])
@@ -88,28 +88,28 @@ class SaliencyModule(pl.LightningModule):
         # Of the street views only, as masks of photos are easy.
         kept |= {key: value.unflatten(0, pictures.shape[:2])[:, 1:].mean(dim=1) for key, value in found.items()}
         kept["loss"] = self.validation_loss(extraction, label).expand(len(pictures))  # their mean is the batch's
-        self._held_back.append(kept)
+        self._held_out.append(kept)
 
     def on_validation_epoch_end(self) -> None:
-        held_back = _of_all_processes(self._held_back)
-        vectors = held_back.pop("vectors")
+        held_out = _gather_batches(self._held_out)
+        vectors = held_out.pop("vectors")
         clean, street = vectors[:, 0], vectors[:, 1:]
-        gallery = torch.cat([clean, *([_of_all_processes(self._others)["vectors"][:, 0]] if self._others else [])])
+        gallery = torch.cat([clean, *([_gather_batches(self._others)["vectors"][:, 0]] if self._others else [])])
         own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
-        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_back
+        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_out
         for key, value in values.items():  # the same in all processes
             self.log(f"val/{key}", value.mean(), prog_bar=key == "mAP@7", sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
         # Adam's first steps move thousands of weights per output in the same direction; without warm-up they can push the
-        # logits of a mask so far below 0 (most cells are background) that the sigmoid has no gradient any more.
+        # logits of a mask so far below 0 (most cells are background) that the sigmoid no longer has a gradient.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join batches over all processes: each row once, sorted by `row`, which is left out."""
+def _gather_batches(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the batches of all processes: each row once, sorted by `row`, which is dropped."""
     joined = {key: gather_rows(torch.cat([part[key] for part in parts])) for key in parts[0]}
     rows = joined.pop("row").tolist()
     first = {row: place for place, row in reversed(list(enumerate(rows)))}
@@ -118,7 +118,7 @@ def _of_all_processes(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, or of a folder written by `beauty-bafe export`, on the CPU. Runs no code in the file.
+    """The content of a checkpoint, or of a folder written by `beauty-bafe export`, on the CPU. Executes no code in the file.
 
     Tensors of a checkpoint are memory-mapped; an exported folder has no optimiser state.
     Raises ValueError if it is not a checkpoint of this project.
@@ -141,7 +141,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def load_extractor(checkpoint: str | Path) -> BackgroundAgnosticExtractor:
-    """The extractor of a checkpoint, on the CPU in evaluation mode. Needs neither conf nor hub, and runs no code in the file.
+    """The extractor of a checkpoint, on the CPU in evaluation mode. Needs neither conf nor hub, executes no code in the file.
 
     Raises ValueError if the file is not a checkpoint of this project.
     """

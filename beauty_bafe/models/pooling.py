@@ -1,4 +1,4 @@
-"""From a feature map to one vector, optionally weighted by a saliency mask.
+"""Pooling functions: from a feature map to one vector, optionally weighted by a saliency mask.
 
 Every function takes `maps`, float (B, C, H, W), and `weight`, float (B, 1, H, W) in 0..1 or None, and returns
 float (B, C), `scda` (B, 2C). Each row depends only on its own picture. In the formulas x is a channel of a picture's map,
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-6  # keeps an empty mask and a dead channel finite
+EPSILON = 1e-6  # keeps results finite for empty masks and dead channels
 
 
 def spoc(maps: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -84,7 +84,7 @@ def grmac(maps: Tensor, weight: Tensor | None = None, levels: int = 3, p: float 
     Cells with A - min(A) > mean((A - min(A))^p)^(1/p) are attended to, fewer for larger p; p = 1 is RA-MAC.
 
     >>> maps = torch.tensor([[[[3., 0.], [0., 2.]], [[4., 0.], [0., 3.]]]])  # A = 7, 0, 0, 5; its mean for p = 3.5: 5.1
-    >>> [round(value, 4) for value in grmac(maps, levels=2)[0].tolist()]  # of the first cell alone: (3, 4) / 5
+    >>> [round(value, 4) for value in grmac(maps, levels=2)[0].tolist()]  # of the first cell only: (3, 4) / 5
     [0.6, 0.8]
     """
     activation = _activation(maps, weight)
@@ -98,7 +98,7 @@ def amac(maps: Tensor, weight: Tensor | None = None) -> Tensor:
     """Attention-based MAC (AMAC, Yu et al., ACM MM 2020): MAC over the cells with A >= mean(A); with a weight, of w x.
 
     >>> maps = torch.tensor([[[[1., 9.], [5., 0.]], [[9., 1.], [8., 0.]], [[1., 1.], [9., 1.]]]])  # A = 11, 11, 22, 1
-    >>> mac(maps).tolist(), amac(maps).tolist()  # mean 11.25: the third cell alone
+    >>> mac(maps).tolist(), amac(maps).tolist()  # mean 11.25: the third cell only
     ([[9.0, 9.0, 9.0]], [[5.0, 8.0, 9.0]])
     """
     activation = _activation(maps, weight)
@@ -149,14 +149,14 @@ def _activation(maps: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _or_all(chosen: Tensor) -> Tensor:
-    """bool (B, 1, H, W); all cells of a map without any chosen one, as rounding can leave in a constant map."""
+    """bool (B, 1, H, W): `chosen`, or all cells of a map in which none is chosen, as rounding can cause in a constant map."""
     return chosen | ~chosen.any(dim=(2, 3), keepdim=True)
 
 
 def regions(height: int, width: int, levels: int) -> list[tuple[int, int, int]]:
     """R-MAC's squares as (top, left, side): at level l, l x l overlapping ones of side 2 min(H, W) / (l + 1).
 
-    Along the longer side of an oblong map there are more, so many that the largest squares overlap by about 40 %.
+    There are more along the longer side of an oblong map, so that the largest squares overlap by about 40 %.
 
     >>> regions(3, 3, 2)
     [(0, 0, 3), (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]

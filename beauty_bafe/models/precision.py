@@ -1,4 +1,4 @@
-"""Devices, and bf16 on those that multiply it faster than float32."""
+"""Devices, and their fastest safe precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def check_device(device: str, key: str = "device") -> None:
-    """Raise ValueError for a name that is not that of a device."""
+    """Raise ValueError if a name is not that of a device."""
     if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"{key}={device}: type auto, cpu, gpu, cuda, cuda:1 (or another number) or mps")
 
@@ -43,12 +43,12 @@ def pick_devices(devices: str | Sequence[str] | None, device: str) -> list[str]:
     if isinstance(devices, str):
         if devices != "all":
             raise ValueError(
-                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null for the one in device"
+                f"extraction.devices={devices}: type all, a list such as [cuda:0,cuda:1], or null to use the setting device"
             )
         first = pick_device(device)
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if first.startswith("cuda") else [first]
     if not devices:
-        raise ValueError("extraction.devices=[] names no device; type all, or null for the one in device")
+        raise ValueError("extraction.devices=[] names no device; type all, or null to use the setting device")
     return [pick_device(one) for one in devices]
 
 
@@ -65,7 +65,7 @@ def fastest_precision(device: str) -> str:
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:
     """Lightning's `accelerator`, `devices` and `precision` for the setting `device` and a precision that may be auto.
 
-    Raises ValueError for a device that is not available, or the number of one GPU together with several devices.
+    Raises ValueError for a device that is not available, or a single GPU's number with several devices.
     """
     device = pick_device(accelerator)
     kind, _, number = device.partition(":")

@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from .module import load_extractor, read_checkpoint
 from .precision import count_devices
 
-# How pictures are read, and where they are; the data module compares which they are.
-FREE = {f"data.{key}" for key in ("_target_", "root", "backgrounds", "titles", "num_workers", "cache", "cache_gb")}
+# How and where pictures are read; the data module checks that they are the same pictures.
+UNCHECKED = {f"data.{key}" for key in ("_target_", "root", "backgrounds", "titles", "num_workers", "cache", "cache_gb")}
 TRAINER = ("num_nodes", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
 
 
@@ -25,7 +25,7 @@ def run_settings(cfg: Mapping[str, Any], precision: str) -> dict[str, Any]:
     run can be extended.
     """
     settings = _flat({key: cfg[key] for key in ("seed", "data", "augmentation")})
-    settings = {key: value for key, value in settings.items() if key not in FREE}
+    settings = {key: value for key, value in settings.items() if key not in UNCHECKED}
     settings |= {f"trainer.{key}": cfg["trainer"].get(key) for key in TRAINER}
     return settings | {
         "trainer.devices": count_devices(cfg["trainer"]["accelerator"], cfg["trainer"]["devices"]),
@@ -55,30 +55,30 @@ def check_resumable(module: pl.LightningModule, settings: Mapping[str, Any], che
         )
     load_extractor(checkpoint)
     content = read_checkpoint(checkpoint)
-    objective = content.get("objective", type(module).__name__)  # older checkpoints do not say
-    anew = "or leave out ckpt_path to start from scratch"
+    objective = content.get("objective", type(module).__name__)  # older checkpoints do not store it
+    restart = "or leave out ckpt_path to start from scratch"
     if objective != type(module).__name__:
         raise ValueError(
             f"ckpt_path='{checkpoint}' was trained by {objective}, not by {type(module).__name__}; "
-            f"type the objective= that started the run, {anew}"
+            f"type the objective= that started the run, {restart}"
         )
     old = _hyper_parameters(content["hyper_parameters"]) | content.get("run", {})
     new = _hyper_parameters(module.hparams) | dict(settings)
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key.startswith("model."), key)):  # objectives change models
         if key not in old:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' is of an older version, which did not store {key} (now {_typed(new[key])}), so the "
-                f"result may not be the same; resume it with the version that started it, {anew}"
+                f"ckpt_path='{checkpoint}' is of an older version, which did not store {key} (now "
+                f"{_format_value(new[key])}), so the result may differ; resume it with the version that started it, {restart}"
             )
         if key not in new:
             raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {key}={_typed(old[key])}, a setting that no longer exists; "
-                f"resume it with the command and the version that started it, {anew}"
+                f"ckpt_path='{checkpoint}' was trained with {key}={_format_value(old[key])}, a setting that no longer exists; "
+                f"resume it with the command and the version that started it, {restart}"
             )
         if old[key] != new[key]:
-            was = f"{key}={_typed(old[key])}"
+            was = f"{key}={_format_value(old[key])}"
             raise ValueError(
-                f"ckpt_path='{checkpoint}' was trained with {was}, now it is {_typed(new[key])}; type {was}, {anew}"
+                f"ckpt_path='{checkpoint}' was trained with {was}, now it is {_format_value(new[key])}; type {was}, {restart}"
             )
 
 
@@ -94,6 +94,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _typed(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as typed on the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""What runs a network to describe pictures: PyTorch as it is or compiled, or OpenVINO, the fastest on CPUs."""
+"""Inference runtimes: PyTorch, eager or compiled, and OpenVINO, the fastest on CPUs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from openvino import CompiledModel, Core, InferRequest
 
 RUNTIMES = ("auto", "torch", "compiled", "openvino")
-_ONE_AT_A_TIME = threading.Lock()  # tracing is not thread-safe, and two threads must not both create a core
+_LOCK = threading.Lock()  # tracing is not thread-safe, and two threads must not both create a core
 
 
 def pick_runtime(runtime: str, device: str) -> str:
-    """The setting `runtime` on a torch device: openvino on a CPU if it is installed; auto leaves the rest to `Engine.plan`.
+    """The setting `runtime` for a torch device: auto is openvino on a CPU if installed, otherwise resolved by `Engine.plan`.
 
-    Raises ValueError for an unknown one, or OpenVINO on another device than a CPU.
+    Raises ValueError for an unknown runtime, or for OpenVINO on a device other than a CPU.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"extraction.runtime={runtime}: type {', '.join(RUNTIMES)}")
@@ -40,51 +40,51 @@ def pick_runtime(runtime: str, device: str) -> str:
 
 
 def pick_precision(precision: str, device: str, runtime: str) -> str:
-    """The setting `precision`: auto means float32 with OpenVINO, whose bfloat16 is rough, otherwise the fastest safe one."""
+    """The setting `precision`: auto is float32 with OpenVINO, whose bfloat16 is inaccurate, otherwise the fastest safe one."""
     if precision != "auto":
         return precision
     return "32-true" if runtime == "openvino" else fastest_precision(device)
 
 
 class _Flat(nn.Module):
-    """`BackgroundAgnosticExtractor.look` with a tuple of tensors as its output, as tracing needs."""
+    """`BackgroundAgnosticExtractor.extract` with a tuple of tensors as its output, as tracing requires."""
 
     def __init__(self, extractor: BackgroundAgnosticExtractor) -> None:
         super().__init__()
         self.extractor = extractor
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        found = self.extractor.look(pictures)
+        found = self.extractor.extract(pictures)
         self.counts = len(found.masks), len(found.taps), None if found.logits is None else len(found.logits)
         return *found.masks, *found.taps, found.last, *(found.logits or [])
 
 
-class OpenVinoLook:
-    """`BackgroundAgnosticExtractor.look` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
+class OpenVinoExtractor:
+    """`BackgroundAgnosticExtractor.extract` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
 
-    `precision`: 32-true or bf16-mixed, in which all layers are rounded. Each shape of pictures is converted at its first use,
-    which takes some seconds. Raises RuntimeError for a network that OpenVINO cannot convert, and in a process forked from one
-    that has used it.
+    `precision`: 32-true or bf16-mixed, which rounds all layers. The network is converted at the first use of each input
+    shape, which takes a few seconds. Raises RuntimeError for a network that OpenVINO cannot convert, and in a
+    process forked from one that has used it.
     """
 
     def __init__(self, extractor: BackgroundAgnosticExtractor, precision: str) -> None:
         self._network = _Flat(extractor).eval()
         self._hint = "bf16" if precision == "bf16-mixed" else "f32"
         self._models: dict[tuple[int, ...], CompiledModel] = {}
-        # A request holds the buffers of one run, so that each thread needs its own.
+        # A request owns the buffers of one inference, so each thread needs its own.
         self._free: dict[tuple[int, ...], queue.SimpleQueue[InferRequest]] = {}
 
     def __call__(self, pictures: Tensor) -> Extraction:
-        """(B, 3, S, S), uint8, or float of 0..255 -> Extraction."""
-        with _ONE_AT_A_TIME:
+        """(B, 3, S, S), uint8 or float in 0..255 -> Extraction."""
+        with _LOCK:
             process, core = _core()
         if process != os.getpid():  # OpenVINO's threads do not exist in a forked child, which would wait for them forever
             raise RuntimeError(
-                "this process was forked from one that has used OpenVINO; start it by spawn instead, or type "
+                "this process was forked from one that has used OpenVINO; start it with spawn instead, or type "
                 "extraction.runtime=torch"
             )
         shape = tuple(pictures.shape)
-        with _ONE_AT_A_TIME:
+        with _LOCK:
             if shape not in self._models:
                 self._models[shape], self._free[shape] = self._convert(core, shape), queue.SimpleQueue()
         try:
@@ -104,13 +104,13 @@ class OpenVinoLook:
 
         try:
             with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # that tracing makes sizes constants, as intended here
+                warnings.simplefilter("ignore")  # that tracing makes sizes constant, which is intended here
                 traced: Any = torch.jit.trace(self._network, torch.zeros(shape), check_trace=False)
                 frontend = FrontEndManager().load_by_framework("pytorch")
                 decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
                 model = frontend.convert(frontend.load(decoder))
                 model.reshape({model.inputs[0]: list(shape)})
-        except Exception as error:  # of the tracer's and the converter's own kinds
+        except Exception as error:  # the tracer and the converter have their own exceptions
             raise RuntimeError(
                 f"OpenVINO cannot run this network ({str(error).strip().splitlines()[0][:200]}); type extraction.runtime=torch"
             ) from error
@@ -125,7 +125,7 @@ class OpenVinoLook:
 
 @functools.cache
 def _core() -> tuple[int, Core]:
-    """This process's only core, and the number of the process that created it.
+    """The process's only core, and the id of the process that created it.
 
     On processors with AMX, each core installs a stack for signals and frees it when it is deleted. With two cores, the
     thread can be left with a freed stack, and the next signal kills the process.

@@ -1,7 +1,7 @@
-"""How a picture is looked at before it is described: at several sizes, mirrored, without its background.
+"""Views of a picture that are described: cropped to the product, resized, without its background.
 
-What is made of a picture stays float, 0 to 255: rounded to bytes, a difference in the last digit between two processors or
-onnxruntime would become one of 1/255.
+Results stay float, 0 to 255: rounding to bytes would turn differences in the last digit between processors, or between
+onnxruntime and PyTorch, into differences of 1/255.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 from .descriptor import describe_partial
 from .extractor import resize_mask
 
-VERSION = 3  # counts up when the same settings give other descriptors
-MOST = 0.9  # of the picture; a mask that covers more has found nothing
-EDGE_STRIDE = 8  # pixels a cell of the grid on which edges are looked for
-FAINT = 1e-4  # squared, of 0..1: colours that vary less than by a hundredth tell no edge
-STEEPNESS = 3.0  # what colours can tell apart only in part comes out between 0 and 1
+VERSION = 3  # increase it when the same settings give other descriptors
+MAX_SHARE = 0.9  # of the picture; a mask that covers more is considered wrong
+EDGE_STRIDE = 8  # pixels per cell of the grid on which the guided filter is fitted
+REGULARISATION = 1e-4  # variance of colours in 0..1: edges with a contrast below 0.01 are ignored
+STEEPNESS = 3.0  # where colours separate only in part, the result lies between 0 and 1
 
 
 @dataclass(frozen=True)
 class View:
-    """How a query is looked at once its mask is known (conf/query).
+    """How a query is cropped or changed once its mask is known (conf/query).
 
-    `closer`: the network looks again through a window of that many times the product's longer side, for a finer mask and for
-    the descriptor. `edges`: share of what is seen, 0..1, within which the mask follows the colours (`guided_filter`); 0: as
-    drawn. `change(pictures, saliency, pad)` makes another picture to describe: (B, 3, S, S), 0..255, and float (B, 1, S, S),
-    0..1, to float (B, 3, S, S). `whole`: share of the picture as it came in the descriptor, 0..1. `detail`: how many times
-    the network's size S is, so that what is enlarged stays sharp. `least`: share of the picture; where the mask covers less,
-    or nearly everything, it must be wrong and the picture stays as it is; 0 trusts every mask.
-    Raises ValueError for values outside these.
+    `closer`: side of a square crop around the product, as a multiple of the product's longer side; a second forward pass on
+    it gives a finer mask and the descriptor. `edges`: radius of the `guided_filter` that aligns the mask with colour edges,
+    as a share of the picture or crop, 0..1; 0: no filter. `change(pictures, saliency, pad)` returns other pictures to
+    describe: (B, 3, S, S), 0..255, and float (B, 1, S, S), 0..1, to float (B, 3, S, S). `whole`: weight of the unchanged
+    picture in the descriptor, 0..1. `detail`: S as a multiple of the network's size, so that crops stay sharp. `least`: share
+    of the picture; a mask that covers less, or nearly everything, is considered wrong, and the picture is left unchanged; 0
+    accepts every mask. Raises ValueError for values outside these ranges.
     """
 
     closer: float | None = None
@@ -45,46 +45,48 @@ class View:
 
     def __post_init__(self) -> None:
         if self.closer is None and self.change is None:
-            raise ValueError("query.view has neither closer nor change; type query=whole for the picture as it is")
+            raise ValueError("query.view has neither closer nor change; type query=whole for the unchanged picture")
         if self.closer is not None and self.closer < 1:
-            raise ValueError(f"query.view.closer={self.closer}: type 1 or more times the product, or null")
+            raise ValueError(f"query.view.closer={self.closer}: type a multiple of the product's side, 1 or more, or null")
         if not 0 <= self.edges <= 1:
-            raise ValueError(f"query.view.edges={self.edges}: type a share from 0 (the mask as drawn) to 1")
+            raise ValueError(f"query.view.edges={self.edges}: type a share from 0 (no filter) to 1")
         if not 0 <= self.whole < 1:
-            raise ValueError(f"query.view.whole={self.whole}: type a share from 0 to below 1, or query=whole for it alone")
+            raise ValueError(
+                f"query.view.whole={self.whole}: type a share from 0 to below 1, or query=whole for the unchanged picture only"
+            )
         if self.detail < 1:
-            raise ValueError(f"query.view.detail={self.detail}: type 1 or more times the network's size")
+            raise ValueError(f"query.view.detail={self.detail}: type a multiple of the network's size, 1 or more")
 
     def __str__(self) -> str:
-        """What tells its descriptors from another view's."""
+        """All settings that its descriptors depend on."""
         change = None if self.change is None else describe_partial(self.change)
         seen = f"closer {self.closer}, edges {self.edges}, {change} at {self.detail}, {self.whole} whole, least {self.least}"
         return f"{seen}, version {VERSION}"
 
     def trusts(self, saliency: Tensor) -> Tensor:
-        """Which masks, float (B, 1, S, S), can be right: bool (B, 1, 1, 1)."""
+        """Which masks, float (B, 1, S, S), are plausible: bool (B, 1, 1, 1)."""
         share = (saliency > 0.5).float().mean(dim=(1, 2, 3), keepdim=True)
-        return ((share > self.least) & (share < MOST)) | (self.least == 0)
+        return ((share > self.least) & (share < MAX_SHARE)) | (self.least == 0)
 
 
 def resize(pictures: Tensor, side: int) -> Tensor:
-    """(B, 3, S, S), uint8 or float -> float (B, 3, side, side), smoothed before shrinking; as it came where S is `side`."""
+    """(B, 3, S, S), uint8 or float -> float (B, 3, side, side), antialiased when shrinking; unchanged if S is `side`."""
     if pictures.shape[-1] == side:
         return pictures
     return F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
-    """The mask moved to the edges that the picture's colours show: a guided filter (He et al., TPAMI 2013), steepened.
+def guided_filter(saliency: Tensor, pictures: Tensor, radius: float) -> Tensor:
+    """Align the mask with the picture's colour edges by a guided filter (He et al., TPAMI 2013), with increased contrast.
 
-    Around each place, `reach` of the side to each direction, the mask is fitted as a linear function of the colour (on a
-    coarser grid: He and Sun, 2015); all fits that cover a pixel then speak for it by its own colour.
-    `saliency`: float (B, 1, S, S), 0..1. `pictures`: (B, 3, S, S), uint8 or float, 0..255. Gives the like of `saliency`.
+    In a window of `radius` (share of the side) around each cell of a coarser grid (He and Sun, 2015) the mask is fitted as a
+    linear function of the colour; at each pixel the mean of the fits that cover it is evaluated for its colour.
+    `saliency`: float (B, 1, S, S), 0..1. `pictures`: (B, 3, S, S), uint8 or float, 0..255. Returns float (B, 1, S, S), 0..1.
     """
-    # Around 0, where float32 is finest: what follows are small differences of means of squares.
+    # Centred on 0, where float32 is most precise: below are small differences of means of squares.
     colour, cells = pictures / 255 - 0.5, max(1, pictures.shape[-1] // EDGE_STRIDE)
     at = torch.arange(cells, device=pictures.device)
-    near = ((at[:, None] - at).abs() <= round(reach * cells)).to(colour.dtype)
+    near = ((at[:, None] - at).abs() <= round(radius * cells)).to(colour.dtype)
     near = near / near.sum(dim=1, keepdim=True)
 
     def mean(values: Tensor) -> Tensor:
@@ -103,13 +105,13 @@ def guided_filter(saliency: Tensor, pictures: Tensor, reach: float) -> Tensor:
 
 
 def _solve(covariance: list[Tensor], wanted: Tensor) -> Tensor:
-    """x of (C + FAINT I) x = `wanted`, (B, 3, H, W), at each place; C's rows, (B, 3, H, W) each, are `covariance`.
+    """Solve (C + REGULARISATION I) x = `wanted`, (B, 3, H, W), at each cell; `covariance`: C's rows, (B, 3, H, W) each.
 
-    By elimination, as LDL: grey pictures make C nearly singular, and an inverse by cross products is then off by percents.
+    By LDL elimination: C is nearly singular for grey pictures, and inverting it by cross products is off by some percent.
     """
     (xx, xy, xz), (_, yy, yz), (_, _, zz) = (row.split(1, dim=1) for row in covariance)
     x, y, z = wanted.split(1, dim=1)
-    xx, yy, zz = xx + FAINT, yy + FAINT, zz + FAINT
+    xx, yy, zz = xx + REGULARISATION, yy + REGULARISATION, zz + REGULARISATION
     yx, zx = xy / xx, xz / xx
     yy, yz, y = yy - yx * xy, yz - yx * xz, y - yx * x
     zy = yz / yy
@@ -119,9 +121,9 @@ def _solve(covariance: list[Tensor], wanted: Tensor) -> Tensor:
 
 
 def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None) -> Tensor:
-    """Lay the product on the catalogue's backdrop: w x + (1 - w) `pad` (Yu et al., ACM MM 2020, for queries).
+    """Replace the background by the catalogue's backdrop: w x + (1 - w) `pad` (Yu et al., ACM MM 2020, for queries).
 
-    `pictures`: (B, 3, S, S), 0..255. `saliency`: float (B, 1, S, S), 0..1, the w; with `threshold` 1 above it and 0 below.
+    `pictures`: (B, 3, S, S), 0..255. `saliency`: float (B, 1, S, S), 0..1, w; with a `threshold`, 1 above it, else 0.
 
     >>> picture, mask = torch.full((1, 3, 1, 2), 55, dtype=torch.uint8), torch.tensor([[[[1.0, 0.4]]]])
     >>> whiten(picture, mask, 255, None)[0, 0].tolist(), whiten(picture, mask, 255, 0.5)[0, 0].tolist()
@@ -133,12 +135,12 @@ def whiten(pictures: Tensor, saliency: Tensor, pad: int, threshold: float | None
 
 def cut_out(pictures: Tensor, saliency: Tensor, pad: int, fill: float) -> Tensor:
     """`whiten`, then move and scale the product so that its longer side fills `fill` of the canvas, as in catalogue photos."""
-    return look_through(whiten(pictures, saliency, pad, None), product_window(saliency, 1 / fill), pad)
+    return sample_window(whiten(pictures, saliency, pad, None), product_window(saliency, 1 / fill), pad)
 
 
 def product_window(saliency: Tensor, margin: float) -> Tensor:
-    """The square of `margin` times the product's longer side around its middle: float (B, 3), x and y of the middle, -1 to 1,
-    and the side as a share of the canvas; of an empty mask the canvas, `margin` times.
+    """The square of `margin` times the product's longer side around its centre: float (B, 3), x and y of the centre, -1 to 1,
+    and the side as a share of the canvas; `margin` times the canvas for an empty mask.
 
     >>> mask = torch.zeros(1, 1, 8, 8)
     >>> mask[..., 2:6, 0:2] = 1
@@ -154,10 +156,10 @@ def product_window(saliency: Tensor, margin: float) -> Tensor:
 
 
 def _first(values: Tensor) -> Tensor:
-    """Where rows of values, float (B, S), first rise above one half, in cells from their start: float (B, 1); 0 for never.
+    """Where rows of values, float (B, S), first exceed one half, in cells from their start: float (B, 1); 0 if they never do.
 
-    Between the middles of two cells by how far each is from one half. In steps of whole cells the last digit of a value,
-    where onnxruntime and PyTorch differ, would move the window, and the mask seen through it by up to a third.
+    Interpolated linearly between cell centres. With whole cells, the last digit of a value, in which onnxruntime and PyTorch
+    differ, would move the window, and change the mask computed in it by up to a third.
 
     >>> _first(torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.25, 0.75, 1.0], [0.0, 0.5, 0.5, 0.0]]))[:, 0].tolist()
     [2.0, 2.0, 0.0]
@@ -168,24 +170,24 @@ def _first(values: Tensor) -> Tensor:
     return torch.where(inside.any(dim=1, keepdim=True), at - 0.5 + (0.5 - below) / (above - below), 0)
 
 
-def move_inside(window: Tensor) -> Tensor:
-    """The window moved, and made smaller if need be, so that it does not reach beyond the canvas."""
+def clamp_window(window: Tensor) -> Tensor:
+    """Move the window, and shrink it if necessary, so that it lies inside the canvas."""
     side = window[:, 2:].clamp(max=1)
     return torch.cat([torch.minimum(torch.maximum(window[:, :2], side - 1), 1 - side), side], dim=1)
 
 
-def look_back(window: Tensor) -> Tensor:
-    """The window through which what was seen through `window` is put back to its place."""
+def inverse_window(window: Tensor) -> Tensor:
+    """The window whose `sample_window` undoes that of `window`."""
     middle, side = window[:, :2], window[:, 2:]
     return torch.cat([-middle, torch.ones_like(side)], dim=1) / side
 
 
-def look_through(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
-    """What is seen through a window (see `product_window`), enlarged to the canvas: (B, C, S, S) -> float (B, C, S, S).
+def sample_window(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
+    """Resample a window (see `product_window`) to the size of the canvas: (B, C, S, S) -> float (B, C, S, S).
 
     `outside`: the value beyond the canvas.
     """
-    theta = window.new_zeros(window.shape[0], 2, 3)  # torch.export takes len() for a constant
+    theta = window.new_zeros(window.shape[0], 2, 3)  # torch.export treats len() as a constant
     theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
     theta[:, :, 2] = window[:, :2]
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)

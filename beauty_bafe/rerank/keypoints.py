@@ -13,7 +13,7 @@ import torch
 
 from ..data.pictures import letterbox
 from ..extraction.features import unit
-from ..models.views import View, move_inside, product_window
+from ..models.views import View, clamp_window, product_window
 
 OVERSAMPLE = 2  # crops are taken from a picture of this many times the canvas, so that small products stay sharp
 MIN_MASK_AREA = 0.005  # share of the picture; smaller masks are not trusted
@@ -82,7 +82,7 @@ def crop_to_product(
     if closer is not None:
         saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
         if View(closer=closer, least=MIN_MASK_AREA).trusts(saliency):
-            window = move_inside(product_window(saliency, closer))[0].tolist()
+            window = clamp_window(product_window(saliency, closer))[0].tolist()
             return _crop_window(window, letterbox(rgb, OVERSAMPLE * size), mask, size)
     return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
 

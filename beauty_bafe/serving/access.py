@@ -18,9 +18,12 @@ VARIABLE = "BEAUTY_BAFE_TOKEN"
 def read_token(file: str | None) -> str | None:
     """The token in `file`, otherwise in the environment; None if there is neither.
 
-    Raises ValueError for one that is empty, too short or not ASCII, OSError if the file cannot be read.
+    Raises ValueError for one that is empty, too short or not ASCII, or a file that cannot be read.
     """
-    token = Path(file).read_text(encoding="utf-8") if file is not None else os.environ.get(VARIABLE)
+    try:
+        token = Path(file).read_text(encoding="utf-8") if file is not None else os.environ.get(VARIABLE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"token_file={file} cannot be read ({error}); type the path of a text file with the token") from error
     if token is None:
         return None
     token = token.strip()
@@ -71,15 +74,23 @@ class Access:
             )
 
     def _check_origin(self, request: Request) -> None:
-        """Without a token, any program on this machine may send requests, but not web pages of other sites in its browser."""
+        """Without a token, any program on this machine may send requests, but no web page of another site."""
         if self._token is not None:
             return
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
-        if not _is_local(urlsplit(f"//{host}").hostname or ""):
+        if not _is_local(_hostname(host)):
             raise Refused(403, "without a token the service only answers on localhost; open http://localhost:PORT")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, "the request comes from a page of another web site")
+
+
+def _hostname(host: str) -> str:
+    """The name in a Host header; empty if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_local(host: str) -> bool:

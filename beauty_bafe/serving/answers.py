@@ -19,7 +19,7 @@ class Answer(BaseModel):
 
 
 class SearchAnswer(BaseModel):
-    """The products that look most alike, best first."""
+    """The products that look most like the picture, best first."""
 
     answers: list[Answer]
     known: bool | None = Field(
@@ -61,15 +61,15 @@ class Problem(BaseModel):
 
 PROBLEMS = {
     401: "the token is missing or wrong",
-    403: "from a page of another site, or not through localhost",
+    403: "the request comes from a page of another site, or not through localhost",
     404: "no such product",
     409: "the id exists, or it is the last product",
     413: "too many bytes or pixels",
     415: "a file type that is not allowed",
     422: "a broken picture, or a bad setting",
-    429: "too many requests are waiting; see Retry-After",
+    429: "too many requests are in progress; see Retry-After",
     503: "still loading",
-    504: "it took too long",
+    504: "the request took too long",
 }
 
 

@@ -8,31 +8,34 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .access import Access
 from .answers import UPLOAD, Answer, Change, Description, Health, SearchAnswer, problems
 from .batching import Batcher
 from .documents import add_documents
-from .limits import Limits, Places, Refused, Upload, drain, read_upload
+from .limits import Places, Refused, Upload, check_parameters, drain, read_upload
 from .metrics import Metrics
+from .middleware import Observed
+from .settings import MOST_ANSWERS, Settings
 from .shop import Served, Shop, encode_mask
 
 log = logging.getLogger(__name__)
 Mask = Annotated[bool, Query(description="Whether to send the mask")]
-K = Annotated[int, Query(ge=1, le=1000, description="Number of answers; fewer if the catalogue is smaller")]
+K = Annotated[int, Query(ge=1, le=MOST_ANSWERS, description="Number of answers; fewer if the catalogue is smaller")]
 Threshold = Annotated[
     float | None,
-    Query(description="Probability (or score, without calibration) from which the best answer counts as known"),
+    Query(
+        allow_inf_nan=False,
+        description="Probability (or score, without calibration) from which the best answer counts as known",
+    ),
 ]
 FOLLOW_SECONDS = 1.0  # how often the folder is checked for a new version
 DESCRIPTION = (
@@ -41,27 +44,15 @@ DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """See conf/serve.yaml."""
-
-    access: Access
-    limits: Limits
-    k: int
-    threshold: float | None
-    known_at: float
-    thumbnail: int
-    batch_size: int
-    batch_wait_ms: float
-
-
 class Service:
     """The state of the service. `load` loads the shop, in a thread; `failed` is called if that raises."""
 
-    def __init__(self, load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, load: Callable[[], Shop], settings: Settings, access: Access, failed: Callable[[BaseException], None]
+    ) -> None:
         self._load, self._failed = load, failed
-        self.settings, self.limits = settings, settings.limits
-        self.metrics, self.places = Metrics(), Places(settings.limits.queue)
+        self.settings, self.limits, self.access = settings, settings.limits, access
+        self.metrics, self.places, self.thumbnails = Metrics(), Places(settings.limits.queue), Places(settings.limits.queue)
         self.loaded: Shop | None = None
 
     @asynccontextmanager
@@ -69,8 +60,8 @@ class Service:
         """Runs from the start of the server until the last request has been answered."""
         self.batcher = Batcher(
             lambda kind, contents: self.shop.answer(kind, contents),
-            self.settings.batch_size,
-            self.settings.batch_wait_ms,
+            self.settings.batch.size,
+            self.settings.batch.wait_ms,
             self.metrics,
             lambda: self.places.taken,
         )
@@ -114,12 +105,20 @@ class Service:
 
     async def ask(self, request: Request, kind: Hashable) -> tuple[Upload, Any]:
         """The picture in a request, and the result for it. Raises Refused."""
-        self.settings.access.check_reading(request)
+        self.access.check_reading(request)
         _ = self.shop
         with self.places.take(), self.stage("request"):
             async with self._in_time():
                 upload = await read_upload(request, self.limits)
                 return upload, await self.batcher.ask(kind, upload.content)
+
+    async def thumbnail(self, request: Request, id: str) -> bytes:
+        """The thumbnail of a product. Raises Refused."""
+        self.access.check_reading(request)
+        shop = self.shop
+        with self.thumbnails.take():
+            async with self._in_time():
+                return await asyncio.to_thread(shop.thumbnail, id, self.settings.thumbnail)
 
     async def change(self, request: Request, what: Callable[[Upload | None], Served], with_upload: bool) -> Change:
         """Change the catalogue; changes run one at a time. Raises Refused."""
@@ -140,7 +139,9 @@ class Service:
             async with asyncio.timeout(self.limits.seconds):
                 yield
         except TimeoutError as error:
-            raise Refused(504, f"it took more than {self.limits.seconds:g} seconds; try again later") from error
+            raise Refused(
+                504, f"the request took more than {self.limits.seconds:g} seconds, upload included; try again later"
+            ) from error
         except ClientDisconnect as error:
             raise Refused(400, "the connection was closed before the picture was complete") from error
 
@@ -149,10 +150,19 @@ class Service:
         self.metrics.version.set(int(served.version or 0))
 
 
-def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[BaseException], None]) -> FastAPI:
+def create_app(
+    load: Callable[[], Shop], settings: Settings, access: Access, failed: Callable[[BaseException], None]
+) -> FastAPI:
     """The service as an ASGI application; see Service for `load` and `failed`."""
-    service, access = Service(load, settings, failed), settings.access
-    app = FastAPI(title="beauty_bafe", description=DESCRIPTION, lifespan=service.lifespan, docs_url=None, redoc_url=None)
+    service = Service(load, settings, access, failed)
+    app = FastAPI(
+        title="beauty_bafe",
+        description=DESCRIPTION,
+        lifespan=service.lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(check_parameters)],
+    )
     app.add_middleware(Observed, metrics=service.metrics)
 
     @app.exception_handler(Refused)
@@ -183,7 +193,7 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
             for hit in found.hits
         ]
         if threshold is None:
-            threshold = service.shop.served.retriever.threshold(settings.known_at)
+            threshold = found.retriever.threshold(settings.known_at)
         best = found.hits[0].score if found.hits[0].probability is None else found.hits[0].probability
         return SearchAnswer(
             answers=answers,
@@ -229,18 +239,20 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
         shop = service.shop
         return await service.change(request, lambda _: shop.remove(id), with_upload=False)
 
+    @app.head("/pictures/{id:path}", include_in_schema=False)
     @app.get("/pictures/{id:path}", response_class=Response, responses=problems(401, 403, 404, 503))
     async def picture(request: Request, id: str) -> Response:
         """The thumbnail of a product, as JPEG."""
-        access.check_reading(request)
-        content = await asyncio.to_thread(service.shop.thumbnail, id, settings.thumbnail)
+        content = await service.thumbnail(request, id)
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=60"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Health:
         """Whether the service is alive."""
         return Health(status="ok")
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses=problems(503))
     async def ready() -> Health:
         """Whether model and index are loaded."""
@@ -254,41 +266,6 @@ def create_app(load: Callable[[], Shop], settings: Settings, failed: Callable[[B
 
     add_documents(app)
     return app
-
-
-class Observed:
-    """Counts and logs every request with endpoint, status, size of the picture and duration, but no ids or names."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 500
-        state = scope.setdefault("state", {})
-
-        async def read() -> Message:
-            message = await receive()
-            state["body_read"] = not message.get("more_body", False)
-            return message
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
-            await send(message)
-
-        try:
-            await self._app(scope, read, watch)
-        finally:
-            endpoint = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(endpoint, str(status)).inc()
-            size = state.get("upload_bytes", 0)
-            milliseconds = 1e3 * (time.perf_counter() - start)
-            log.info("%s %s %d, %d bytes, %.0f ms", scope["method"], endpoint, status, size, milliseconds)
 
 
 def _base64(mask: np.ndarray | None, upload: Upload) -> str | None:

@@ -26,6 +26,7 @@ def add_documents(app: FastAPI) -> None:
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = Template(DOCS.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY.format(script=f"'sha256-{allowed}'")})

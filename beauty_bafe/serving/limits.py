@@ -6,13 +6,14 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+
+from .settings import Limits
 
 # The first bytes of the file types that can be allowed.
 SIGNATURES = {
@@ -23,6 +24,7 @@ SIGNATURES = {
     "bmp": (b"BM",),
     "tiff": (b"II*\0", b"MM\0*"),
 }
+PNG_EXIF = (b"eXIf", b"Raw profile type exif")
 ENVELOPE = 16384  # bytes that a multipart body may add to a picture
 
 
@@ -32,26 +34,6 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(reason)
         self.status, self.reason, self.headers = status, reason, headers
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits for one request, see conf/serve.yaml. Raises ValueError for invalid values."""
-
-    upload_bytes: int
-    pixels: int
-    kinds: tuple[str, ...]
-    queue: int
-    seconds: float
-
-    def __post_init__(self) -> None:
-        for name in ("upload_bytes", "pixels", "queue", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"limits.{name}={getattr(self, name)} must be above 0")
-        unknown = sorted(set(self.kinds) - set(SIGNATURES))
-        if unknown or not self.kinds:
-            came = unknown[0] if unknown else "an empty list"
-            raise ValueError(f"limits.kinds has {came}; allowed are {', '.join(SIGNATURES)}, such as limits.kinds=[jpeg,png]")
 
 
 class Upload(NamedTuple):
@@ -76,12 +58,20 @@ class Places:
     def take(self) -> Iterator[None]:
         """Occupy one place. Raises Refused (429) if all are taken."""
         if self.taken >= self.limit:
-            raise Refused(429, f"{self.limit} requests are already waiting; try again in a second", {"Retry-After": "1"})
+            raise Refused(429, f"{self.limit} requests are already in progress; try again in a second", {"Retry-After": "1"})
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
+
+
+def check_parameters(request: Request) -> None:
+    """Raises Refused (422) for a misspelled parameter in the URL, which would be ignored without a word."""
+    allowed = [field.alias for field in request.scope["route"].dependant.query_params]
+    if unknown := [name for name in request.query_params if name not in allowed]:
+        listed = f"allowed are {', '.join(allowed)}" if allowed else "there are none here"
+        raise Refused(422, f"'{unknown[0]}' is not a parameter in this URL; {listed}")
 
 
 async def read_upload(request: Request, limits: Limits) -> Upload:
@@ -96,10 +86,10 @@ async def _read_picture(request: Request, limits: Limits) -> bytes:
     if kind.startswith("image/"):
         return b"".join([chunk async for chunk in _chunks(request, limits.upload_bytes, limits)])
     if kind != "multipart/form-data":
+        came = f"the content type is '{kind}'" if kind else "the request has no content type"
         raise Refused(
             415,
-            f"the content type is '{kind}'; send a form with the file 'image' (curl -F image=@photo.jpg), "
-            "or the picture itself as image/jpeg",
+            f"{came}; send a form with the file 'image' (curl -F image=@photo.jpg), or the picture itself as image/jpeg",
         )
     chunks = _chunks(request, limits.upload_bytes + ENVELOPE, limits)
     parser = MultiPartParser(request.headers, chunks, max_files=1, max_fields=0)
@@ -109,7 +99,8 @@ async def _read_picture(request: Request, limits: Limits) -> bytes:
     except (MultiPartException, KeyError, ValueError) as error:
         text = error.message if isinstance(error, MultiPartException) else "it cannot be read"
         raise Refused(
-            422, f"bad form: {text} It may hold one file, 'image'; settings go into the URL, as in /search?k=5"
+            422,
+            f"bad form: {text.rstrip('.')}. The form may hold one file, 'image'; settings go into the URL, as in /search?k=5",
         ) from error
     image = form.get("image")
     if not isinstance(image, UploadFile):
@@ -138,7 +129,8 @@ def _too_large(limits: Limits) -> Refused:
 
 async def drain(request: Request) -> None:
     """Keep reading for up to a second what a refused client still sends, as many read the response only after that."""
-    if request.method == "POST" and not getattr(request.state, "body_read", False):
+    waiting = request.headers.get("expect", "").lower() == "100-continue"  # reading would invite the client to send
+    if request.method == "POST" and not waiting and not getattr(request.state, "body_read", False):
         try:
             async with asyncio.timeout(1):
                 while (message := await request.receive())["type"] == "http.request" and message.get("more_body"):
@@ -159,18 +151,20 @@ def check_picture(content: bytes, limits: Limits) -> Upload:
     if not content:
         raise Refused(422, "the picture is empty (0 bytes)")
     if kind is None or kind not in limits.kinds:
-        raise Refused(415, f"this is {'not a picture' if kind is None else kind}; allowed are {allowed}")
+        raise Refused(415, f"this is {'not a picture of a known type' if kind is None else kind}; allowed are {allowed}")
     try:
         with Image.open(io.BytesIO(content), formats=[kind]) as image:
             width, height = image.size
-            # In a PNG the orientation can come after the pixels, which Pillow would decode to read it.
-            turned = kind != "png" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            small = width * height <= limits.pixels
+            # Pillow decodes a PNG to look for an orientation, which may come after the pixels.
+            marked = small and (kind != "png" or any(mark in content for mark in PNG_EXIF))
+            turned = marked and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except Image.DecompressionBombError as error:
         raise Refused(413, f"the picture has more than {limits.pixels:,} pixels; shrink it first") from error
     except Exception as error:  # Pillow's plugins raise anything from OSError to SyntaxError and struct.error
         if isinstance(error, MemoryError):
             raise
         raise Refused(422, f"the {kind} file is broken: its header cannot be read") from error
-    if width * height > limits.pixels:
+    if not small:
         raise Refused(413, f"the picture is {width} x {height}, over {limits.pixels:,} pixels; shrink it first")
     return Upload(content, kind, *((height, width) if turned else (width, height)))

@@ -35,11 +35,14 @@ class Served(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The result of a search. `mask`: uint8 (112, 112) of the letterboxed picture, None if the network makes none."""
+    """The result of a search by `retriever`. `mask`: uint8 (112, 112) of the letterboxed picture, None if the network makes
+    none.
+    """
 
     hits: list[Hit]
     mask: np.ndarray | None
     version: str
+    retriever: Retriever
 
 
 class Described(NamedTuple):
@@ -90,7 +93,7 @@ class Shop:
             return [Described(vector, None if masks is None else masks[row], version) for row, vector in enumerate(vectors)]
         k = min(kind[1], len(retriever))
         hits, masks = retriever.search_with_masks(contents, k)
-        return [Found(found, None if masks is None else masks[row], version) for row, found in enumerate(hits)]
+        return [Found(found, None if masks is None else masks[row], version, retriever) for row, found in enumerate(hits)]
 
     def add(self, name: str, upload: Upload) -> Served:
         """Add a product. Returns when it is saved and served. Raises Refused: 409 for an existing id, 422 for a bad picture."""
@@ -113,7 +116,7 @@ class Shop:
         """Remove a product. Returns when that is saved and served. Raises Refused: 404 for an unknown id, 409 for the last."""
         with self._change() as shop:
             if name not in shop.ids:
-                raise Refused(404, f"the catalogue holds no '{name}'")
+                raise Refused(404, f"the catalogue holds no product '{name}'")
             if len(shop) == 1:
                 raise Refused(409, f"'{name}' is the last product; add another first")
             shop.remove([name])

@@ -137,7 +137,7 @@ def test_every_probability_is_its_functions(key: str, configure, monkeypatch: py
 
 
 def test_a_misspelt_camera_step_is_answered(configure) -> None:
-    with pytest.raises(Exception, match=r"unknown or missing key 'blur'; it takes exactly glare, colour, defocus, motion"):
+    with pytest.raises(Exception, match=r"unknown or missing key 'blur'; its keys are exactly glare, colour, defocus, motion"):
         instantiate(configure("train", "+augmentation.camera.blur=0.5").augmentation)
 
 

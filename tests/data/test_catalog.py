@@ -26,7 +26,7 @@ def test_two_files_with_one_id_are_refused_and_both_named(tmp_path: Path, write_
     assert str(second) in str(error.value)
 
 
-def test_folder_without_pictures_says_what_is_looked_for(tmp_path: Path) -> None:
+def test_folder_without_pictures_lists_the_supported_suffixes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no pictures under .*\.jpg"):
         from_folder(tmp_path)
 

@@ -81,7 +81,7 @@ def test_processes_share_out_the_photos_of_validation(module) -> None:
 def test_more_processes_than_photos_are_refused(module) -> None:
     data = module("data.epoch_size=4")
     data.trainer = Together(8, 0)
-    with pytest.raises(ValueError, match=r"4 photos an epoch for 8 processes; type trainer.devices=4 or fewer, or a larger"):
+    with pytest.raises(ValueError, match=r"4 photos per epoch for 8 processes; type trainer.devices=4 or fewer, or a larger"):
         data.train_dataloader()
 
 
@@ -115,8 +115,8 @@ def test_validation_pictures_never_change(module) -> None:
 
 def test_validation_tells_held_back_photos_from_training_photos(module) -> None:
     data = module("data.val_max=3")
-    held_back, others = data.val_dataloader()
-    seen = torch.cat([batch["pictures"] for batch in held_back])
+    held_out, others = data.val_dataloader()
+    seen = torch.cat([batch["pictures"] for batch in held_out])
     assert seen.shape == (3, 5, 3, 64, 64), "each with four street views"
     assert all(len(item.flatten(1).unique(dim=0)) == 5 for item in seen), "no two of them the same"
     pictures = torch.cat([batch["pictures"] for batch in others])[:, 0]
@@ -185,7 +185,7 @@ def test_unusable_photos_are_counted_and_left_out(toy: Path, tmp_path: Path, con
     assert "cannot identify" in reasons["broken"]
     assert "mask not trusted" in reasons["noise"]
     assert [row[0] for row in data.skipped.unreadable] == ["broken"]
-    assert f"{len(reasons)} left out" in data.describe()
+    assert f"{len(reasons)} skipped" in data.describe()
 
 
 def test_too_few_photos_are_refused(tmp_path: Path, toy: Path, configure) -> None:

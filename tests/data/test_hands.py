@@ -6,7 +6,7 @@ import pytest
 
 from beauty_bafe.data.augmentation.base import Sample, paste
 from beauty_bafe.data.augmentation.hand_drawing import SKIN, _skin
-from beauty_bafe.data.augmentation.hands import hold
+from beauty_bafe.data.augmentation.hands import paste_in_hand
 
 GREEN = (20, 200, 30)  # no skin has it
 
@@ -32,13 +32,13 @@ BOXES = [
 def test_same_generator_same_picture_and_inputs_untouched() -> None:
     canvas, product = scene()
     copy_canvas, copy_product = scene()
-    first, second = (hold(canvas, product, np.random.default_rng(1)) for _ in range(2))
+    first, second = (paste_in_hand(canvas, product, np.random.default_rng(1)) for _ in range(2))
     assert np.array_equal(first.photo, second.photo)
     assert np.array_equal(first.mask, second.mask)
     assert np.array_equal(canvas, copy_canvas)
     assert np.array_equal(product.photo, copy_product.photo)
     assert np.array_equal(product.mask, copy_product.mask)
-    assert not np.array_equal(first.photo, hold(canvas, product, np.random.default_rng(2)).photo)
+    assert not np.array_equal(first.photo, paste_in_hand(canvas, product, np.random.default_rng(2)).photo)
 
 
 @pytest.mark.parametrize("size", [64, 224, 512])
@@ -48,7 +48,7 @@ def test_a_hand_is_never_product_and_hides_little(size: int, box: tuple[float, f
     plain = paste(canvas, product)
     covered = 0
     for seed in range(12):
-        sample = hold(canvas, product, np.random.default_rng(seed))
+        sample = paste_in_hand(canvas, product, np.random.default_rng(seed))
         assert sample.photo.shape == canvas.shape
         assert sample.photo.dtype == sample.mask.dtype == np.uint8
         changed = (sample.photo != plain).any(axis=2)
@@ -66,7 +66,7 @@ def test_the_arm_comes_from_outside_the_frame() -> None:
     plain = paste(canvas, product)
     reaching, sides = 0, set()
     for seed in range(60):
-        changed = (hold(canvas, product, np.random.default_rng(seed)).photo != plain).any(axis=2)
+        changed = (paste_in_hand(canvas, product, np.random.default_rng(seed)).photo != plain).any(axis=2)
         edges = {"top": changed[0], "bottom": changed[-1], "left": changed[:, 0], "right": changed[:, -1]}
         touched = {side for side, edge in edges.items() if edge.any()}
         # One piece from the frame to the product: nothing floats.
@@ -85,7 +85,7 @@ def test_nothing_to_hold_is_pasted_plainly() -> None:
     tiny = Sample(product.photo, np.zeros_like(product.mask))
     tiny.mask[60:63, 60:63] = 255
     for small in (empty, tiny):
-        sample = hold(canvas, small, np.random.default_rng(0))
+        sample = paste_in_hand(canvas, small, np.random.default_rng(0))
         assert np.array_equal(sample.photo, paste(canvas, small))
         assert np.array_equal(sample.mask, small.mask)
         assert sample.mask is not small.mask

@@ -15,7 +15,7 @@ import pytest
 
 from beauty_bafe.data.catalog import Skipped, from_folder, from_shards, open_catalog
 from beauty_bafe.data.pictures import UnreadablePicture, read_picture
-from beauty_bafe.data.places import BrokenShard, Place, Remote, is_url, stamp
+from beauty_bafe.data.places import BrokenShard, Place, RemoteFile, is_url, stamp
 from beauty_bafe.data.shards import make_shards
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
@@ -61,14 +61,14 @@ def test_a_url_is_the_folder_it_names(folder: Path, url: str) -> None:
     assert [pixels(place) for place in found.paths] == [pixels(path) for path in loose.paths]
     assert found.fingerprint() == loose.fingerprint()
     assert open_catalog(f"{url}/") == found
-    assert all(is_url(str(place)) and Remote(str(place)).stamp() == place.stamp() for place in found.paths)
+    assert all(is_url(str(place)) and RemoteFile(str(place)).stamp() == place.stamp() for place in found.paths)
 
 
 def test_what_lies_at_a_url_is_asked_for_once(bucket: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket answers in tens of milliseconds, and there are millions of pictures."""
     bucket.put(f"{folder}/", "/bucket/shop/", recursive=True)
     listed = open_catalog("memory://bucket/shop").paths[0]
-    alone = Remote(str(listed))
+    alone = RemoteFile(str(listed))
     before = stamp(alone)
     monkeypatch.setattr(type(bucket), "info", None)
     assert stamp(listed) == stamp(alone) == before
@@ -95,7 +95,7 @@ def test_a_picture_that_changed_has_another_stamp(url: str) -> None:
     assert after == before
     assert stamp(after) != stamp(before)
     system.rm(path)
-    assert stamp(Remote(str(before))) == "missing"
+    assert stamp(RemoteFile(str(before))) == "missing"
     with pytest.raises(UnreadablePicture, match="no such file"):
         read_picture(before)
 
@@ -122,9 +122,9 @@ def test_shards_in_a_bucket(folder: Path, tmp_path: Path, bucket: Any) -> None:
     with pytest.raises(BrokenShard, match=r"'memory://bucket/shards/photos-000001.tar' has 0 bytes.* output_dir=SHARDS"):
         open_catalog("memory://bucket/shards")
     bucket.rm("/bucket/shards/photos-000001.tar")
-    with pytest.raises(BrokenShard, match="is not there"):
+    with pytest.raises(BrokenShard, match="is missing"):
         open_catalog("memory://bucket/shards")
-    with pytest.raises(ValueError, match=r"'memory://bucket/shop' holds no shards, .* output_dir=SHARDS and copy it there"):
+    with pytest.raises(ValueError, match=r"'memory://bucket/shop' contains no shards, .* output_dir=SHARDS and copy it there"):
         from_shards("memory://bucket/shop")
 
 
@@ -172,11 +172,11 @@ def test_a_retriever_remembers_urls(folder: Path, bucket: Any, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("url", "kind", "message"),
     [
-        ("memory://bucket/none", ValueError, r"no pictures under 'memory://bucket/none'; files ending in .*\.jpg"),
+        ("memory://bucket/none", ValueError, r"no pictures under 'memory://bucket/none'; supported suffixes: .*\.jpg"),
         (
             "s4://bucket/shop",
             OSError,
-            r"'s4://bucket/shop' does not answer \(ValueError: Protocol not known: s4.*\); check the a",
+            r"'s4://bucket/shop' does not respond \(ValueError: Protocol not known: s4.*\); check the a",
         ),
     ],
 )
@@ -185,10 +185,12 @@ def test_urls_that_lead_nowhere(bucket: Any, url: str, kind: type[Exception], me
         open_catalog(url)
 
 
-def test_errors_of_a_file_system_say_what_to_look_after(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_file_system_say_what_to_check(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*_: object, **__: object) -> None:
         raise RuntimeError("no credentials")
 
     monkeypatch.setattr(type(bucket), "find", find)
-    with pytest.raises(OSError, match=r"'memory://bucket' does not answer \(RuntimeError: no credentials\); .*keys"):
+    with pytest.raises(
+        OSError, match=r"'memory://bucket' does not respond \(RuntimeError: no credentials\); .*credentials for fsspec"
+    ):
         open_catalog("memory://bucket")

@@ -25,7 +25,7 @@ from beauty_bafe.commands.shards import shards
 from beauty_bafe.data.catalog import Catalog, from_folder, from_shards, open_catalog
 from beauty_bafe.data.datamodule import SaliencyDataModule
 from beauty_bafe.data.pictures import read_picture
-from beauty_bafe.data.places import BrokenShard, Packed, locate, stamp
+from beauty_bafe.data.places import BrokenShard, ShardMember, locate, stamp
 from beauty_bafe.data.shards import make_shards
 from beauty_bafe.retriever import Retriever
 
@@ -120,17 +120,17 @@ def test_training_draws_the_samples_of_the_files(shop: Path, tmp_path: Path, mod
     packed.load_state_dict(loose.state_dict())  # a run that began on the files goes on
 
 
-def test_the_cache_looks_at_no_photo_twice(shop: Path, tmp_path: Path, module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_inspects_no_photo_twice(shop: Path, tmp_path: Path, module, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(shop, tmp_path / "shards")
     cache = f"data.cache={tmp_path / 'cache'}"
     first = module("shards", tmp_path / "shards", cache)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("beauty_bafe.data.datamodule.try_photo", lambda path, **_: pytest.fail(f"{path} again"))
+    monkeypatch.setattr("beauty_bafe.data.datamodule.inspect_photo", lambda path, **_: pytest.fail(f"{path} again"))
     again = module("shards", Path("shards"), cache)
     assert torch.equal(again.train_set[(0, 3)]["pictures"], first.train_set[(0, 3)]["pictures"])
 
 
-def read(place: Packed) -> int:
+def read(place: ShardMember) -> int:
     return int(read_picture(place).rgb.sum())
 
 
@@ -199,7 +199,7 @@ def test_killed_in_the_middle_and_the_same_command_again(
     finally:
         run.kill()
         run.wait()
-    with pytest.raises(ValueError, match=r"holds no shards, or not all yet; type beauty-bafe shards pictures=GALLERY"):
+    with pytest.raises(ValueError, match=r"contains no shards, or is incomplete; type beauty-bafe shards pictures=GALLERY"):
         from_shards(folder)
     kept = {file: file.stat().st_mtime_ns for file in folder.glob("photos-*.json")}
     assert folder / f"{waiting}.json" not in kept
@@ -221,7 +221,7 @@ def test_stopped_while_shards_are_replaced(shop: Path, tmp_path: Path, monkeypat
         )
         with pytest.raises(OSError, match=r"could not write .*photos-\d+.tar': No space left; is the disk full"):
             pack(shop, tmp_path / "shards")
-    with pytest.raises(ValueError, match="holds no shards, or not all yet"):
+    with pytest.raises(ValueError, match="contains no shards, or is incomplete"):
         from_shards(tmp_path / "shards")
     assert pack(shop, tmp_path / "shards").ids == from_folder(shop).ids
 
@@ -229,9 +229,9 @@ def test_stopped_while_shards_are_replaced(shop: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda tar: tar.unlink(), r"photos-000001.tar' is not there; .*delete it and type beauty-bafe shards .* output_dir="),
-        (lambda tar: tar.with_suffix(".json").unlink(), r"photos-000001.json' is not there"),
-        (lambda tar: tar.write_bytes(tar.read_bytes()[:-512]), r"photos-000001.tar' has \d+ bytes, \d+ were written; copy it"),
+        (lambda tar: tar.unlink(), r"photos-000001.tar' is missing; .*delete it and type beauty-bafe shards .* output_dir="),
+        (lambda tar: tar.with_suffix(".json").unlink(), r"photos-000001.json' is missing"),
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:-512]), r"photos-000001.tar' has \d+ bytes instead of \d+; copy it"),
     ],
 )
 def test_a_shard_that_is_missing_or_cut_short(
@@ -249,11 +249,13 @@ def test_other_bytes_are_no_picture_that_cannot_be_read(shop: Path, tmp_path: Pa
     tar = tmp_path / "shards" / "photos-000001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
-    with pytest.raises(BrokenShard, match=r"photos-000001.tar' holds other bytes where 000000005.jpg was; copy it again"):
+    with pytest.raises(
+        BrokenShard, match=r"photos-000001.tar' contains other bytes in the place of 000000005.jpg; copy it again"
+    ):
         module("shards", tmp_path / "shards")
     catalog = open_catalog(tmp_path / "shards")
     tar.unlink()
-    with pytest.raises(BrokenShard, match="is not there"):
+    with pytest.raises(BrokenShard, match="is missing"):
         catalog.read(5)
 
 
@@ -273,7 +275,7 @@ def test_shards_are_a_gallery(shop: Path, tmp_path: Path, tiny_checkpoint: Path,
 
 
 def test_a_place_is_found_again_by_its_name(tmp_path: Path) -> None:
-    place = Packed(str(tmp_path / "a#1+2=3" / "photos-000001.tar"), "000000007.jpg", 512, 40, 7)
+    place = ShardMember(str(tmp_path / "a#1+2=3" / "photos-000001.tar"), "000000007.jpg", 512, 40, 7)
     assert locate(str(place), Path("elsewhere")) == place
     assert locate("photos-000001.tar/000000007.jpg#512+40=00000007", tmp_path / "a#1+2=3") == place
     assert (place.name, place.size, stamp(place)) == ("000000007.jpg", 40, "40-00000007")

@@ -103,7 +103,7 @@ def test_toys_are_not_drawn_among_somebodys_pictures(tmp_path: Path) -> None:
     (tmp_path / "mine" / "cream.jpg").touch()
     (tmp_path / "mine.csv").touch()
     for name, found in {"mine": "cream.jpg", "mine.csv": "mine.csv"}.items():
-        with pytest.raises(ValueError, match=rf"{name} is where '{found}' is; type data=folder data.root=.*{name} for"):
+        with pytest.raises(ValueError, match=rf"{name} contains '{found}'; type data=folder data.root=.*{name} for"):
             toy_datamodule(str(tmp_path / name), 6, 0)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["cream.jpg"]
     (tmp_path / "toy").mkdir()

@@ -173,13 +173,13 @@ def test_half_precision_on_disk(folder: Path, describe: Callable[..., list[Featu
 def test_work_that_will_not_fit_says_so_at_once(
     folder: Path, describe: Callable[..., list[Features]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(describing, "FEW", 3)
+    monkeypatch.setattr(describing, "PLAN_ABOVE", 3)
     describe(folder, store="fits")
     monkeypatch.setattr(describing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(ValueError, match=r"7 pictures need 0.0 GB on disk, .* has 0.0 GB left; type features=DIR"):
         describe(folder, store="disk")
     monkeypatch.undo()
-    monkeypatch.setattr(describing, "FEW", 3)
+    monkeypatch.setattr(describing, "PLAN_ABOVE", 3)
     monkeypatch.setattr(describing.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
     with pytest.raises(ValueError, match=r"needs about 0.0 GB of memory, 0.0 GB are free; use fewer checkpoints"):
         describe(folder, store="memory")

@@ -131,7 +131,7 @@ def test_pictures_behind_urls_and_in_shards(
 @pytest.mark.server
 def test_a_cluster_that_does_not_answer(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
     pytest.importorskip("ray.data", reason="the extra `ray`")
-    with pytest.raises(ConnectionError, match=r"no Ray cluster answers at extraction.address=auto .*; type ray start --head"):
+    with pytest.raises(ConnectionError, match=r"no Ray cluster responds at extraction.address=auto .*; type ray start --head"):
         describe(RayExtraction, str(tiny_checkpoint), str(gallery), str(tmp_path / "ray"), address="auto")
 
 

@@ -126,9 +126,9 @@ def test_a_shard_of_another_run_is_not_overwritten(tmp_path: Path) -> None:
     before = file.stat().st_mtime_ns
     write_shard(file, [("a", "1")], arrays, {})
     assert file.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"another run has written '.*000000.safetensors' since this one began"):
+    with pytest.raises(ValueError, match=r"another run has written '.*000000.safetensors' since this one started"):
         write_shard(file, [("b", "1")], arrays, {})
-    store.note(0)
+    store.register(0)
     assert store.read([("a", "1")])["vectors"].tolist() == [[1, 1]]
 
 

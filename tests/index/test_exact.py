@@ -62,16 +62,6 @@ def test_the_floor_is_below_every_rounded_score_of_its_row(metric: str) -> None:
             assert (rounded - floors).median() < 0.05 * true.abs().max(), "a floor that lets everything pass proves nothing"
 
 
-def test_answers_do_not_depend_on_the_other_queries() -> None:
-    gallery, queries = unit(2000, 40, 0), unit(33, 40, 1)
-    index = ExactIndex(device="cpu", first_pass="bfloat16").fit(gallery, names(2000))
-    together = index.search(queries, names(33), 7)
-    for row in range(33):
-        alone = index.search(queries[row : row + 1], ("q",), 7)
-        assert np.array_equal(alone.positions[0], together.positions[row])
-        assert np.array_equal(alone.scores[0], together.scores[row])
-
-
 @pytest.mark.parametrize("settings", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')"])
 def test_exact_search_beside_any_setting_of_float32_products(settings: str) -> None:
     """In a process of its own, as torch does not forget that the newer settings were used; they are found as they were."""

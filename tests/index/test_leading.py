@@ -217,9 +217,10 @@ def test_any_rows(seed: int, width: int, rows: int, queries: int, decay: float, 
     check(gallery, asked, metric, min(rows, 5))
 
 
-def test_answers_do_not_depend_on_the_other_queries() -> None:
+@pytest.mark.parametrize("first_pass", ["bfloat16", "float32", "int8"])
+def test_answers_do_not_depend_on_the_other_queries(first_pass: str) -> None:
     gallery, queries = gathered(2000, 40, 0), gathered(33, 40, 1)
-    index = ExactIndex(device="cpu", first_pass="int8").fit(gallery, names(2000))
+    index = ExactIndex(device="cpu", first_pass=first_pass).fit(gallery, names(2000))
     together = index.search(queries, names(33), 7)
     for row in range(33):
         alone = index.search(queries[row : row + 1], ("q",), 7)

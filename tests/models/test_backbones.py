@@ -126,7 +126,7 @@ class Evil:
     ("content", "message"),
     [
         ({"unrelated": torch.zeros(3)}, "does not fit the network: .* tensors missing"),
-        ([1, 2], "holds no state dict"),
+        ([1, 2], "contains no state dict"),
         (Evil(), "without running code"),
     ],
 )

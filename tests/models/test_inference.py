@@ -10,7 +10,7 @@ from torch import nn
 from beauty_bafe.models import inference
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, halve
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, to_bfloat16
 from beauty_bafe.models.pooling import gem, spoc
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
@@ -46,7 +46,7 @@ def test_halving_leaves_sensitive_layers_alone(name: str) -> None:
     torch.manual_seed(0)
     network = timm.create_model(name).eval()
     whole = copy.deepcopy(network)
-    halve(network)
+    to_bfloat16(network)
     halved = [module.layer for module in network.modules() if isinstance(module, HalfPrecision)]
     assert halved
     for module in network.modules():
@@ -65,7 +65,7 @@ def test_compiled_agrees_with_eager(extractor: BackgroundAgnosticExtractor) -> N
     other = copy.deepcopy(extractor)
     eager = Engine(Describer(extractor, POOLINGS, masks=True), "cpu", "32-true", 4, "torch")
     compiled = Engine(Describer(other, POOLINGS, masks=True), "cpu", "32-true", 4, "compiled")
-    if not inference._compiler_is_there("cpu"):
+    if not inference._has_compiler("cpu"):
         with pytest.raises(RuntimeError, match=r"type extraction.runtime=torch"):
             compiled.compile()
         pytest.skip("no compiler")
@@ -82,14 +82,14 @@ def test_without_a_compiler_the_error_says_what_to_type(
     import torch._inductor.config as settings
 
     monkeypatch.setattr(settings.cpp, "cxx", ("/nonexistent/g++",))
-    assert not inference._compiler_is_there("cpu")
+    assert not inference._has_compiler("cpu")
     engine = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, "compiled")
     with pytest.raises(RuntimeError, match=r"torch.compile failed here \(.*compiler.*; type extraction.runtime=torch"):
         engine.compile()
 
 
 def test_small_galleries_stay_eager(extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "_compiler_is_there", lambda _: True)
+    monkeypatch.setattr(inference, "_has_compiler", lambda _: True)
     few, many, told = (
         Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, c) for c in ("auto", "auto", "torch")
     )
@@ -97,7 +97,7 @@ def test_small_galleries_stay_eager(extractor: BackgroundAgnosticExtractor, monk
     assert many.plan(100_000_000) > inference.COMPILE_ABOVE
     told.plan(100_000_000)
     assert [few.runtime, many.runtime, told.runtime] == ["torch", "compiled", "torch"]
-    monkeypatch.setattr(inference, "_compiler_is_there", lambda _: False)
+    monkeypatch.setattr(inference, "_has_compiler", lambda _: False)
     without = Engine(Describer(extractor, POOLINGS, masks=False), "cpu", "32-true", 4, "auto")
     without.plan(100_000_000)
     assert without.runtime == "torch"
@@ -116,7 +116,7 @@ def test_short_memory_halves_the_batch(extractor: BackgroundAgnosticExtractor, c
     engine._run = small
     torch.testing.assert_close(engine(pictures(8))[0], expected, atol=1e-6, rtol=0)
     assert engine.batch == 2
-    assert "memory is short: batches of 2 pictures" in capsys.readouterr().out
+    assert "out of memory: continuing with batches of 2 pictures" in capsys.readouterr().out
     engine._run = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         engine(pictures(1))

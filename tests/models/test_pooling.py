@@ -174,17 +174,17 @@ def test_pooling_the_picture_itself() -> None:
     e = extraction()
     seen = []
 
-    def look(pictures: Tensor, weight: Tensor | None) -> Tensor:
+    def pool(pictures: Tensor, weight: Tensor | None) -> Tensor:
         seen.append((pictures, weight))
         return pictures.float().mean(dim=(2, 3))
 
-    Pooling(look, saliency=False, map="picture")(e)
-    Pooling(look, saliency=True, map="picture")(e)
+    Pooling(pool, saliency=False, map="picture")(e)
+    Pooling(pool, saliency=True, map="picture")(e)
     assert torch.equal(seen[0][0], e.pictures)
     assert seen[0][0].dtype == torch.uint8
     assert seen[0][1] is None
     assert torch.equal(seen[1][1], e.saliency(16))
-    assert [Pooling(look, saliency=s, map="picture").shallowest(4) for s in (False, True)] == [4, 0]
+    assert [Pooling(pool, saliency=s, map="picture").shallowest(4) for s in (False, True)] == [4, 0]
 
 
 def test_pooling_refuses_what_is_not_there() -> None:

@@ -20,7 +20,7 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, Extraction
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem
-from beauty_bafe.models.runtime import OpenVinoLook, pick_precision, pick_runtime
+from beauty_bafe.models.runtime import OpenVinoExtractor, pick_precision, pick_runtime
 
 TOPDOWN = {"_target_": "beauty_bafe.models.decoder.TopDownDecoder", "width": 8}
 
@@ -31,7 +31,7 @@ def pictures(count: int, size: int = 64) -> torch.Tensor:
 
 def check(extractor: BackgroundAgnosticExtractor, seen: torch.Tensor) -> None:
     with torch.inference_mode():
-        expected, found = extractor.look(seen), OpenVinoLook(extractor, "32-true")(seen)
+        expected, found = extractor.extract(seen), OpenVinoExtractor(extractor, "32-true")(seen)
     assert found.pictures is seen
     pairs = [*zip(found.masks, expected.masks, strict=True), *zip(found.taps, expected.taps, strict=True)]
     assert (found.logits is None) == (expected.logits is None)
@@ -98,28 +98,28 @@ def test_auto_is_openvino_in_float32_on_cpus_alone(monkeypatch: pytest.MonkeyPat
 
 def test_a_network_that_cannot_be_converted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = BackgroundAgnosticExtractor(**tiny).eval()
-    look = extractor.look
+    extract = extractor.extract
 
     def unusual(seen: torch.Tensor) -> Extraction:
-        return look(torch.special.bessel_j0(seen.float()))
+        return extract(torch.special.bessel_j0(seen.float()))
 
-    monkeypatch.setattr(extractor, "look", unusual)
+    monkeypatch.setattr(extractor, "extract", unusual)
     with pytest.raises(RuntimeError, match=r"OpenVINO cannot run this network \(.*\); type extraction.runtime=torch"):
-        OpenVinoLook(extractor, "32-true")(pictures(1))
+        OpenVinoExtractor(extractor, "32-true")(pictures(1))
 
 
 FORKS = """
 import os, sys, torch
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.runtime import OpenVinoLook
+from beauty_bafe.models.runtime import OpenVinoExtractor
 
 extractor = BackgroundAgnosticExtractor("test_efficientnet", ["blocks.1"], "bn2", 64, pretrained=False).eval()
-look = OpenVinoLook(extractor, "32-true")
-look(torch.zeros(1, 3, 64, 64))
+extract = OpenVinoExtractor(extractor, "32-true")
+extract(torch.zeros(1, 3, 64, 64))
 child = os.fork()
 if child == 0:
     try:
-        look(torch.zeros(1, 3, 64, 64))
+        extract(torch.zeros(1, 3, 64, 64))
     except RuntimeError as error:
         print(error, flush=True)
         os._exit(0)
@@ -134,7 +134,7 @@ def test_a_forked_process_is_told_and_nothing_is_reported_elsewhere(tmp_path: Pa
     environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "start it by spawn instead, or type extraction.runtime=torch" in done.stdout
+    assert "start it with spawn instead, or type extraction.runtime=torch" in done.stdout
     assert not (tmp_path / "intel").exists()
 
 
@@ -150,5 +150,5 @@ def test_threads_that_start_together_share_one_core(tiny: dict[str, Any], monkey
     monkeypatch.setattr(runtime, "_core", functools.cache(slowly))
     extractor = BackgroundAgnosticExtractor(**tiny).eval()
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda seen: OpenVinoLook(extractor, "32-true")(seen), [pictures(1)] * 4))
+        list(threads.map(lambda seen: OpenVinoExtractor(extractor, "32-true")(seen), [pictures(1)] * 4))
     assert len(created) == 1

@@ -1,4 +1,4 @@
-"""Pictures looked at at several sizes, mirrored, and without their background."""
+"""Pictures described at several sizes, mirrored, and without their background."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem, spoc
 from beauty_bafe.models.views import (
     View,
+    clamp_window,
     cut_out,
     guided_filter,
-    look_back,
-    look_through,
-    move_inside,
+    inverse_window,
     product_window,
     resize,
+    sample_window,
     whiten,
 )
 
@@ -48,9 +48,9 @@ def test_scales_and_flips_are_added_at_length_one(extractor: BackgroundAgnosticE
         total = torch.zeros_like(output)
         for side in (32, 96):
             for picture in (resize(seen, side), resize(seen, side).flip(3)):
-                total += F.normalize(pooling(extractor.look(picture)))
+                total += F.normalize(pooling(extractor.extract(picture)))
         torch.testing.assert_close(output, F.normalize(total))
-    saliency = extractor.look(resize(seen, 64)).saliency(112)[:, 0] * 255
+    saliency = extractor.extract(resize(seen, 64)).saliency(112)[:, 0] * 255
     assert (outputs[-1].float() - saliency).abs().max() < 1, "the mask shown is of the network's own size"
 
 
@@ -68,7 +68,7 @@ def test_a_whitened_picture_is_described_without_its_background(extractor: Backg
     engine = Engine(Describer(extractor, POOLINGS, masks=False, view=view), "cpu", "32-true", 4, "torch")
     white = view.change(seen, extractor(seen).saliency(64), 255)
     assert not torch.equal(white, seen)
-    expected = [F.normalize(pooling(extractor.look(white))) for pooling in POOLINGS]
+    expected = [F.normalize(pooling(extractor.extract(white))) for pooling in POOLINGS]
     for output, wanted in zip(engine(seen), expected, strict=True):
         torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-4)
 
@@ -85,7 +85,7 @@ def test_what_is_made_of_a_picture_is_not_rounded() -> None:
     picture = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     picture[..., ::2] = 1
     window, half = torch.tensor([[0.0, 0.0, 0.37]]), torch.full((1, 1, 64, 64), 0.3)
-    for made in (resize(picture, 32)[..., 1:-1], look_through(picture, window, 0), whiten(picture, half, 0, None)):
+    for made in (resize(picture, 32)[..., 1:-1], sample_window(picture, window, 0), whiten(picture, half, 0, None)):
         assert ((made > 0.01) & (made < 0.99)).float().mean() > 0.3
 
 
@@ -93,12 +93,12 @@ def test_what_is_made_of_a_picture_is_not_rounded() -> None:
 def test_a_descriptor_of_the_picture_itself_gets_bytes(extractor: BackgroundAgnosticExtractor) -> None:
     seen: list[torch.Tensor] = []
 
-    def look(given: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    def pool(given: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         seen.append(given)
         return given.float().mean(dim=(2, 3))
 
     view = View(change=partial(whiten, threshold=None))
-    Describer(extractor, [Pooling(look, saliency=False, map="picture")], False, view=view)(pictures(64))
+    Describer(extractor, [Pooling(pool, saliency=False, map="picture")], False, view=view)(pictures(64))
     saliency = extractor(pictures(64)).saliency(64)
     wanted = pictures(64) * saliency + 255 * (1 - saliency)
     assert seen[0].dtype == torch.uint8
@@ -111,7 +111,7 @@ def test_a_network_of_one_size_refuses_scales() -> None:
         "vit_tiny_patch16_224", ["blocks.0"], "norm", 64, hidden=4, pretrained=False, options=options
     ).eval()
     Describer(transformer, POOLINGS, masks=False, scales=[1.0])
-    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network takes pictures of 64 px alone"):
+    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network accepts only pictures of 64 px"):
         Describer(transformer, POOLINGS, masks=False, scales=[0.5])
 
 
@@ -137,13 +137,13 @@ def test_a_cut_out_product_fills_the_canvas_wherever_it_was() -> None:
 
 def test_what_a_window_shows_can_be_put_back() -> None:
     picture, mask = scene(64, 44, 4, 8, 16)
-    window = move_inside(product_window(mask, 2.0))
+    window = clamp_window(product_window(mask, 2.0))
     assert window.tolist() == [[-0.5, 0.5, 0.5]], "32 of 64 pixels, moved into the lower left corner"
-    seen = look_through(picture, window, 255)
+    seen = sample_window(picture, window, 255)
     expected = F.interpolate(picture[..., 32:, :32].float(), scale_factor=2, mode="bilinear", align_corners=False)
     inner = (..., slice(1, -1), slice(1, -1))
     assert (seen[inner].float() - expected[inner]).abs().max() <= 1
-    back = look_through(seen, look_back(window), 0)
+    back = sample_window(seen, inverse_window(window), 0)
     assert not back[..., :31, :].any(), "nothing was seen there"
     assert (back[..., 33:, :31].float() - picture[..., 33:, :31]).abs().mean() < 3
 
@@ -186,26 +186,26 @@ class Grey(torch.nn.Module):
         self.extractor, self.seen = extractor, list[torch.Tensor]()
         self.size, self.pad, self.mean = extractor.size, extractor.pad, extractor.mean
 
-    def look(self, pictures: torch.Tensor) -> Extraction:
+    def extract(self, pictures: torch.Tensor) -> Extraction:
         self.seen.append(pictures)
         logits = (((pictures[:, :1] - 90).abs() > 0.5).float() - 0.5) * 40
-        return self.extractor.look(pictures)._replace(logits=[logits])
+        return self.extractor.extract(pictures)._replace(logits=[logits])
 
 
 @torch.inference_mode()
-def test_the_network_looks_again_from_close_by(extractor: BackgroundAgnosticExtractor) -> None:
+def test_the_network_sees_the_product_again_from_close_by(extractor: BackgroundAgnosticExtractor) -> None:
     picture, mask = scene(128, 80, 16, 16, 32)
     nothing = torch.full_like(picture, 90)
     network = Grey(extractor)
     describer = Describer(network, POOLINGS, True, view=View(closer=1.25, detail=2, least=0.005))  # type: ignore[arg-type]
     assert describer.canvas == 128
     *vectors, saliency = describer(torch.cat([picture, nothing]))
-    rough = Grey(extractor).look(resize(picture, 64)).saliency(64)
-    closer = resize(look_through(picture, move_inside(product_window(rough, 1.25)), 255), 64)
+    rough = Grey(extractor).extract(resize(picture, 64)).saliency(64)
+    closer = resize(sample_window(picture, clamp_window(product_window(rough, 1.25)), 255), 64)
     assert torch.equal(network.seen[1][0], closer[0])
-    assert torch.equal(network.seen[1][1], resize(nothing, 64)[0]), "where nothing was found it looks at all again"
+    assert torch.equal(network.seen[1][1], resize(nothing, 64)[0]), "where nothing was found it sees the whole again"
     for pooling, output in zip(POOLINGS, vectors, strict=True):
-        torch.testing.assert_close(output, F.normalize(pooling(extractor.look(network.seen[1]))))
+        torch.testing.assert_close(output, F.normalize(pooling(extractor.extract(network.seen[1]))))
     wanted = F.interpolate(mask, (112, 112), mode="area")
     finer, coarser = ((found - wanted[0, 0]).abs().mean() for found in (saliency[0] / 255, resize_mask(rough, 112)[0, 0]))
     assert finer < 0.7 * coarser
@@ -219,7 +219,7 @@ def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor
     views = (View(1.25, 0.0, change, detail=2), View(1.25, 0.0, change, 0.25, 2))
     alone, mixed = (Describer(extractor, POOLINGS, True, view=view) for view in views)
     assert (alone.canvas, alone.passes, mixed.passes) == (128, 3, 4)
-    whole = [F.normalize(pooling(extractor.look(resize(seen, 64)))) for pooling in POOLINGS]
+    whole = [F.normalize(pooling(extractor.extract(resize(seen, 64)))) for pooling in POOLINGS]
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole, strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
     assert torch.equal(alone(seen)[2], mixed(seen)[2])
@@ -291,8 +291,8 @@ def test_the_mask_that_is_shown_has_followed_edges(extractor: BackgroundAgnostic
     picture, _ = scene(128, 80, 16, 16, 32)
     view = View(closer=1.25, edges=0.1, detail=2)
     *_, shown = Describer(Grey(extractor), POOLINGS, True, view=view)(picture)  # type: ignore[arg-type]
-    window = move_inside(product_window(Grey(extractor).look(resize(picture, 64)).saliency(64), 1.25))
-    seen = resize(look_through(picture, window, 255), 64)
-    drawn = guided_filter(Grey(extractor).look(seen).saliency(64), seen, 0.1)
-    wanted = resize_mask(look_through(drawn, look_back(window), 0), 112)[0, 0] * 255
+    window = clamp_window(product_window(Grey(extractor).extract(resize(picture, 64)).saliency(64), 1.25))
+    seen = resize(sample_window(picture, window, 255), 64)
+    drawn = guided_filter(Grey(extractor).extract(seen).saliency(64), seen, 0.1)
+    wanted = resize_mask(sample_window(drawn, inverse_window(window), 0), 112)[0, 0] * 255
     assert (shown[0].float() - wanted).abs().max() < 1

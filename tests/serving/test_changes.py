@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import threading
 import time
@@ -190,3 +191,16 @@ def test_sigterm_finishes_what_is_running(start: Callable[..., Server], pictures
     server.process.wait(600)
     with pytest.raises(httpx.TransportError):
         server.client.get("/health")
+
+
+def test_the_last_product_stays(saved: Path, tmp_path: Path) -> None:
+    from beauty_bafe.serving.limits import Refused
+    from beauty_bafe.serving.shop import Shop
+
+    folder = shutil.copytree(saved, tmp_path / "shop")
+    retriever = Retriever.load(folder)
+    retriever.remove(retriever.ids[1:])
+    retriever.save(folder)
+    with pytest.raises(Refused, match="is the last product; add another first") as refused:
+        Shop(folder).remove(retriever.ids[0])
+    assert refused.value.status == 409

@@ -1,4 +1,4 @@
-"""Foreground augmentation: a catalogue photo and its mask become a new picture and its mask, at no labelling cost.
+"""Foreground augmentation: from a catalogue photo and its mask to a new picture and its mask, without labelling.
 
 Source: BAFE (Wang et al., ACM MM 2019), section on foreground augmentation. Every augmentation is a pure function of
 (photo, mask, surroundings, rng): the same generator state gives the same picture on every worker.

@@ -1,4 +1,4 @@
-"""What augmentations are made of and from."""
+"""Types and helper functions of augmentations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Sample(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What a product can be pasted onto and among; both draw from the generator they are given.
+    """Backgrounds and other products for a composite; both are sampled with the given generator.
 
-    `background(rng, size, zoom)` gives uint8 (size, size, 3), `product(rng)` another product of the catalogue.
+    `background(rng, size, zoom)` returns uint8 (size, size, 3), `product(rng)` another product of the catalogue.
     """
 
     background: Callable[..., np.ndarray]
@@ -29,12 +29,12 @@ class Surroundings(NamedTuple):
 
 
 def draw_other(rng: np.random.Generator, index: int, count: int) -> int:
-    """One of `count` indices other than `index`; `index` where it is the only one."""
+    """A random index below `count` other than `index`; `index` if it is the only one."""
     return (index + 1 + int(rng.integers(max(1, count - 1)))) % count
 
 
 class Augmentation(Protocol):
-    """`holes`: the share of its pictures, 0 to 1, for which the mask it is given is to leave out what `find_holes` finds."""
+    """`holes`: the share of pictures, 0 to 1, for which its input mask should exclude the regions of `find_holes`."""
 
     holes: float
 
@@ -42,12 +42,12 @@ class Augmentation(Protocol):
 
 
 def affine(**ranges: object) -> A.Affine:
-    """A.Affine that leaves white around the photo and nothing around the mask."""
+    """A.Affine that fills the photo with white and the mask with 0."""
     return A.Affine(**ranges, fill=255, fill_mask=0, mask_interpolation=cv2.INTER_LINEAR, p=1.0)
 
 
 def run(transform: A.Compose, rng: np.random.Generator, photo: np.ndarray, mask: np.ndarray | None = None) -> Sample:
-    """Apply an albumentations pipeline that draws from `rng`: left alone, its workers all draw the same numbers (2.0.8)."""
+    """Apply an albumentations pipeline seeded from `rng`, as otherwise all workers draw the same numbers (2.0.8)."""
     transform.set_random_state(rng, random.Random(int(rng.integers(2**31))))
     if mask is None:
         return Sample(transform(image=photo)["image"], np.empty(0, np.uint8))
@@ -56,7 +56,7 @@ def run(transform: A.Compose, rng: np.random.Generator, photo: np.ndarray, mask:
 
 
 def paste(canvas: np.ndarray, product: Sample) -> np.ndarray:
-    """Lay the product over a canvas, uint8 (S, S, 3), weighed by its mask; a new picture."""
+    """Blend the product over a canvas, uint8 (S, S, 3), with its mask as alpha; returns a new picture."""
     left, top, width, height = cv2.boundingRect(product.mask)
     window = (slice(top, top + height), slice(left, left + width))
     weight = product.mask[window][..., None].astype(np.uint16)

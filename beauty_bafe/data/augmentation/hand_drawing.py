@@ -1,4 +1,4 @@
-"""How a hand looks: tubes of flesh and cloth, shaded, drawn in a window of the picture."""
+"""Rendering of hands: shaded tubes of flesh and cloth, drawn in a window of the picture."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from ..backgrounds import random_color
 
-DRAWN_SIDE = 144  # pixels: a larger hand is drawn at this size and enlarged; its cost must not grow with the picture's
+DRAWN_SIDE = 144  # pixels: larger hands are drawn at this size and enlarged, to limit the cost
 # CIELAB of human skin from very light to very dark, about evenly spaced as on the Fitzpatrick scale.
 SKIN = np.array([[80, 10, 17], [73, 13, 20], [66, 15, 23], [56, 16, 25], [44, 15, 21], [30, 11, 14]], np.float32)
-STEPS, CAP = 12, 7  # points along a finger's axis and around its tip: enough to look round at DRAWN_SIDE
+STEPS, CAP = 12, 7  # points along a finger's axis and around its tip: enough for a round shape at DRAWN_SIDE
 # A cubic Bezier curve at those points, as weights of its four control points.
 _T = np.linspace(0, 1, STEPS)[:, None]
 BEZIER = np.hstack([(1 - _T) ** 3, 3 * _T * (1 - _T) ** 2, 3 * _T**2 * (1 - _T), _T**3])
@@ -26,7 +26,7 @@ INDEX = np.interp(_T[:, 0], [0, 0.2, 0.4, 1], [0.9, 0.72, 0.54, 0.42])
 TIP = np.interp(_T[:, 0], [0, 0.3, 0.7, 1], [0.45, 0.52, 0.5, 0.42])
 PALM = np.interp(_T[:, 0], np.linspace(0, 1, 5), [1.4, 1.75, 2.1, 2.2, 2.0])
 FLESH, SLEEVE, BAND, NAIL = range(4)
-SUBPIXEL = 4  # bits after the point in OpenCV's drawing coordinates
+SUBPIXEL = 4  # fractional bits of OpenCV's drawing coordinates
 
 
 class Part(NamedTuple):
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 class Grip(NamedTuple):
-    """Where the hand holds: `edge` (x, y) in pixels, `axes` (2, 2) rows x and y of the hand, `unit` a finger's width in pixels.
+    """Pose of the hand: `edge` (x, y) in pixels, `axes` (2, 2), rows x and y of the hand, `unit` a finger's width in pixels.
 
     `width`: of the product along x, in finger widths.
     """
@@ -58,7 +58,7 @@ class Grip(NamedTuple):
 
 
 class Drawing:
-    """Parts drawn in their bounding window of the picture. `whole`, `front`: their cover there, uint8 (h, w)."""
+    """Parts drawn in their bounding window. `whole`, `front`: masks of all parts and of those in front, uint8 (h, w)."""
 
     def __init__(self, parts: list[Part], grip: Grip, size: int) -> None:
         self.parts = parts
@@ -79,7 +79,7 @@ class Drawing:
         self.whole, self.front = self._enlarge(whole), self._enlarge(self.drawn_front)
 
     def shadow(self, light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """How dark the front part makes what it lies on, uint8 (h, w)."""
+        """Opacity of the shadow that the front parts cast on the product, uint8 (h, w)."""
         dx, dy = -light * self.unit * rng.uniform(0.05, 0.25)
         moved = cv2.warpAffine(self.drawn_front, np.array([[1, 0, dx], [0, 1, dy]], np.float32), self.drawn_size)
         soft = _soften(moved, self.unit * rng.uniform(0.1, 0.3))
@@ -96,7 +96,7 @@ class Drawing:
                 cv2.polylines(dark, edge, False, 80, max(2, round(0.4 * self.unit)), cv2.LINE_AA, SUBPIXEL)
             for layer, value in ((body, 255), (dark, 0), (kinds, part.kind)):
                 cv2.fillPoly(layer, [line], value, cv2.LINE_8, SUBPIXEL)
-            if len(edge[0]):  # a gap in `body` gives each finger a roundness of its own
+            if len(edge[0]):  # a gap in `body` makes each finger round
                 cv2.polylines(body, edge, False, 0, 1, cv2.LINE_8, SUBPIXEL)
                 cv2.polylines(dark, edge, False, 90, thin, cv2.LINE_AA, SUBPIXEL)
             self._add_details(part, line, dark, kinds, rng)
@@ -110,7 +110,7 @@ class Drawing:
         lit = cv2.Sobel(height, cv2.CV_32F, 1, 0, scale=-light[0]) + cv2.Sobel(height, cv2.CV_32F, 0, 1, scale=-light[1])
         uneven = rng.normal(0, (9, 4), (5, 5, 2)) + np.linspace(rng.normal(0, 14), 0, 5)[:, None, None] * (1, 0)
         noise, flush = cv2.split(cv2.resize(uneven.astype(np.float32), self.drawn_size, interpolation=cv2.INTER_CUBIC))
-        lit = lit / (8 + np.abs(lit))  # 8: the sum of Sobel's weights; steep sides are not black
+        lit = lit / (8 + np.abs(lit))  # 8: the sum of Sobel's weights; keeps steep sides from becoming black
         tone = (118 + noise) - lit * rng.uniform(45, 95) + arch * (22 / self.unit) - dark * np.float32(0.7)
         tone = cv2.merge([cv2.convertScaleAbs(np.maximum(level, 25)) for level in (tone + flush, tone, tone - flush)])
         gain = rng.uniform(0.75, 1.15) * (1 + rng.uniform(-0.06, 0.13) * np.array([1, 0, -1]))
@@ -168,26 +168,26 @@ def _outlines(parts: list[Part]) -> np.ndarray:
 
 
 def _soften(layer: np.ndarray, sigma: float) -> np.ndarray:
-    """About a Gaussian blur: two box filters, whose cost does not grow with `sigma`."""
+    """Approximate Gaussian blur by two box filters, whose cost does not grow with `sigma`."""
     side = max(3, round(np.sqrt(6 * sigma**2 + 1)) | 1)
     return cv2.blur(cv2.blur(layer, (side, side)), (side, side))
 
 
 def _dome(depth: np.ndarray, radius: float) -> np.ndarray:
-    """Height of a round surface of that radius above a point `depth` inside its outline, both in pixels."""
+    """Height of a round surface with this radius, `depth` pixels inside its outline."""
     rest = 1 - np.minimum(depth * np.float32(1 / radius), 1)
     return cv2.sqrt(1 - rest * rest) * np.float32(radius)
 
 
 def _skin(rng: np.random.Generator) -> np.ndarray:
-    """A skin's colour in white light, RGB 0 to 255, rosy to olive."""
+    """A random skin colour in white light, RGB 0 to 255."""
     place = rng.uniform(0, len(SKIN) - 1)
     lab = np.array([np.interp(place, np.arange(len(SKIN)), column) for column in SKIN.T]) + rng.uniform(-1, 1, 3) * (3, 3, 4)
     return cv2.cvtColor(lab.astype(np.float32)[None, None], cv2.COLOR_LAB2RGB)[0, 0] * 255
 
 
 def _ramp(base: np.ndarray) -> np.ndarray:
-    """The colour that a tone of 0 to 255 gives, uint8 (256, 1, 3): `base` at half; red is the last to go in the shadow."""
+    """Lookup table from a tone of 0 to 255 to a colour, uint8 (256, 1, 3): `base` in the middle; shadows keep red longest."""
     tone = np.linspace(0, 2, 256)[:, None]
     low = base * np.minimum(tone, 1) ** np.array([0.8, 1.05, 1.15])
     high = (255 - base) * 0.55 * np.clip(tone - 1, 0, 1) ** 1.5

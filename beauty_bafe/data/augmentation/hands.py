@@ -1,4 +1,4 @@
-"""A human hand that holds a product: drawn partly behind it and partly in front, as phone photos from shops show it."""
+"""A human hand that holds a product, drawn partly behind and partly in front of it, as in phone photos from shops."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 from .base import Sample, paste
 from .hand_drawing import BAND, FINGER, FLESH, INDEX, PALM, SLEEVE, STEPS, THUMB, TIP, Drawing, Grip, Part, blend
 
-MOST_HIDDEN = 0.36  # share of the product: with more of it under the fingers, the picture says too little about it
-LEAST_PIXELS = 60  # product pixels; a smaller product gives no edge to hold
+MAX_HIDDEN = 0.36  # share of the product that the fingers may cover
+MIN_PIXELS = 60  # of the product; smaller ones have no edge to grip
 
 
-def hold(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sample:
-    """Lay a product over a canvas, uint8 (S, S, 3), held by a drawn hand; the mask is what stays visible of the product.
+def paste_in_hand(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sample:
+    """Paste a product on a canvas, uint8 (S, S, 3), held by a drawn hand; the mask is the visible part of the product.
 
-    `product` is of the canvas's size. At most MOST_HIDDEN of it is covered. One too small to hold is pasted alone.
+    `product` has the canvas's size. At most MAX_HIDDEN of it is covered. A product that is too small is pasted without a hand.
     """
     size = canvas.shape[0]
-    shrink = max(1, size // 40)  # the mask's outline is only needed roughly
+    shrink = max(1, size // 40)  # a rough outline of the mask is enough
     points = cv2.findNonZero((product.mask[::shrink, ::shrink] > 127).astype(np.uint8))
-    if points is None or len(points) * shrink**2 < LEAST_PIXELS or len(points) < 8:
+    if points is None or len(points) * shrink**2 < MIN_PIXELS or len(points) < 8:
         return Sample(paste(canvas, product), product.mask.copy())
     grip = _find_grip(points * shrink, size, rng)
     total = product.mask.sum(dtype=np.int64)
@@ -29,10 +29,10 @@ def hold(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sampl
         hand = Drawing(parts, grip, size)
         visible = product.mask.copy()
         visible[hand.window] = cv2.multiply(visible[hand.window], 255 - hand.front, scale=1 / 255)
-        if visible.sum(dtype=np.int64) >= (1 - MOST_HIDDEN) * total:
+        if visible.sum(dtype=np.int64) >= (1 - MAX_HIDDEN) * total:
             break
         grip = grip._replace(unit=grip.unit * 0.78, width=grip.width / 0.78)
-    light = rng.normal((0, -0.8), 0.6)  # where it comes from: rather from above
+    light = rng.normal((0, -0.8), 0.6)  # its direction: mostly from above
     light /= np.hypot(*light) + 1e-6
     held = product.mask[hand.window]
     color = hand.paint(held, light, rng)
@@ -46,23 +46,23 @@ def hold(canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> Sampl
 
 
 def _find_grip(points: np.ndarray, size: int, rng: np.random.Generator) -> Grip:
-    """Hold across the product's narrow side more often than at its ends, rather from below or the side than from above."""
+    """Grip across the product's narrow side more often than at its ends, and from above less often than otherwise."""
     (centre_x, centre_y), (width, height), angle = cv2.minAreaRect(points)
     if width > height:
         angle, width, height = angle + 90, height, width
     centre = np.array([centre_x, centre_y])
     turns, weights = [], []
-    for turn, liking in ((0, 1.0), (180, 1.0), (90, 0.3), (270, 0.3)):
+    for turn, preference in ((0, 1.0), (180, 1.0), (90, 0.3), (270, 0.3)):
         theta = np.deg2rad(angle + turn)
         into = np.array([np.cos(theta), np.sin(theta)])
         edge = centre - into * (width if turn % 180 == 0 else height) / 2
         room = min(edge[0], edge[1], size - edge[0], size - edge[1]) / size
         turns.append(angle + turn)
-        weights.append(liking * (0.12 + np.clip(room, 0, 0.3)) * (1.3 - into[1] if into[1] < 0.3 else 0.5))
+        weights.append(preference * (0.12 + np.clip(room, 0, 0.3)) * (1.3 - into[1] if into[1] < 0.3 else 0.5))
     theta = np.deg2rad(turns[rng.choice(4, p=np.array(weights) / sum(weights))] + rng.uniform(-22, 22))
     x = np.array([np.cos(theta), np.sin(theta)])
     y = np.array([-x[1], x[0]])
-    if (y[1] < 0) == (rng.random() < 0.85):  # the thumb is rather above the fingers
+    if (y[1] < 0) == (rng.random() < 0.85):  # the thumb is mostly above the fingers
         y = -y
     unit = float(np.clip(rng.uniform(0.2, 0.33) * max(width, 0.4 * height), 0.035 * size, 0.17 * size))
     offsets = points.reshape(-1, 2) - centre
@@ -76,9 +76,9 @@ def _find_grip(points: np.ndarray, size: int, rng: np.random.Generator) -> Grip:
 
 
 def _pose(grip: Grip, size: int, rng: np.random.Generator) -> list[Part]:
-    """The hand's parts in the order they are drawn; the forearm reaches out of the frame."""
+    """The hand's parts in drawing order; the forearm extends beyond the frame."""
     wrist = np.array([rng.uniform(-5.0, -3.8), rng.uniform(-0.4, 1.2)])
-    # The forearm leaves away from the product, and rather downwards: the arm is below the phone.
+    # The forearm points away from the product, mostly downwards: the arm is below the phone.
     out = grip.axes @ (np.array([0, rng.uniform(0, 0.9)]) - grip.axes[0] + rng.normal(0, 0.3, 2))
     out[0] = min(out[0], -0.35)
     out /= np.hypot(*out)
@@ -89,7 +89,7 @@ def _pose(grip: Grip, size: int, rng: np.random.Generator) -> list[Part]:
 
     reach = 2.5 * size / grip.unit
     low = rng.uniform(0.0, 0.5)
-    # Behind a slender product the palm ends early, so that fingers come out at its far side and not a palm's blunt end.
+    # Behind a slender product the palm ends early, so that fingers and not the palm appear at its far side.
     slender = grip.width < 3.5
     palm = [tuple(wrist), (-3.2, 0.4 + low), (-1.4, low), (min(1.4, 0.6 * grip.width - 1.6), -0.2)]
     parts = [forearm(-0.8, reach, 1.0)._replace(joined=1.0), Part(palm, PALM)]

@@ -1,4 +1,4 @@
-"""The published recipe."""
+"""The augmentation published with BAFE."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .base import Sample, Surroundings, affine, paste, run
 
 
 class PaperAugmentation:
-    """The published recipe, with the ranges of the authors' code.
+    """The published augmentation, with the ranges of the authors' code.
 
-    Angle one of -90, -45, 0, 45, 90 degrees, shift, scale, white fill; then a third each on a photograph (half of them
-    blurred), on one colour, on white; colour jitter on the result. The mask is warped with the photo, which on clean
-    pictures equals the authors' thresholding after the warp and spares its faults on near-white products.
+    Rotation by one of `angles`, shift, scale, white fill; then a third each on a photograph (`blur_share` of them blurred),
+    on one colour, on white; colour jitter on the result. The mask is warped with the photo, which on clean pictures equals
+    the authors' thresholding after the warp and avoids its errors on near-white products.
     """
 
     holes = 0.0

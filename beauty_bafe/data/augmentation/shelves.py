@@ -1,4 +1,4 @@
-"""A shop's shelf as a background: boards, price tags, and rows of other products, each standing there several times."""
+"""A shop's shelf as a background: boards, price tags, and rows of other products, several of each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from ..backgrounds import random_color
 from .base import Sample, Surroundings, paste
 
-KINDS = 4  # products that a shelf is filled with at most; each costs a look at its photo
+KINDS = 4  # most different products on a shelf; each requires loading its photo
 
 
 def draw_shelf(size: int, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
-    """uint8 RGB (size, size, 3): one to four boards with products of the catalogue in rows, seen a little from the side."""
+    """uint8 RGB (size, size, 3): one to four boards with rows of products of the catalogue, slightly from the side."""
     rows = int(rng.integers(1, 5))
     wall = np.array(random_color(rng), np.float32) * rng.uniform(0.2, 0.9)
     canvas: np.ndarray = np.full((size, size, 3), wall, np.uint8)
@@ -20,7 +20,7 @@ def draw_shelf(size: int, surroundings: Surroundings, rng: np.random.Generator) 
     kinds = [upright for _ in range(int(rng.integers(1, KINDS + 1))) if (upright := _trim(surroundings.product(rng)))]
     pitch = size / rows
     thick = max(2, int(pitch * rng.uniform(0.03, 0.1)))
-    start = -pitch * rng.uniform(0, 0.6)  # the frame cuts through a row
+    start = -pitch * rng.uniform(0, 0.6)  # the frame cuts a row
     for row in range(rows + 1):
         top, floor = int(start + row * pitch), int(start + (row + 1) * pitch) - thick
         canvas = _fill_row(canvas, kinds, top, floor, rng)
@@ -32,7 +32,7 @@ def draw_shelf(size: int, surroundings: Surroundings, rng: np.random.Generator) 
     corners = np.array([[0, 0], [size, 0], [size, size], [0, size]], np.float32)
     warp = cv2.getPerspectiveTransform(corners, (corners + tilt).astype(np.float32))
     canvas = cv2.warpPerspective(canvas, warp, (size, size), borderMode=cv2.BORDER_REFLECT)
-    if rng.random() < 0.5:  # the camera is focused on what is held before it
+    if rng.random() < 0.5:  # the camera is focused on the product in front
         canvas = cv2.GaussianBlur(canvas, (0, 0), size * rng.uniform(0.003, 0.015))
     return cv2.convertScaleAbs(canvas, alpha=rng.uniform(0.6, 1.4))
 
@@ -44,7 +44,7 @@ def _trim(product: Sample) -> Sample | None:
 
 
 def _fill_row(canvas: np.ndarray, kinds: list[Sample], top: int, floor: int, rng: np.random.Generator) -> np.ndarray:
-    """Products side by side from left to right, two to six of one kind, then of the next; at times a gap."""
+    """Products side by side from left to right, two to six of one kind, then of the next; sometimes a gap."""
     size, room = canvas.shape[0], floor - top
     if not kinds or room < 8 or floor <= 0:
         return canvas
@@ -68,7 +68,7 @@ def _fill_row(canvas: np.ndarray, kinds: list[Sample], top: int, floor: int, rng
 
 
 def _place(canvas: np.ndarray, product: Sample, left: int, top: int) -> np.ndarray:
-    """Paste with the corner at (left, top), in place; what lies beyond the canvas is cut off."""
+    """Paste with the corner at (left, top), in place; parts beyond the canvas are cropped."""
     size = canvas.shape[0]
     height, width = product.mask.shape
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, size), min(top + height, size)
@@ -87,7 +87,7 @@ def _darken_below(canvas: np.ndarray, top: int, depth: int) -> None:
 
 
 def _tags(canvas: np.ndarray, floor: int, thick: int, rail: list[int], rng: np.random.Generator) -> None:
-    """Price tags on a rail along the board's front, with bars for figures, in place."""
+    """Price tags on a rail along the board's front, with bars as digits, in place."""
     size = canvas.shape[0]
     height = max(3, int(thick * rng.uniform(1.0, 2.2)))
     cv2.rectangle(canvas, (0, floor), (size, floor + height), rail, -1)

@@ -1,7 +1,7 @@
-"""A catalogue photo turned in space: as a box with an invented side, as a cylinder, or as the flat picture that it is.
+"""Rotate a catalogue photo in 3D: as a box with a synthetic side, as a cylinder, or as a flat picture.
 
-Every function takes photo, uint8 RGB (S, S, 3), and mask, uint8 (S, S), of a product on white, and a generator, and gives a
-Sample of the same size whose longer side is about as long as before.
+Every function takes photo, uint8 RGB (S, S, 3), and mask, uint8 (S, S), of a product on white, and a generator, and returns
+a Sample of the same size, in which the product's longer side is about as long as before.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import numpy as np
 
 from .base import Sample
 
-RECTANGULAR = 0.85  # share of its bounding box that a pack fills; an ellipse fills 0.79
-UPRIGHT = 1.3  # height by width; what is wider is seldom round about an upright axis
-EDGE = 0.01  # of the canvas: how far the backdrop's white reaches into a product's outline
-NEAR, FAR = 1.3, 4.0  # distance of the camera, in lengths of the product: an arm's length and less
+RECTANGULAR = 0.85  # least share of its bounding box that a pack fills; an ellipse fills 0.79
+UPRIGHT = 1.3  # height / width; wider products are rarely cylinders with a vertical axis
+EDGE = 0.01  # of the canvas: width of a product's outline that is mixed with the white backdrop
+NEAR, FAR = 1.3, 4.0  # distance of the camera, in lengths of the product
 
 
 def as_solid(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sample:
-    """As a box where the product is about rectangular, as a cylinder where it is upright, and else as a tilted picture."""
+    """As a box if the product is about rectangular, as a cylinder if it is upright, otherwise as a tilted picture."""
     left, top, width, height = cv2.boundingRect(mask)
     if min(width, height) < 8:
         return Sample(photo.copy(), mask.copy())
     filled = cv2.countNonZero(mask[top : top + height, left : left + width]) / (width * height)
     if filled > RECTANGULAR and rng.random() < 0.8:
         return as_box(photo, mask, rng)
-    # Between two bottles or through a handle, backdrop would be turned onto the product.
+    # The backdrop between two bottles or in a handle would be rotated onto the product.
     pieces = np.count_nonzero(np.diff((mask > 127).astype(np.int8), axis=1, prepend=0) == 1, axis=1)
     upright = height > UPRIGHT * width and pieces.max() == 1
     return tilt(*(as_cylinder(photo, mask, rng) if upright and rng.random() < 0.7 else Sample(photo, mask)), rng)
 
 
 def as_box(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sample:
-    """The product is the front of a box, seen from 10 to 60 degrees to one side and at times from above or below.
+    """The product is the front of a box, rotated by 10 to 60 degrees about the vertical axis and up to 25 about the horizontal.
 
-    The side that comes into view is invented, and one of the two faces is darker.
+    The visible side has a synthetic texture, and one of the two faces is darker.
     """
     left, top, width, height = cv2.boundingRect(mask)
     if min(width, height) < 2:
@@ -43,7 +43,7 @@ def as_box(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sam
     depth = width * rng.uniform(0.3, 1.0)
     x, y, z = width / 2, height / 2, depth / 2
     front = np.array([[-x, -y, -z], [x, -y, -z], [x, y, -z], [-x, y, -z]])
-    # Turned to the right (yaw > 0) the box shows its left side, whose far edge is on the left.
+    # Rotated to the right (yaw > 0), the box shows its left side, whose far edge is on the left.
     edge = -x if yaw > 0 else x
     near, far = (np.array([[edge, -y, level], [edge, y, level]]) for level in (-z, z))
     order = (far[0], near[0], near[1], far[1]) if yaw > 0 else (near[0], far[0], far[1], near[1])
@@ -52,7 +52,7 @@ def as_box(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sam
     faces = _fit(faces, photo.shape[0], max(width, height))
 
     window = (slice(top, top + height), slice(left, left + width))
-    side = _invent_side(photo[window], max(2, round(depth)), rng)
+    side = _synthesize_side(photo[window], max(2, round(depth)), rng)
     lights = rng.permutation([1.0, rng.uniform(0.5, 0.9)])
     canvas, shape = np.full_like(photo, 255), np.zeros_like(mask)
     pieces = [(side, np.full(side.shape[:2], 255, np.uint8)), (photo[window], mask[window])]
@@ -66,10 +66,10 @@ def as_box(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sam
 
 
 def as_cylinder(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sample:
-    """The product turned about its upright axis by up to 50 degrees, row by row; its outline stays.
+    """The product rotated about its vertical axis by 15 to 50 degrees, row by row, with the same outline.
 
-    At u = sin(angle), -1 to 1 across a row, stands what the photo has at sin(angle - turn); past the edge the
-    texture is mirrored, as nobody knows what is there. It gets darker away from the light.
+    The pixel at u = sin(angle), -1 to 1 across a row, is that of the photo at sin(angle - turn); beyond the edge the unknown
+    texture is mirrored. Surfaces that face away from the light are darker.
     """
     turn, light = np.deg2rad(rng.uniform(15, 50) * rng.choice([-1, 1])), np.deg2rad(rng.uniform(-60, 60))
     inside = mask > 127
@@ -81,7 +81,7 @@ def as_cylinder(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
     middle, half = (starts + ends - 1) / 2, np.maximum((ends - starts - 1) / 2, 0.5)
     u = np.clip((np.arange(size) - middle[:, None]) / half[:, None], -1, 1)
     angle = np.arcsin(u)
-    # Where the angle passes 90 degrees a row's outermost pixel, half backdrop, would be drawn out into a white streak.
+    # Beyond 90 degrees, a row's outermost pixel, mixed with the backdrop, would be stretched into a white streak.
     reach = np.maximum(half - max(1.5, EDGE * size), 0)
     source = (middle[:, None] + reach[:, None] * np.sin(angle - turn)).astype(np.float32)
     lines = np.repeat(rows[:, None], size, axis=1).astype(np.float32)
@@ -94,7 +94,7 @@ def as_cylinder(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -
 
 
 def tilt(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sample:
-    """The flat picture seen from up to 45 degrees to one side and 30 from above or below."""
+    """The flat picture rotated by up to 45 degrees about the vertical axis and 30 about the horizontal."""
     left, top, width, height = cv2.boundingRect(mask)
     if min(width, height) < 2:
         return Sample(photo.copy(), mask.copy())
@@ -110,9 +110,9 @@ def tilt(photo: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> Sampl
 
 
 def project(points: np.ndarray, yaw: float, pitch: float, distance: float) -> np.ndarray:
-    """Points (..., 3), x to the right, y down, z away, turned about y, then about x (radians), as a pinhole camera sees them.
+    """Points (..., 3), x to the right, y down, z away, rotated about y, then about x (radians), and projected: (..., 2).
 
-    The camera stands `distance` before their origin; its focal length makes the plane of the origin life-size. (..., 2).
+    The pinhole camera is at `distance` in front of the origin, with a focal length that keeps the scale in the origin's plane.
     """
     cos, sin = np.cos(yaw), np.sin(yaw)
     about_y = np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
@@ -123,13 +123,13 @@ def project(points: np.ndarray, yaw: float, pitch: float, distance: float) -> np
 
 
 def _fit(faces: np.ndarray, size: int, longest: float) -> np.ndarray:
-    """Corners (F, 4, 2) moved to the canvas's middle and scaled so that together they are `longest` long."""
+    """Corners (F, 4, 2) centred on the canvas and scaled so that their longest extent is `longest`."""
     low, high = faces.min(axis=(0, 1)), faces.max(axis=(0, 1))
     return (faces - (low + high) / 2) * (min(longest, size - 4) / (high - low).max()) + size / 2
 
 
 def _warp(texture: np.ndarray, cut: np.ndarray, corners: np.ndarray, size: int) -> Sample:
-    """A face's texture and mask, (h, w), where its four corners, clockwise from the top left, are seen."""
+    """Warp a face's texture and mask, (h, w), to four corners, clockwise from the top left."""
     height, width = cut.shape
     source = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     matrix = cv2.getPerspectiveTransform(source, corners.astype(np.float32))
@@ -137,7 +137,7 @@ def _warp(texture: np.ndarray, cut: np.ndarray, corners: np.ndarray, size: int) 
     return Sample(photo, cv2.warpPerspective(cut, matrix, (size, size), flags=cv2.INTER_LINEAR))
 
 
-def _invent_side(front: np.ndarray, depth: int, rng: np.random.Generator) -> np.ndarray:
+def _synthesize_side(front: np.ndarray, depth: int, rng: np.random.Generator) -> np.ndarray:
     """A texture for the side of a pack, uint8 (H, depth, 3): the front squeezed, or its colours with small print."""
     height = front.shape[0]
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""What a phone sees in a street or a shop."""
+"""Street views: phone photos from a street or a shop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from ..backgrounds import procedural_background, random_color
 from .base import Sample, Surroundings, affine, paste, run
 from .camera import glare, jpeg, low_resolution, motion_blur, sensor_noise, sharpen, tone_curve, white_balance
-from .hands import hold
+from .hands import paste_in_hand
 from .shelves import draw_shelf
 from .solids import as_solid
 
-# In the order of the light's way through a phone; each has its probability in conf/augmentation/street.yaml.
+# In the order of a phone's image pipeline; the probabilities are in conf/augmentation/street.yaml.
 CAMERA = {
     "motion": motion_blur,
     "white_balance": white_balance,
@@ -28,11 +28,11 @@ CAMERA = {
 
 
 class StreetAugmentation:
-    """What a phone sees in a street or a shop: solids at any angle, in hands, before shelves, in its light, through its camera.
+    """Simulates phone photos from a street or a shop: rotated products, hands, shelves, lighting and camera effects.
 
-    Probabilities and ranges come from conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
-    `turn` the most degrees by which a product is turned to either side, `zoom` the share of a background photograph that is
-    seen. Raises ValueError for shares and probabilities outside 0..1 and for a key of `camera` that is unknown or missing.
+    Probabilities and ranges are set in conf/augmentation/street.yaml; `scale` is the factor on the catalogue photo,
+    `turn` the maximum rotation in degrees to either side, `zoom` the visible share of a background photograph.
+    Raises ValueError for shares and probabilities outside 0..1 and for a key of `camera` that is unknown or missing.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StreetAugmentation:
         if unknown:
             raise ValueError(
                 f"augmentation.camera has an unknown or missing key '{unknown[0]}'; "
-                f"it takes exactly glare, colour, defocus, {', '.join(CAMERA)}"
+                f"its keys are exactly glare, colour, defocus, {', '.join(CAMERA)}"
             )
         shares = {"solid": solid, "hand": hand, "holes": holes, "shelf": shelf, "photo_share": photo_share}
         shares |= {"clutter": clutter, "occlusion": occlusion, "shadow": shadow, "light": light, "bars": bars}
@@ -73,7 +73,7 @@ class StreetAugmentation:
         self.shadow, self.light, self.bars = shadow, light, bars
         self.warp = A.Compose(
             [
-                # fit_output keeps the whole product in view; without it the warp slices its sides off.
+                # fit_output keeps the whole product in view; without it the warp would crop its sides.
                 A.Perspective(scale=(0.02, perspective), fit_output=True, fill=255, mask_interpolation=cv2.INTER_LINEAR, p=0.6),
                 affine(rotate=(-turn, turn), scale=tuple(scale), translate_percent=(-shift, shift), shear=(-8, 8)),
             ]
@@ -92,7 +92,7 @@ class StreetAugmentation:
         for _ in range(int(rng.integers(1, 4)) if rng.random() < self.clutter else 0):
             canvas = self._paste_shaded(canvas, run(self.small_warp, rng, *surroundings.product(rng)), rng)
 
-        # A catalogue photo's edge is mixed with its white backdrop; without it no halo gives the paste away.
+        # A catalogue photo's edge is mixed with its white backdrop; eroding it avoids a halo.
         cut = cv2.erode(mask, np.ones((3, 3), np.uint8)) if rng.random() < 0.5 else mask
         photo, cut = as_solid(photo, cut, rng) if rng.random() < self.solid else Sample(photo, cut)
         warped = run(self.warp, rng, photo, cut)
@@ -100,7 +100,7 @@ class StreetAugmentation:
         if rng.random() < self.camera["glare"]:
             product = Sample(glare(*product, rng), product.mask)
         if rng.random() < self.hand:
-            canvas, mask = hold(canvas, product, rng)
+            canvas, mask = paste_in_hand(canvas, product, rng)
         else:
             canvas, mask = self._paste_shaded(canvas, product, rng), product.mask
 
@@ -114,7 +114,7 @@ class StreetAugmentation:
         return Sample(canvas, mask)
 
     def _photograph(self, canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """What lens, sensor and software do, in the order in which they do it."""
+        """Effects of lens, sensor and software, in this order."""
         if rng.random() < self.camera["colour"]:
             canvas = run(self.colour, rng, canvas).photo
         if rng.random() < self.camera["defocus"]:
@@ -141,11 +141,11 @@ class StreetAugmentation:
         return canvas
 
     def _paste_shaded(self, canvas: np.ndarray, product: Sample, rng: np.random.Generator) -> np.ndarray:
-        """Paste, at times with a soft shadow thrown to one side."""
+        """Paste, sometimes with a soft shadow to one side."""
         if rng.random() < self.shadow:
             size = canvas.shape[0]
             dx, dy = rng.integers(-size // 16, size // 16 + 1, 2).tolist()
-            # At a quarter of the size: nothing finer is left of it, and blurring is what costs most here.
+            # At a quarter of the size, as blurring removes finer detail and is the slowest step here.
             small = cv2.resize(product.mask, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
             shift = np.array([[1, 0, dx / 4], [0, 1, dy / 4]], np.float32)
             soft = cv2.GaussianBlur(cv2.warpAffine(small, shift, small.shape[::-1]), (0, 0), rng.uniform(0.01, 0.05) * size / 4)
@@ -156,7 +156,7 @@ class StreetAugmentation:
     def _occlude(
         self, canvas: np.ndarray, mask: np.ndarray, surroundings: Surroundings, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Cover a part of the product (left out where it would hide over 40 % of it) with another product or a plain shape."""
+        """Cover part of the product with another product or a plain shape, unless that would hide over 40 % of it."""
         size = canvas.shape[0]
         if rng.random() < 0.5:
             cover = run(self.small_warp, rng, *surroundings.product(rng))
@@ -180,7 +180,7 @@ def _tilt_light(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _letterbox_bars(canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """White bars on two sides, as an oblong photo gets them when it is fitted into the square input."""
+    """White bars on two sides, as in a letterboxed photo that is not square."""
     size = canvas.shape[0]
     inner = int(size * rng.uniform(0.55, 0.9))
     start, axis = (size - inner) // 2, int(rng.integers(2))

@@ -1,4 +1,4 @@
-"""What the processes of a distributed training share to learn what one process would: negatives and batch statistics."""
+"""Negatives and batch statistics shared by all processes, so that distributed training equals training in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def processes() -> int:
+def world_size() -> int:
     """The number of processes that train together; 1 without distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -18,9 +18,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Rows (N, ...) of this process -> (P N, ...) of all P, in the order of their ranks; N must be the same in each.
 
     A row's gradient is the sum of its gradients in all processes. As DDP then takes the mean over processes, a loss that each
-    computes from all rows has the gradient that it would have in one process.
+    computes from all rows has the same gradient as in one process.
     """
-    if processes() == 1:
+    if world_size() == 1:
         return rows
     from torch.distributed.nn.functional import all_gather
 
@@ -34,19 +34,19 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training or processes() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(inputs)
         from torch.distributed.nn.functional import all_reduce
 
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        count = inputs.numel() // inputs.shape[1] * processes()
+        count = inputs.numel() // inputs.shape[1] * world_size()
         with torch.autocast(inputs.device.type, enabled=False):
             values = inputs.float()
-            mean = cast(Tensor, all_reduce(values.mean((0, 2, 3)))) / processes()
-            centred = values - mean.view(1, -1, 1, 1)  # the mean of squares minus the squared mean would lose digits
-            variance = cast(Tensor, all_reduce(centred.square().mean((0, 2, 3)))) / processes()
+            mean = cast(Tensor, all_reduce(values.mean((0, 2, 3)))) / world_size()
+            centred = values - mean.view(1, -1, 1, 1)  # the mean of squares minus the squared mean would lose precision
+            variance = cast(Tensor, all_reduce(centred.square().mean((0, 2, 3)))) / world_size()
             scale = self.weight * (variance + self.eps).rsqrt()
             outputs = centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         with torch.no_grad():

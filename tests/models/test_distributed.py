@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from beauty_bafe.models.distributed import SharedBatchNorm2d, gather_rows
 from beauty_bafe.models.objectives import contrast_loss
-from beauty_bafe.models.together import SharedBatchNorm2d, gather_rows
 
 PROCESSES = 2
 
