@@ -101,7 +101,7 @@ def test_a_network_without_masks_is_not_asked_for_any(
         ),
         (
             ["model=efficientnet_lite0", "pooling=gem", "query=whitened"],
-            "not trained to predict masks, which the query view needs",
+            "not trained to predict masks, which this query view requires",
         ),
         (["model=efficientnet_lite0", "pooling=gem", "pairs={second: [gem]}"], "pairs names 'second'; the networks are model"),
         (["pooling=gem"], r"needs checkpoints=.* or model=NAME"),

@@ -218,7 +218,7 @@ def test_gallery_pictures_in_memory_have_no_keypoints(toy: Path, tiny_checkpoint
     assert len(hits[0]) == 3
     assert shop.search([queries[0].read_bytes()], k=3) == hits
     shop.add({"twin": queries[0].read_bytes()})
-    with pytest.raises(ValueError, match=r"'twin' was given as pixels; give its path, or rerank=none"):
+    with pytest.raises(ValueError, match=r"'twin' was given as pixels; give its path, or type rerank=none"):
         shop.search(queries[:1], k=3)
 
 
