@@ -126,7 +126,7 @@ def test_every_probability_is_its_functions(key: str, configure, monkeypatch: py
     if name in street.CAMERA:
         monkeypatch.setitem(street.CAMERA, name, count(street.CAMERA[name]))
     else:
-        attribute = {"hand": "hold", "solid": "as_solid", "shelf": "draw_shelf"}.get(name, name)
+        attribute = {"hand": "paste_in_hand", "solid": "as_solid", "shelf": "draw_shelf"}.get(name, name)
         monkeypatch.setattr(street, attribute, count(getattr(street, attribute)))
     for probability in (1, 0):
         calls = 0

@@ -145,7 +145,7 @@ def test_what_is_said_where_nothing_is_found(page: Any, photo: Path, tmp_path: P
         page.locator("#live", has_text=text).wait_for()
 
     says("The jpeg file is broken", tmp_path / "broken.jpg")
-    says("This is not a picture; allowed are jpeg", tmp_path / "text.jpg")
+    says("This is not a picture of a known type; allowed are jpeg", tmp_path / "text.jpg")
     page.route("**/search?**", lambda route: route.fulfill(status=429, json={"detail": "64 requests are already waiting"}))
     says("The service is busy. 64 requests are already waiting.", photo)
     page.unroute("**/search?**")
