@@ -31,7 +31,7 @@ def check_overrides(conf: Path, config_name: str, arguments: Sequence[str]) -> N
 
 
 def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | None:
-    """The fault in these overrides; None if there is none, or Hydra has a good message for it."""
+    """What is wrong with these overrides; None if nothing is, or if Hydra's own message is good enough."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -113,7 +113,7 @@ def _keys(settings: Any, prefix: str = "") -> list[str]:
 
 
 class _Terminal(logging.Handler):
-    """Print messages without time and level. By print, as progress bars redirect sys.stdout to show text above them."""
+    """Print messages without time and level. Uses print, as progress bars redirect sys.stdout to show text above themselves."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True)

@@ -42,7 +42,7 @@ def check_targets(settings: Any, where: str) -> None:
     known = {found for file in CONF.rglob("*.yaml") for found in re.findall(r"_target_: *([\w.]+)", file.read_text("utf-8"))}
     unknown = sorted(_targets(settings) - known)
     if unknown:
-        raise ValueError(f"{where} asks to run '{unknown[0]}', which no file of conf names; it was not made by this project")
+        raise ValueError(f"{where} names the code '{unknown[0]}', which no file in conf names; it was not made by this project")
 
 
 def _targets(settings: Any) -> set[str]:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 SPINS = 1000
 
 
-class HeldSetting(Generic[T]):
+class TemporarySetting(Generic[T]):
     """Inside `with`, the setting has `value`; the last thread to leave restores the value that the first one found."""
 
     def __init__(self, read: Callable[[], T], write: Callable[[T], object], value: T) -> None:

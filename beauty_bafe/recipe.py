@@ -17,7 +17,7 @@ from .config import compose
 log = logging.getLogger("beauty_bafe")
 
 GROUPS = ("pooling", "query", "rerank")
-LEAST, MOST = 0.25, 4.0  # times the training size
+MIN_SCALE, MAX_SCALE = 0.25, 4.0  # times the training size
 OLDER = {"pooling": "attention", "query": "whole", "rerank": "none"}  # for checkpoints of versions without recipes
 UNTRAINED = {**OLDER, "pooling": "rmac"}  # for networks without trained masks: best on real photographs
 
@@ -36,11 +36,11 @@ def check_recipe(recipe: Mapping[str, Any], conf: Path) -> None:
 
 
 def check_enlarge(value: object, where: str) -> float:
-    """The size of description as a multiple of the training size. Raises ValueError if it is not in LEAST..MOST."""
-    if not isinstance(value, bool) and isinstance(value, int | float) and LEAST <= value <= MOST:
+    """The size of description as a multiple of the training size. Raises ValueError if it is not in MIN_SCALE..MAX_SCALE."""
+    if not isinstance(value, bool) and isinstance(value, int | float) and MIN_SCALE <= value <= MAX_SCALE:
         return float(value)
     raise ValueError(
-        f"{where} has enlarge={str(value)[:80]}; it takes a number from {LEAST} to {MOST}, and size=PIXELS overrides it"
+        f"{where} has enlarge={str(value)[:80]}; it takes {MIN_SCALE} to {MAX_SCALE}, and size=PIXELS overrides it"
     )
 
 

@@ -63,10 +63,11 @@ class Retriever:
     """A gallery of product pictures and the networks to search it with.
 
     Create one with `Retriever.build(...)` or `Retriever.load(...)`. An image is a path (str or Path), a PIL image, the bytes
-    of an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods are thread-safe. Only `save` writes to disk,
-    except that re-rankers on pictures (rerank=sift, sift_verified) and VLAD keep files in a temporary folder, which is
-    removed with the object. Answers are bit for bit those of retrieve.py for the same checkpoints, gallery, queries and
-    settings, unless its network is compiled and this one is not (extraction.runtime, on a GPU).
+    of an encoded file, or a uint8 array or tensor (H, W, 3) in RGB. All methods are thread-safe. Only `save` writes to
+    folders of yours; street views for calibration (rehearsal), VLAD and re-rankers that use the pictures have temporary
+    folders, which are removed after use or with the object. Answers are bit for bit those of retrieve.py for the same
+    checkpoints, gallery, queries and settings, unless retrieve.py compiles the network on a GPU: a Retriever does so only
+    with extraction.runtime=compiled.
     """
 
     def __init__(self, parts: Parts, gallery: Gallery, checkpoints: Sequence[str], overrides: Sequence[str]) -> None:
@@ -87,7 +88,7 @@ class Retriever:
         """Describe a gallery and index it.
 
         `checkpoints`: what train.py or `beauty-bafe export` wrote; several become one ensemble. `gallery`: a folder of
-        pictures, a csv with the columns id,path, the URL of one, or a dict of id -> image. `overrides`: settings as
+        pictures, a csv with the columns id,path, the URL of either, or a dict of id -> image. `overrides`: settings as
         retrieve.py takes them, such as "query=whole", "size=320" or "device=cpu"; by default those stored in the checkpoints.
         Unreadable pictures of a folder or csv are left out and listed in `skipped`, up to the share max_skipped.
 
@@ -109,7 +110,7 @@ class Retriever:
     def load(cls, folder: str | Path, overrides: Sequence[str] = ()) -> Retriever:
         """Load a saved retriever. `overrides`, such as "device=cpu", are applied after those it was built with.
 
-        Raises ValueError if `folder` holds no retriever, or one made with other settings (the key is named).
+        Raises ValueError if `folder` holds no retriever, or one whose settings differ (the message names the key).
         """
 
         def read(place: Path) -> Retriever:
@@ -130,7 +131,8 @@ class Retriever:
     def save(self, folder: str | Path) -> None:
         """Write gallery, settings and checkpoints to `folder`, for `load`; an earlier version there is replaced atomically.
 
-        Pictures are not copied. Raises ValueError if a checkpoint file has changed since it was loaded.
+        Pictures are not copied. Raises ValueError if a checkpoint file has changed since it was loaded, FileNotFoundError
+        if it is gone.
         """
         gallery, place = self._state.gallery, Path(folder)
         sources = {member.source for member in gallery.members}
@@ -225,7 +227,7 @@ class Retriever:
                 self._set_gallery(gallery.removed(gone))
 
     def threshold(self, rate: float) -> float | None:
-        """The least probability for a best answer to count as known, if `rate` (0 to 1) of unknown products may be accepted.
+        """The lowest probability at which a best answer counts as known, if a share `rate` of unknown products may be accepted.
 
         None if there are no probabilities. Raises ValueError for a rate outside 0 to 1. See `Calibration.threshold`.
         """

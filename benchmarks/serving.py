@@ -126,21 +126,26 @@ def engine_rate(retriever: Retriever, photos: list[bytes], seconds: float) -> fl
 
 def load(args: argparse.Namespace, shop: Path, photos: list[bytes]) -> None:
     retriever = Retriever.load(shop)
-    first = engine_rate(retriever, photos, args.seconds)
-    print("| connections | photos a second | of the engine's | p50 ms | p99 ms |\n| --- | --- | --- | --- | --- |")
-    rows = []
+    print(
+        "| connections | photos a second | of the engine's | the engine's, before and after | p50 ms | p99 ms |\n"
+        + "| --- " * 6
+        + "|"
+    )
     with service(shop) as (port, _):
         asyncio.run(close_the_loop(port, photos, BATCH, args.seconds / 4))  # to warm up
+        before = engine_rate(retriever, photos, args.seconds)
         for connections in args.connections:
             start = time.perf_counter()
             took = asyncio.run(close_the_loop(port, photos, connections, args.seconds))
-            rows.append((connections, len(took) / (time.perf_counter() - start), *np.percentile(took, [50, 99])))
-    engine = (first + engine_rate(retriever, photos, args.seconds)) / 2  # before and after: other programs move it
-    for connections, rate, middle, high in rows:
-        print(f"| {connections} | {rate:.1f} | {rate / engine:.2f} | {1e3 * middle:.0f} | {1e3 * high:.0f} |")
-    print(
-        f"the engine in batches of {BATCH}: {engine:.1f} photos a second ({first:.1f} before, {2 * engine - first:.1f} after)"
-    )
+            rate = len(took) / (time.perf_counter() - start)
+            after = engine_rate(retriever, photos, args.seconds)  # in turns, as other programs change it
+            middle, high = 1e3 * np.percentile(took, [50, 99])
+            share = 2 * rate / (before + after)
+            print(
+                f"| {connections} | {rate:.1f} | {share:.2f} | {before:.1f}, {after:.1f} | {middle:.0f} | {high:.0f} |",
+                flush=True,
+            )
+            before = after
 
 
 def soak(args: argparse.Namespace, shop: Path, photos: list[bytes]) -> int:

@@ -1,8 +1,12 @@
-"""The rooms of the package know only those below them."""
+"""Packages import only those below them, and nothing that is not declared."""
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from .conftest import ROOT
 
 PACKAGE = ROOT / "beauty_bafe"
+LOCAL = {"beauty_bafe", "train", "retrieve", "benchmarks"}
 SHARED = {"cli", "config", "extras", "manifest", "process", "versions", ""}
 MAY_IMPORT = {
     "data": set[str](),
@@ -49,3 +54,18 @@ def test_nothing_imports_upwards(name: str) -> None:
 def test_every_room_is_listed() -> None:
     rooms = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert rooms - {"commands"} <= set(MAY_IMPORT), "say in MAY_IMPORT what a new folder may import"
+
+
+def test_every_import_is_declared() -> None:
+    """What files import by its distribution's name, in pyproject.toml: as a dependency, or in an extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower().replace("_", "-") for line in lines}
+    owners = packages_distributions()
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        tree = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and not node.level}
+        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - LOCAL:
+            found = {owner.lower().replace("_", "-") for owner in owners.get(name, [name])}
+            assert found & declared, f"{file} imports {name} of {found}"

@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_file(installed: Path) -> None:
 
     package = installed / "beauty_bafe"
     assert listed(package / "conf", "*") == listed(ROOT / "conf", "*")
-    wanted = ("*.py", "*.j2", "py.typed")
+    wanted = ("*.py", "*.j2", "*.html", "py.typed")
     assert listed(package, *wanted) == listed(ROOT / "beauty_bafe", *wanted)
     assert "beauty-bafe = beauty_bafe.__main__:main" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
 

@@ -9,14 +9,14 @@ from threading import Barrier
 
 import pytest
 
-from beauty_bafe.process import HeldSetting
+from beauty_bafe.process import TemporarySetting
 
 from .conftest import ROOT
 
 
 def test_a_setting_is_held_until_the_last_thread_leaves() -> None:
     state = {"threads": 8}
-    held = HeldSetting(lambda: state["threads"], lambda value: state.update(threads=value), 1)
+    held = TemporarySetting(lambda: state["threads"], lambda value: state.update(threads=value), 1)
     together = Barrier(2)
 
     def work(number: int) -> int:

@@ -75,7 +75,7 @@ def _recognise(path: Path) -> tuple[str, str] | None:
     if (path / "photos.jsonl").is_file():
         return "photos", "catalogue photos and their masks, for training"
     if path.match("rehearsal-*"):
-        return "views", "street views of catalogue photos, for re-ranking"
+        return "views", "street views of catalogue photos, to learn probabilities and re-ranking weights"
     if (path / "manifest.json").is_file() and (path / "lock").is_file():
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         what = f"{manifest.get('pictures', 0)} pictures"

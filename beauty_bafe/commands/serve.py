@@ -31,7 +31,7 @@ def serve(cfg: DictConfig) -> None:
     from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
     from beauty_bafe.serving.app import create_app
     from beauty_bafe.serving.settings import read_settings
-    from beauty_bafe.serving.shop import Shop, make
+    from beauty_bafe.serving.shop import Shop, build_if_missing
     from beauty_bafe.versions import Versions
 
     values: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -51,7 +51,7 @@ def serve(cfg: DictConfig) -> None:
 
     def load() -> Shop:
         if empty:
-            make(folder, settings.checkpoints, str(settings.gallery), settings.overrides)
+            build_if_missing(folder, settings.checkpoints, str(settings.gallery), settings.overrides)
         return Shop(folder, settings.overrides)
 
     def fail(error: BaseException) -> None:

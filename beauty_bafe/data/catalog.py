@@ -125,12 +125,12 @@ def from_perfect500k(root: str | Path, titles: str | Path) -> Catalog:
     # Perfect-500K names some rows with the suffix, some without.
     ids = [name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in SUFFIXES else name for name in names]
     if not any(name in where for name in ids):
-        raise ValueError(f"none of the {len(ids)} ids of '{titles}' is a picture under '{root}'; the first is '{ids[:1]}'")
+        raise ValueError(f"none of the {len(ids)} ids of '{titles}' is a picture under '{root}'; such as '{ids[0]}'")
     return Catalog(tuple(ids), tuple(where.get(name, Path(root) / f"{name}.jpg") for name in ids))
 
 
 class Skipped:
-    """Skipped pictures as (id, path, reason); `unreadable`: those that cannot be decoded."""
+    """Skipped pictures as (id, path, reason); `unreadable`: those that cannot be read."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from filelock import FileLock
 
+from ..manifest import locked
 from .augmentation import Sample
 from .catalog import Catalog
 from .foreground import find_foreground
@@ -22,7 +22,7 @@ VERSION = 2  # increase it when the same file gives other pixels or another mask
 
 
 class LoadResult(NamedTuple):
-    """The result of inspecting a file. `reason`: why it cannot be used, "" if it can. `unreadable`: it cannot be decoded.
+    """The result of inspecting a file. `reason`: why it cannot be used, "" if it can. `unreadable`: it cannot be read.
 
     `pixels`: uint8 (S, S, 4), photo and mask, of a usable catalogue photo.
     """
@@ -70,10 +70,8 @@ class PhotoCache:
         A photo is listed only when its pixels are on disk, so that a killed run can continue. Only one process at a time
         fills the cache. Raises OSError if the disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         names = [_identify(path) for path in catalog.paths]
-        with FileLock(self.folder / "lock"):
-            os.utime(self.folder / "lock")  # the time of the last use, for beauty-bafe cache
+        with locked([self.folder]):
             self._read()
             # Each file once, even if it has several ids, as rows are numbered by files.
             missing = list({name: index for index, name in enumerate(names) if name not in self.results}.values())

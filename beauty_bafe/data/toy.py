@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ..manifest import replace_file
 from .augmentation.base import Sample
 from .augmentation.hands import paste_in_hand
 from .augmentation.solids import as_solid
@@ -106,9 +106,7 @@ def draw_toy(root: str | Path, products: int, queries: int, seed: int, size: int
             truth += [row] if row else []
     with (folder / "truth.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("query", "product"), *truth])
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(made))
-    os.replace(part, note)
+    replace_file(note, lambda part: part.write_text(json.dumps(made)))
     return folder
 
 

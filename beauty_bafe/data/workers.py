@@ -6,10 +6,10 @@ import os
 
 import cv2
 
-from ..process import HeldSetting
+from ..process import TemporarySetting
 
 # For use with our own threads: OpenCV's would compete for the same cores.
-one_opencv_thread = HeldSetting(cv2.getNumThreads, cv2.setNumThreads, 1)
+one_opencv_thread = TemporarySetting(cv2.getNumThreads, cv2.setNumThreads, 1)
 
 
 def default_workers() -> int:

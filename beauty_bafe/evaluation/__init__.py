@@ -1,1 +1,1 @@
-"""Numbers and pages made from results."""
+"""Metrics, tables and reports of retrieval runs."""

@@ -90,7 +90,7 @@ class LocalRun:
         self.workers = automatic if settings.num_workers is None else settings.num_workers
 
     def run(self) -> None:
-        """Plan, print a forecast, compile if that saves time, describe, and print how long it took."""
+        """Plan, log a forecast, compile if that saves time, describe, and log how long it took."""
         job = self.job
         count, shard = len(job.missing), job.settings.shard
         forecast = self._plan()
@@ -141,7 +141,7 @@ class LocalRun:
         compiling = sum(network.engine.compile() for network in self.networks)
         if compiling:
             seconds = sum(network.engine.plan(count) for network in self.networks)
-            log.info(f"compiled in {compiling:.0f} s" + (f"; now about {seconds:.0f} s of network" if seconds else ""))
+            log.info(f"compiled in {compiling:.0f} s" + (f"; now about {seconds:.0f} s in the network" if seconds else ""))
         for network in self.networks:
             network.engine.seconds = 0.0
         return seconds
@@ -155,7 +155,7 @@ class LocalRun:
         memory = 10 * sum(widths) * len(job.pictures)
         how = ", less when compiled" if any(network.engine.runtime == "compiled" for network in self.networks) else ""
         log.info(
-            f"forecast for {count} {job.what}: about {seconds:.0f} s of network{how}, {disk / 1e6:.0f} MB on disk, "
+            f"forecast for {count} {job.what}: about {seconds:.0f} s in the network{how}, {disk / 1e6:.0f} MB on disk, "
             f"{memory / 1e9:.1f} GB of memory to search them"
         )
         check_space(disk, memory, job.stores[0].folder, len(job.pictures), job.what)
@@ -197,7 +197,7 @@ class LocalRun:
 def stored_arrays(
     outputs: Sequence[np.ndarray], place: int, rows: Sequence[int], masks: bool, dtype: np.dtype
 ) -> dict[str, np.ndarray]:
-    """The arrays to store: these rows of output `place` of a Describer, and of the masks; empty without rows."""
+    """The arrays to store for these rows: output `place` of a Describer, and its masks if `masks`; empty without rows."""
     if not rows:
         return {}
     arrays = {"vectors": outputs[place][list(rows)].astype(dtype)}

@@ -93,7 +93,10 @@ class FeatureExtraction:
         """
         catalog = pictures.files
         if len(catalog) < len(pictures):
-            raise ValueError(f"{len(pictures) - len(catalog)} {what} are not files, but descriptors are stored by file")
+            raise ValueError(
+                f"{len(pictures) - len(catalog)} {what} are not files, but descriptors are stored by file; "
+                "save them as files, or use Retriever for pictures in memory"
+            )
         stamped = list(zip(catalog.ids, stamps(catalog.paths), strict=True))
         places = [self._place(member, source, masks, view) for member in members]
         with locked(folder for folder, _ in places):
@@ -125,7 +128,7 @@ class FeatureExtraction:
             LocalRun(job).run()
 
     def _retry(self, members: Sequence[Member], stores: Sequence[Store], catalog: Catalog, pictures: Sequence[Picture]) -> None:
-        """Remove unreadable pictures that can be read now from the stores: a network error does not change their stamp."""
+        """Clear the unreadable marks of pictures that can be read now: a network error does not change a picture's stamp."""
         doubtful = [row for row, picture in enumerate(pictures) if any(picture in store.unreadable for store in stores)]
         for row in find_readable(catalog, doubtful, max(member.extractor.size for member in members)):
             for store in stores:

@@ -91,7 +91,7 @@ def _load_at(file: str, size: int | None) -> BackgroundAgnosticExtractor:
     patch = patch if own % patch == 0 else 1
     extractor.size = size or max(1, round(own * times / patch)) * patch
     if extractor.size != own:
-        log.info(f"'{file}' describes at {extractor.size} px, trained at {own} px")
+        log.info(f"'{file}': pictures are described at {extractor.size} px (trained at {own} px)")
     try:
         if extractor.size != own:
             extractor(torch.zeros(1, 3, extractor.size, extractor.size, dtype=torch.uint8))

@@ -50,7 +50,7 @@ class RayExtraction(FeatureExtraction):
                 raise ValueError(f"extraction.{name}={value}: type a number above 0")
         if settings.pop("devices", None) is not None:
             raise ValueError("extraction.devices applies to one machine; with extraction=ray type extraction.workers=N instead")
-        # `_choose_device` finds out whether the cluster has GPUs; until then, and in memory, this machine counts.
+        # `_choose_device` finds out whether the cluster has GPUs; until then, and in memory, this machine decides.
         here = "cpu" if device in ("gpu", "cuda") and not torch.cuda.is_available() else device
         super().__init__(features, device=here, precision=precision, runtime=runtime, **settings)
         self.wanted, self.wanted_precision, self.wanted_runtime = device, precision, runtime
@@ -110,7 +110,7 @@ class RayExtraction(FeatureExtraction):
         import ray.data
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # our own counts pictures
+        context.enable_progress_bars = False  # our own progress bar replaces them
         there = ray.cluster_resources()
         fitting = int(there.get("CPU", 0) / self.cpus)
         if self._gpus:

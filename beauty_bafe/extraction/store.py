@@ -21,7 +21,7 @@ class Store:
 
     `key`: plain values that every vector depends on; they are written to the manifest, with the catalogue's fingerprint and
     the plan given to `begin`. Open, write and read it inside `manifest.locked`, as other runs may write to the same folder.
-    Raises ValueError, with the name, if a key differs from the folder's, or a shard is damaged.
+    Raises ValueError naming the key that differs from the folder's, or the damaged shard.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Store:
     def free_shards(self) -> Iterator[int]:
         """Unused shard numbers, lowest first.
 
-        Workers that are killed leave gaps. Filled in this order, they receive the same pictures as without the kill.
+        Workers that are killed leave gaps. Filled in this order, they get the same pictures as if none had been killed.
         """
         return (number for number in count() if number not in self._shards)
 

@@ -141,7 +141,8 @@ class Index(ABC):
     def _check_known(self, ids: Sequence[str]) -> None:
         unknown: Set[str] = {name for name in ids if name not in self.row_of}
         if unknown:
-            raise ValueError(f"the index holds no '{min(unknown)}'; it has {len(self.ids)} ids, the first {self.ids[:1]}")
+            held = f"it holds {len(self.ids)} ids, such as '{self.ids[0]}'" if self.ids else "it is empty"
+            raise ValueError(f"the index holds no '{min(unknown)}'; {held}")
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.precision import fastest_precision, pick_device
-from ..process import HeldSetting
+from ..process import TemporarySetting
 from .axes import learn_axes
 from .first_pass import FirstPass, Rounded, cuts
 from .leading import Leading
@@ -206,4 +206,4 @@ def _write_arithmetic(values: Arithmetic) -> None:
 
 
 # The bound requires bfloat16 products summed in float32, and unrounded float32 products, whatever the process has set.
-_PLAIN_ARITHMETIC = HeldSetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))
+_PLAIN_ARITHMETIC = TemporarySetting(_read_arithmetic, _write_arithmetic, (False, "ieee", "ieee"))

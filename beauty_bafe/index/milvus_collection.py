@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-MOST = 16384  # rows that Milvus returns at most, per query and per request
+MAX_RESULTS = 16384  # rows that Milvus returns at most, per query and per request
 BYTES = 8 << 20  # of vectors per message; the server rejects 64 MiB
 PROGRESS_ABOVE = 5000  # rows up to which no progress bar is shown
 SEALED = 10_000  # new rows from which the server is told to seal and index them; many small segments slow it down
@@ -130,8 +130,8 @@ class Collection:
                     while str(client.get_load_state(self.name, timeout=self.server.timeout)["state"]) != "Loaded":
                         if time.monotonic() > until + 10 * self.server.timeout:
                             raise ConnectionError(
-                                f"the {self} was not loaded after {11 * self.server.timeout:g} seconds; do its query nodes "
-                                "have enough memory (docs/scale.md)? otherwise raise index.timeout"
+                                f"the {self} was not loaded after {11 * self.server.timeout:g} seconds; check that its query "
+                                "nodes have enough memory (docs/scale.md), or raise index.timeout"
                             )
                         time.sleep(0.1)
                     return
@@ -158,7 +158,10 @@ class Collection:
                         before, until = pending, time.monotonic() + 10 * self.server.timeout
                     time.sleep(0.2)
                 if pending:
-                    raise ValueError(f"the {self} has left {pending} rows unindexed for {10 * self.server.timeout:g} seconds")
+                    raise ValueError(
+                        f"the {self} has left {pending} rows unindexed for {10 * self.server.timeout:g} seconds; "
+                        "check the server, or raise index.timeout"
+                    )
             if exclusive:
                 client.release_collection(self.name, timeout=self.server.timeout)
 
@@ -204,7 +207,7 @@ class Collection:
 
     def insert(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, categories: Sequence[str]) -> None:
         """Add rows, replacing those with the same label. Labels int64 (N,), vectors float32 (N, D)."""
-        step = min(MOST, max(1, BYTES // (4 * vectors.shape[1])))
+        step = min(MAX_RESULTS, max(1, BYTES // (4 * vectors.shape[1])))
         starts: Any = range(0, len(labels), step)
         for start in track(starts, f"sending {len(labels)} vectors to Milvus") if len(labels) > PROGRESS_ABOVE else starts:
             part = slice(start, start + step)
@@ -226,26 +229,28 @@ class Collection:
 
     def delete(self, labels: Sequence[int]) -> None:
         """Remove rows; unknown labels are ignored."""
-        for start in range(0, len(labels), MOST):
+        for start in range(0, len(labels), MAX_RESULTS):
             with self.server.client("delete rows") as client:
-                client.delete(self.name, ids=list(labels[start : start + MOST]), timeout=self.server.timeout)
+                client.delete(self.name, ids=list(labels[start : start + MAX_RESULTS]), timeout=self.server.timeout)
 
     def present(self, labels: np.ndarray) -> np.ndarray:
         """Which of these labels, int64 (N,), the collection holds now: bool (N,)."""
         found = np.zeros(len(labels), bool)
-        starts: Any = range(0, len(labels), MOST)
-        for start in track(starts, f"looking for {len(labels)} vectors in Milvus") if len(labels) > 20 * MOST else starts:
-            part = labels[start : start + MOST]
+        starts: Any = range(0, len(labels), MAX_RESULTS)
+        for start in (
+            track(starts, f"looking for {len(labels)} vectors in Milvus") if len(labels) > 20 * MAX_RESULTS else starts
+        ):
+            part = labels[start : start + MAX_RESULTS]
             with self.server.client("list its rows") as client:
                 rows = self._query(client, f"label in {part.tolist()}", ["label"], "Strong")
-            found[start : start + MOST] = np.isin(part, np.array([row["label"] for row in rows], np.int64))
+            found[start : start + MAX_RESULTS] = np.isin(part, np.array([row["label"] for row in rows], np.int64))
         return found
 
     def fetch(self, labels: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of N different labels: float32 (N, D), and bool (N,), whether each was found."""
         vectors, found = np.zeros((len(labels), dimensions), np.float32), np.zeros(len(labels), bool)
         order = np.argsort(labels)
-        step = min(MOST, max(1, BYTES // (4 * dimensions)))
+        step = min(MAX_RESULTS, max(1, BYTES // (4 * dimensions)))
         # Rows that a search returned can be read at once; what a lagging replica lacks is requested again.
         for level in ("Eventually", "Strong"):
             missing = np.flatnonzero(~found)

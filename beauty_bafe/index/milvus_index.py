@@ -14,7 +14,7 @@ import numpy as np
 from ..manifest import digest
 from .base import Index
 from .labels import Labels, category_code, make_labels, read_categories
-from .milvus_collection import KINDS, MOST, SEALED, Collection, Server
+from .milvus_collection import KINDS, MAX_RESULTS, SEALED, Collection, Server
 
 CONSISTENCIES = ("strong", "bounded", "session", "eventually")
 NUMBERS = 1 << 26  # of candidate vectors in memory at a time
@@ -67,8 +67,8 @@ class MilvusIndex(Index):
                 raise ValueError(f"index.{name}={value}: type {', '.join(allowed)}")
         if not collection.isidentifier() or not collection.isascii():
             raise ValueError(f"index.collection={collection}: type a name of letters, digits and _, not beginning with a digit")
-        if not 0 <= rescore <= MOST:
-            raise ValueError(f"index.rescore={rescore}: type a number from 0 to {MOST}")
+        if not 0 <= rescore <= MAX_RESULTS:
+            raise ValueError(f"index.rescore={rescore}: type a number from 0 to {MAX_RESULTS}")
         if only is not None and categories is None:
             raise ValueError(f"index.only={list(only)} needs index.categories=CSV, a csv with the columns id,category")
         self.rescore, self.overwrite = rescore, overwrite
@@ -77,7 +77,7 @@ class MilvusIndex(Index):
         self._only = "" if only is None else f"category in {json.dumps([category_code(name) for name in only])}"
         options, search, wide = {
             "hnsw": ({"M": m, "efConstruction": 200}, {"ef": ef}, {"ef": 32768}),
-            "diskann": ({}, {"search_list": ef}, {"search_list": MOST}),
+            "diskann": ({}, {"search_list": ef}, {"search_list": MAX_RESULTS}),
             "ivf_sq8": ({"nlist": lists}, {"nprobe": min(probes, lists)}, {"nprobe": lists}),
             "flat": ({}, {}, {}),
         }[kind]
@@ -204,8 +204,10 @@ class MilvusIndex(Index):
         return vectors[place]
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if k > MOST:
-            raise ValueError(f"Milvus returns at most {MOST} results per query, not {k}; lower k, or the depth of re-ranking")
+        if k > MAX_RESULTS:
+            raise ValueError(
+                f"Milvus returns at most {MAX_RESULTS} results per query, not {k}; lower k, or the depth of re-ranking"
+            )
         self._check_complete()
         depth = min(max(k, self.rescore), len(self))
         scores, positions = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar, RichProgressBar
 
+from ..manifest import replace_file
 from .extractor import resize_mask
 
 log = logging.getLogger("beauty_bafe")
@@ -67,13 +68,11 @@ class Checkpoints(Checkpoint):
         try:
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
-                for file in files[:-1]:
-                    shutil.copyfile(part, file.with_suffix(".copy"))
-                    os.replace(file.with_suffix(".copy"), file)
-                os.replace(part, files[-1])
+                for file in files:
+                    replace_file(file, partial(shutil.copyfile, part))
+                part.unlink()
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-            for leftover in (part, self.best.with_suffix(".copy")):
-                leftover.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             kept = (
                 f"the checkpoint of an earlier epoch is kept; type ckpt_path={self.last} to continue"
                 if self.last.exists()

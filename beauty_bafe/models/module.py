@@ -16,7 +16,7 @@ from .distributed import gather_rows
 from .exported import PREFIX, read_network
 from .extractor import BackgroundAgnosticExtractor, Extraction, resize_mask
 from .fast_training import optimize_for_training
-from .objectives import average_precision, mask_metrics, saliency_loss
+from .objectives import mask_metrics, reciprocal_rank, saliency_loss
 from .pooling import spoc
 
 
@@ -96,7 +96,7 @@ class SaliencyModule(pl.LightningModule):
         clean, street = vectors[:, 0], vectors[:, 1:]
         gallery = torch.cat([clean, *([_gather_batches(self._others)["vectors"][:, 0]] if self._others else [])])
         own = torch.arange(len(clean), device=clean.device).repeat_interleave(street.shape[1])
-        values = {"mAP@7": average_precision(street.flatten(0, 1), gallery, own)} | held_out
+        values = {"mAP@7": reciprocal_rank(street.flatten(0, 1), gallery, own)} | held_out
         for key, value in values.items():  # the same in all processes
             self.log(f"val/{key}", value.mean(), prog_bar=key == "mAP@7", sync_dist=True)
 

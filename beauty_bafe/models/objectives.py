@@ -49,12 +49,12 @@ def distillation_loss(maps: Tensor, known: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(maps.float(), known.float(), dim=1)).mean()
 
 
-def average_precision(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:
+def reciprocal_rank(queries: Tensor, gallery: Tensor, own: Tensor, k: int = 7) -> Tensor:
     """AP@k of queries with a single match, row own[i] of the gallery: 1 / rank, or 0 for ranks beyond k; float (N,).
 
     `queries`: float (N, D), `gallery`: (M, D), both of length 1. `own`: int64 (N,). Ties count against the query.
 
-    >>> average_precision(torch.eye(2), torch.tensor([[0.0, 1], [0.6, 0.8], [0.8, 0.6]]), torch.tensor([0, 1])).tolist()
+    >>> reciprocal_rank(torch.eye(2), torch.tensor([[0.0, 1], [0.6, 0.8], [0.8, 0.6]]), torch.tensor([0, 1])).tolist()
     [0.3333333432674408, 0.5]
     """
     scores = queries @ gallery.T

@@ -37,7 +37,7 @@ def check_available(weights: str | None, setting: str) -> None:
 def load_network(
     make: Callable[[], nn.Module], download: Callable[[], nn.Module], weights: str | None, setting: str
 ) -> nn.Module:
-    """Build a network by `make` and load `weights` into it, for inference; None: call `download`, which returns both.
+    """Build a network with `make` and load `weights` into it, for inference; None: call `download`, which returns both.
 
     Raises ValueError if the weights do not fit, RuntimeError if the download fails.
     """

@@ -24,14 +24,14 @@ from ..data.workers import default_workers, one_opencv_thread
 from ..extraction.local import PREPROCESSING
 from ..extraction.store import Picture, Store
 from ..manifest import digest, locked
-from ..process import HeldSetting
+from ..process import TemporarySetting
 from .candidates import Candidates
 
 log = logging.getLogger("beauty_bafe")
 
 T = TypeVar("T")  # the features of one picture
 
-one_torch_thread = HeldSetting(torch.get_num_threads, torch.set_num_threads, 1)
+one_torch_thread = TemporarySetting(torch.get_num_threads, torch.set_num_threads, 1)
 SHARD = 512  # gallery pictures per file
 PROGRESS_ABOVE = 32  # queries, or gallery pictures, up to which no progress is shown
 COUNT = "_count"  # suffix of the array that holds the unpadded lengths of another

@@ -10,12 +10,12 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-SHORTLIST = 20  # answers to a query among which the probability is divided
+SHORTLIST = 20  # answers to a query over which the probability is distributed
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of the answers to a query -> the probability that each is right; the rest to 1 is that none is.
+    """Scores of the answers to a query -> the probability that each is right; the remainder up to 1: that none is.
 
     P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)) over the first SHORTLIST answers j: the conditional logit
     (McFadden, 1974) with the option "none". The median of these answers is subtracted from the scores first, as another
@@ -69,7 +69,7 @@ class Calibration:
         return np.exp(logits - total[:, None]).astype(np.float32)
 
     def threshold(self, rate: float) -> float:
-        """The lowest probability that the best answers of at most the share `rate` of queries for unknown products reach.
+        """The lowest threshold that at most a share `rate` of the queries for unknown products reach with their best answer.
 
         Raises ValueError for a rate that is not between 0 and 1.
         """

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -24,6 +24,7 @@ from ..extraction.features import unit
 from ..extraction.members import Member
 from ..extras import explain
 from ..index.faiss_index import kmeans
+from ..index.memory_index import save_npy
 from ..manifest import digest, replace_file
 from ..rerank.keypoints import Sift, root_sift
 
@@ -74,7 +75,7 @@ def lbp(rgb: np.ndarray, weight: np.ndarray | None, radii: Sequence[int] = (1, 2
 
 @_of_each_picture
 def hog(rgb: np.ndarray, weight: np.ndarray | None, cells: int = 7, orientations: int = 9) -> np.ndarray:
-    """Histograms of oriented gradients in `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, of w x on white."""
+    """Histograms of oriented gradients in `cells` x `cells` (Dalal & Triggs, CVPR 2005); with a weight, w x + (1 - w) white."""
     if weight is not None:
         rgb = (rgb * weight[..., None] + 255 * (1 - weight[..., None])).astype(np.uint8)
     side = rgb.shape[0] // cells
@@ -112,7 +113,7 @@ class Vlad:
 
     def _describe(self, rgb: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
         if self.vocabulary is None:
-            raise ValueError("VLAD has no vocabulary yet; it is learned from the gallery when a gallery is opened")
+            raise ValueError("VLAD has no vocabulary yet; build or open a gallery first, which learns it")
         points, sift = self.detector(rgb)
         total = np.zeros((self.words, 128), np.float32)
         if not len(points):
@@ -126,7 +127,7 @@ class Vlad:
         np.add.at(total, nearest, (descriptors - self.vocabulary[nearest]) * shares[:, None])
         return unit(total).ravel()
 
-    def learn(self, pictures: Pictures) -> None:
+    def fit(self, pictures: Pictures) -> None:
         """Cluster the RootSIFT descriptors of some of the pictures. Raises ValueError if there are too few."""
         found = []
         for row in np.unique(np.linspace(0, len(pictures) - 1, LEARNED_FROM).astype(int)):
@@ -144,45 +145,54 @@ class Vlad:
         log.info(f"VLAD: learning {self.words} words from {len(descriptors)} descriptors of {len(found)} gallery pictures")
         self.vocabulary = kmeans(descriptors, self.words)
 
+    def save(self, file: Path) -> None:
+        replace_file(file, partial(save_npy, np.asarray(self.vocabulary)))
 
-def learn(members: Sequence[Member], pictures: Pictures | None, source: str, kept: Path | None, features: Path) -> None:
-    """Give VLAD poolings their vocabulary: from `kept` or `features` if it was learned before, otherwise from `pictures`.
+    def load(self, file: Path) -> None:
+        self.vocabulary = np.load(file)
 
-    `source`: where the pictures come from, by which the vocabulary is found in `features`. A changed catalogue keeps its
-    vocabulary, so that stored descriptors stay valid.
+
+@runtime_checkable
+class LearnedPooling(Protocol):
+    """A pooling function that is learned from a gallery before it is used; an ensemble has the same three methods."""
+
+    def fit(self, pictures: Pictures) -> Any: ...
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> Any: ...
+
+
+def load_or_fit(members: Sequence[Member], pictures: Pictures | None, source: str, kept: Path | None, features: Path) -> None:
+    """Load what learned poolings need from `kept` or `features` if it was learned before, otherwise fit them to `pictures`.
+
+    `source`: where the pictures come from, which identifies the file in `features`. A changed catalogue keeps what was
+    learned, so that stored descriptors stay valid.
     """
-    for number, vlad in enumerate(_vlads(members)):
-        file = features / f"vocabulary-{digest(str(vlad), absolute(source))}.npy"
+    for number, pooling in enumerate(_learned(members)):
+        file = features / f"vocabulary-{digest(str(pooling), absolute(source))}.npy"
         if kept is not None:
-            file = _kept(kept, number)
+            file = _beside_index(kept, number)
         if file.is_file():
-            vlad.vocabulary = np.load(file)
+            pooling.load(file)
         elif pictures is not None:
-            vlad.learn(pictures)
-            _save(file, vlad)
+            pooling.fit(pictures)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pooling.save(file)
 
 
-def keep_learned(members: Sequence[Member], place: Path) -> None:
-    """Write the vocabularies beside an index, for later queries."""
-    for number, vlad in enumerate(_vlads(members)):
-        _save(_kept(place, number), vlad)
+def save_learned(members: Sequence[Member], folder: Path) -> None:
+    """Write what poolings have learned beside an index, for later queries."""
+    for number, pooling in enumerate(_learned(members)):
+        pooling.save(_beside_index(folder, number))
 
 
-def _vlads(members: Sequence[Member]) -> list[Vlad]:
-    return list(dict.fromkeys(m.pooling.function for m in members if isinstance(m.pooling.function, Vlad)))
+def _learned(members: Sequence[Member]) -> list[LearnedPooling]:
+    return list(dict.fromkeys(m.pooling.function for m in members if isinstance(m.pooling.function, LearnedPooling)))
 
 
-def _kept(place: Path, number: int) -> Path:
-    return place / f"vocabulary{number}.npy"
-
-
-def _save(file: Path, vlad: Vlad) -> None:
-    def write(part: Path) -> None:
-        with part.open("wb") as stream:  # np.save would append .npy to the name
-            np.save(stream, np.asarray(vlad.vocabulary))
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, write)
+def _beside_index(folder: Path, number: int) -> Path:
+    return folder / f"vocabulary{number}.npy"
 
 
 def _root_histogram(cell: np.ndarray, weight: np.ndarray | None, size: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from ..models.views import View
 from ..rerank.candidates import Candidates, Reranker, SearchContext, TrainableReranker
 from ..versions import Versions
 from .calibration import SHORTLIST, Calibration
-from .classical import keep_learned, learn
+from .classical import load_or_fit, save_learned
 from .ensemble import Concatenation, Fusion
 
 log = logging.getLogger("beauty_bafe")
@@ -89,7 +89,7 @@ class Gallery:
     def open(self, source: str | None, folder: str | None, index: Index, skipped: Skipped) -> Self:
         """Build the gallery from the pictures of `source`, or load it from `folder`.
 
-        With both, a gallery saved in `folder` is updated to changes of the catalogue; its ensemble stays as first learned.
+        With both, a gallery saved in `folder` is updated to match the catalogue; its ensemble is not learned again.
         Raises ValueError, with the name of the key, if it was made with other members or settings.
         """
         kept = Versions(Path(folder)) if folder is not None else None
@@ -110,7 +110,7 @@ class Gallery:
         """Describe and index the pictures, or update the gallery in `kept` if there is one; returns a message about it."""
         place = kept.current() if kept is not None else None
         self.catalog = pictures.files
-        learn(self.members, pictures, source, place, self.extraction.root)
+        load_or_fit(self.members, pictures, source, place, self.extraction.root)
         features = self.extraction(self.members, pictures, source, "gallery pictures", skipped)
         start = time.perf_counter()
         if place is not None:
@@ -259,7 +259,7 @@ class Gallery:
 
     def load(self, place: Path, index: Index) -> None:
         """Read a saved gallery. Raises ValueError with the name of a key that differs."""
-        learn(self.members, None, "", place, self.extraction.root)
+        load_or_fit(self.members, None, "", place, self.extraction.root)
         self.indexes = self._load_indexes(place, index)
         self.catalog = open_catalog(place / CATALOG) if (place / CATALOG).is_file() else Catalog((), ())
         self._read_learned(place)
@@ -279,7 +279,7 @@ class Gallery:
     def save(self, place: Path) -> None:
         """Write the ensemble, the indexes and the paths of the pictures to a folder."""
         self.ensemble.save(place)
-        keep_learned(self.members, place)
+        save_learned(self.members, place)
         for number, index in enumerate(self.indexes):
             index.save(place / f"view{number}", self._about())
         self._write_learned(place)

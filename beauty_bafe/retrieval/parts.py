@@ -37,7 +37,9 @@ class Parts:
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Load the networks and build the parts that `cfg` names; none of its groups may be auto. Raises ValueError."""
+    """Load the networks and build the parts that `cfg` names; none of its groups may be auto. Raises ValueError for settings
+    that do not fit.
+    """
     steps = build_steps(cfg.rerank)
     poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
     members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs, cfg.size)
@@ -58,5 +60,5 @@ def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
         except InstantiationException as error:
             if not (settings.get("optional") and isinstance(error.__cause__, ImportError)):
                 raise
-            log.warning(f"without {name!s}: {explain(error.__cause__)}")
+            log.warning(f"{name!s} is left out: {explain(error.__cause__)}")
     return steps

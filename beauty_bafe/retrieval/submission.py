@@ -80,9 +80,9 @@ def check_submission(
             if len(answers) != k:
                 faults.append(f"line {number} ('{query}') has {len(answers)} answers, not {k}")
             if twice := sorted({answer for answer in answers if answers.count(answer) > 1}):
-                faults.append(f"line {number} ('{query}') holds {', '.join(twice)} more than once")
+                faults.append(f"line {number} ('{query}') contains {', '.join(twice)} more than once")
             if known is not None and (strange := [answer for answer in answers if answer not in known]):
-                faults.append(f"line {number} ('{query}') answers {', '.join(strange)}, not in the gallery")
+                faults.append(f"line {number} ('{query}') has answers that are not in the gallery: {', '.join(strange)}")
             if expected is not None and query not in expected:
                 faults.append(f"line {number}: '{query}' is not among the {len(expected)} queries; leave out any header")
             seen.append(query)
@@ -93,7 +93,7 @@ def check_submission(
         if missing := [query for query in queries if query not in set(seen)]:
             faults.append(f"{len(missing)} queries are not answered, the first '{missing[0]}'")
         if not missing and [query for query in seen if query in expected] != list(queries):
-            faults.append("the queries are not in their order")
+            faults.append("the queries are not in the order of --queries")
     return faults
 
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("file")
     check.add_argument("--k", type=int, default=7, help="answers per query")
     check.add_argument("--gallery", help="folder, or csv of id,path: answers must be among its ids")
-    check.add_argument("--queries", help="likewise: all of them must be answered, in their order")
+    check.add_argument("--queries", help="folder, or csv of id,path: all must be answered, in this order")
     given = parser.parse_args(arguments)
     try:
         ids = [None if source is None else open_catalog(source).ids for source in (given.gallery, given.queries)]
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
         sys.exit(f"{given.file}: {len(faults)} faults\n" + "\n".join(faults[:20]) + more)
     unchecked = [f"--{name}" for name, known in zip(("gallery", "queries"), ids, strict=True) if known is None]
-    print(f"{given.file}: good" + (f" (ids unchecked without {' and '.join(unchecked)})" if unchecked else ""))
+    print(f"{given.file}: no faults" + (f" (ids not checked; add {' and '.join(unchecked)})" if unchecked else ""))
 
 
 if __name__ == "__main__":

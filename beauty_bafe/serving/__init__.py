@@ -1,1 +1,1 @@
-"""The HTTP service: `app` has the endpoints, `page.html` the page; the other modules are their parts."""
+"""The HTTP service: `app` has the endpoints, `page.html` and `docs.html` are its pages."""

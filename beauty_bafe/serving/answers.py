@@ -14,7 +14,7 @@ class Answer(BaseModel):
 
     id: str
     score: float = Field(description="Higher is better; comparable within one answer")
-    probability: float | None = Field(description="That it is the product, 0 to 1; null without calibration")
+    probability: float | None = Field(description="Probability that it is the product, 0 to 1; null without calibration")
     picture: str | None = Field(description="URL of a thumbnail; null if the catalogue has no file of it")
 
 

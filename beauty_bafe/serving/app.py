@@ -21,15 +21,15 @@ from .access import Access
 from .answers import UPLOAD, Answer, Change, Description, Health, SearchAnswer, problems
 from .batching import Batcher
 from .documents import add_documents
-from .limits import Places, Refused, Upload, check_parameters, drain, read_upload
+from .limits import Refused, Slots, Upload, check_parameters, drain, read_upload
 from .metrics import Metrics
 from .middleware import Observed
-from .settings import MOST_ANSWERS, Settings
+from .settings import MAX_ANSWERS, Settings
 from .shop import Served, Shop, encode_mask
 
 log = logging.getLogger(__name__)
 Mask = Annotated[bool, Query(description="Whether to send the mask")]
-K = Annotated[int, Query(ge=1, le=MOST_ANSWERS, description="Number of answers; fewer if the catalogue is smaller")]
+K = Annotated[int, Query(ge=1, le=MAX_ANSWERS, description="Number of answers; fewer if the catalogue is smaller")]
 Threshold = Annotated[
     float | None,
     Query(
@@ -52,7 +52,7 @@ class Service:
     ) -> None:
         self._load, self._failed = load, failed
         self.settings, self.limits, self.access = settings, settings.limits, access
-        self.metrics, self.places, self.thumbnails = Metrics(), Places(settings.limits.queue), Places(settings.limits.queue)
+        self.metrics, self.slots, self.thumbnails = Metrics(), Slots(settings.limits.queue), Slots(settings.limits.queue)
         self.loaded: Shop | None = None
 
     @asynccontextmanager
@@ -63,7 +63,7 @@ class Service:
             self.settings.batch.size,
             self.settings.batch.wait_ms,
             self.metrics,
-            lambda: self.places.taken,
+            lambda: self.slots.taken,
         )
         self.changing = asyncio.Lock()
         loading = asyncio.create_task(self._start())
@@ -103,26 +103,26 @@ class Service:
         yield
         self.metrics.stage(name, time.perf_counter() - start)
 
-    async def ask(self, request: Request, kind: Hashable) -> tuple[Upload, Any]:
+    async def submit(self, request: Request, kind: Hashable) -> tuple[Upload, Any]:
         """The picture in a request, and the result for it. Raises Refused."""
         self.access.check_reading(request)
         _ = self.shop
-        with self.places.take(), self.stage("request"):
+        with self.slots.acquire(), self.stage("request"):
             async with self._in_time():
                 upload = await read_upload(request, self.limits)
-                return upload, await self.batcher.ask(kind, upload.content)
+                return upload, await self.batcher.submit(kind, upload.content)
 
     async def thumbnail(self, request: Request, id: str) -> bytes:
         """The thumbnail of a product. Raises Refused."""
         self.access.check_reading(request)
         shop = self.shop
-        with self.thumbnails.take():
+        with self.thumbnails.acquire():
             async with self._in_time():
                 return await asyncio.to_thread(shop.thumbnail, id, self.settings.thumbnail)
 
     async def change(self, request: Request, what: Callable[[Upload | None], Served], with_upload: bool) -> Change:
         """Change the catalogue; changes run one at a time. Raises Refused."""
-        with self.places.take(), self.stage("change"):
+        with self.slots.acquire(), self.stage("change"):
             async with self._in_time():
                 upload = await read_upload(request, self.limits) if with_upload else None
                 await self.changing.acquire()
@@ -182,7 +182,7 @@ def create_app(
     ) -> SearchAnswer:
         """Search the catalogue for the product in a picture."""
         start = time.perf_counter()
-        upload, found = await service.ask(request, ("search", k))
+        upload, found = await service.submit(request, ("search", k))
         answers = [
             Answer(
                 id=hit.id,
@@ -208,7 +208,7 @@ def create_app(
     async def describe(request: Request, mask: Mask = True) -> Description:
         """The descriptor and the mask of a picture."""
         start = time.perf_counter()
-        upload, described = await service.ask(request, ("describe", None))
+        upload, described = await service.submit(request, ("describe", None))
         return Description(
             descriptor=described.vector.tolist(),
             mask=_base64(described.mask, upload) if mask else None,

@@ -41,7 +41,7 @@ class Batcher:
         self._threads = ThreadPoolExecutor(2, "batch")
         self._tasks = [asyncio.create_task(self._run()) for _ in range(2)]
 
-    async def ask(self, kind: Hashable, content: bytes) -> Any:
+    async def submit(self, kind: Hashable, content: bytes) -> Any:
         """The result for one picture; raises the exception that `work` returned for it. Cancelled calls are left out."""
         job = _Job(kind, content, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(job)

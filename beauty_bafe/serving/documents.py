@@ -1,4 +1,4 @@
-"""The pages for people: one to try the service, one with its endpoints. Neither loads anything from other servers."""
+"""HTML pages: one to try the service, one with its endpoints. Neither loads anything from other servers."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Upload(NamedTuple):
     height: int
 
 
-class Places:
+class Slots:
     """Limits how many requests with a picture or a change of the catalogue are processed at once.
 
     They are counted before their bodies are read, which limits the memory for all of them.
@@ -55,8 +55,8 @@ class Places:
         self.limit, self.taken = limit, 0
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Occupy one place. Raises Refused (429) if all are taken."""
+    def acquire(self) -> Iterator[None]:
+        """Occupy one slot. Raises Refused (429) if all are taken."""
         if self.taken >= self.limit:
             raise Refused(429, f"{self.limit} requests are already in progress; try again in a second", {"Retry-After": "1"})
         self.taken += 1
@@ -67,7 +67,7 @@ class Places:
 
 
 def check_parameters(request: Request) -> None:
-    """Raises Refused (422) for a misspelled parameter in the URL, which would be ignored without a word."""
+    """Raises Refused (422) for a misspelled parameter in the URL, which would otherwise be silently ignored."""
     allowed = [field.alias for field in request.scope["route"].dependant.query_params]
     if unknown := [name for name in request.query_params if name not in allowed]:
         listed = f"allowed are {', '.join(allowed)}" if allowed else "there are none here"

@@ -1,4 +1,4 @@
-"""What happens around every request."""
+"""Logging and metrics of every request."""
 
 from __future__ import annotations
 

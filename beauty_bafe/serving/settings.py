@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
-# Unquoted, Hydra takes a folder named 2024 for a number.
+# Hydra parses a folder named 2024 as a number.
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 PILLOW_PIXELS = 178_000_000  # Pillow itself refuses larger pictures
-MOST_ANSWERS = 1000
+MAX_ANSWERS = 1000
 
 
 class _Strict(BaseModel):
@@ -45,7 +45,7 @@ class Settings(_Strict):
     port: Annotated[int, Field(ge=1, le=65535)]
     token_file: Text | None
     private: bool
-    k: Annotated[int, Field(ge=1, le=MOST_ANSWERS)]
+    k: Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
     threshold: float | None
     known_at: Annotated[float, Field(ge=0, le=1)]
     thumbnail: Annotated[int, Field(ge=1, le=4096)]

@@ -34,7 +34,7 @@ class Served(NamedTuple):
     version: str
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The result of a search by `retriever`. `mask`: uint8 (112, 112) of the letterboxed picture, None if the network makes
     none.
     """
@@ -45,8 +45,8 @@ class Found(NamedTuple):
     retriever: Retriever
 
 
-class Described(NamedTuple):
-    """`vector`: float32 (D,) of length 1; `mask` as in Found."""
+class Descriptor(NamedTuple):
+    """`vector`: float32 (D,) of length 1; `mask` as in SearchResult."""
 
     vector: np.ndarray
     mask: np.ndarray | None
@@ -77,7 +77,7 @@ class Shop:
             return self.served
 
     def answer(self, kind: Hashable, contents: Sequence[bytes]) -> list[Any]:
-        """For each encoded picture: Found for kind ("search", k), Described for ("describe", None), or an exception."""
+        """For each encoded picture: SearchResult for kind ("search", k), Descriptor for ("describe", None), or an exception."""
         try:
             return self._answer(kind, contents)
         except ValueError as error:
@@ -90,10 +90,12 @@ class Shop:
         retriever, version = self.served
         if kind[0] == "describe":
             vectors, masks = retriever.describe(contents)
-            return [Described(vector, None if masks is None else masks[row], version) for row, vector in enumerate(vectors)]
+            return [Descriptor(vector, None if masks is None else masks[row], version) for row, vector in enumerate(vectors)]
         k = min(kind[1], len(retriever))
         hits, masks = retriever.search_with_masks(contents, k)
-        return [Found(found, None if masks is None else masks[row], version, retriever) for row, found in enumerate(hits)]
+        return [
+            SearchResult(found, None if masks is None else masks[row], version, retriever) for row, found in enumerate(hits)
+        ]
 
     def add(self, name: str, upload: Upload) -> Served:
         """Add a product. Returns when it is saved and served. Raises Refused: 409 for an existing id, 422 for a bad picture."""
@@ -180,7 +182,7 @@ class Shop:
                 file.unlink(missing_ok=True)
 
 
-def make(folder: str | Path, checkpoints: Sequence[str], gallery: str, overrides: Sequence[str]) -> None:
+def build_if_missing(folder: str | Path, checkpoints: Sequence[str], gallery: str, overrides: Sequence[str]) -> None:
     """Build and save the retriever of a gallery, unless `folder` holds one; see Retriever.build."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(folder) / LOCK):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from beauty_bafe.data.augmentation.street import CAMERA
 from beauty_bafe.data.datamodule import VALIDATION_EPOCH, SaliencyDataModule
@@ -221,3 +223,16 @@ def test_processes_share_an_epoch() -> None:
     parts = [drawn(EpochSampler(10, seed=1, replicas=3, rank=rank), 2) for rank in range(3)]
     assert [len(part) for part in parts] == [3, 3, 3]
     assert len(set().union(*parts)) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="a system without niceness")
+def test_loaders_leave_the_cores_to_the_network(module: Callable[..., SaliencyDataModule]) -> None:
+    class Niceness(Dataset[int]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _: int) -> int:
+            return os.nice(0)
+
+    loader = module().train_dataloader()
+    assert list(DataLoader(Niceness(), num_workers=1, worker_init_fn=loader.worker_init_fn)) == [min(19, os.nice(0) + 15)]

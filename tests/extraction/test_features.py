@@ -185,7 +185,7 @@ def test_work_that_will_not_fit_says_so_at_once(
         describe(folder, store="memory")
 
 
-def test_an_ensemble_looks_at_the_mean_mask() -> None:
+def test_an_ensemble_returns_the_mean_mask() -> None:
     masks = [np.full((1, 2, 2), value, np.uint8) for value in (0, 255)]
     members = [Features(np.eye(1, 3, dtype=np.float32), ("a",), mask) for mask in masks]
     without = Features(np.eye(1, 3, dtype=np.float32), ("a",))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from beauty_bafe.evaluation.metrics import evaluate
 from beauty_bafe.models.objectives import (
-    average_precision,
     contrast_loss,
     distillation_loss,
     mask_metrics,
     overlap_loss,
+    reciprocal_rank,
     saliency_loss,
 )
 
@@ -88,7 +88,7 @@ def test_average_precision_against_the_evaluation() -> None:
     answers = {str(i): [str(j) for j in row.argsort(descending=True)[:7].tolist()] for i, row in enumerate(queries @ gallery.T)}
     truth = {str(i): {str(j)} for i, j in enumerate(own.tolist())}
     wanted = evaluate(answers, truth, 7).summary()["mAP@7_by_min"]
-    assert average_precision(queries, gallery, own).mean().item() == pytest.approx(wanted)
+    assert reciprocal_rank(queries, gallery, own).mean().item() == pytest.approx(wanted)
     assert 0 < wanted < 1
 
 

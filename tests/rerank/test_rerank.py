@@ -208,7 +208,7 @@ def test_vectors_of_any_length_are_compared_by_their_direction(step) -> None:
     assert np.array_equal(scaled.positions, step(found).ranking.positions), "units of length do not matter"
 
 
-def test_every_step_says_how_deep_it_looks(found: Candidates) -> None:
+def test_every_step_states_its_depth(found: Candidates) -> None:
     """Asked for that many answers at once, a step does not search a second time."""
     assert [step.depth for step in STEPS] == [3, 0, 30, 30, 30]
     for step in STEPS:

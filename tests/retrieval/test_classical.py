@@ -17,7 +17,7 @@ from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import spoc
 from beauty_bafe.rerank.keypoints import Sift, root_sift
-from beauty_bafe.retrieval.classical import Vlad, hog, lab_histogram, lbp, learn
+from beauty_bafe.retrieval.classical import Vlad, hog, lab_histogram, lbp, load_or_fit
 from beauty_bafe.retrieval.ensemble import Concatenation
 from beauty_bafe.retrieval.gallery import Gallery
 
@@ -69,7 +69,7 @@ def test_vlad_against_a_slow_twin(pictures: torch.Tensor, toy: Path) -> None:
     vlad = Vlad(words=4, keypoints=60)
     with pytest.raises(ValueError, match="VLAD has no vocabulary yet"):
         vlad(pictures)
-    vlad.learn(from_folder(toy / "gallery"))
+    vlad.fit(from_folder(toy / "gallery"))
     assert vlad.vocabulary is not None
     mask = left_half(pictures)
     for row in range(4):
@@ -90,7 +90,7 @@ def test_vlad_against_a_slow_twin(pictures: torch.Tensor, toy: Path) -> None:
 def test_a_vocabulary_needs_descriptors(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "white.png"), np.full((60, 60), 255, np.uint8))
     with pytest.raises(ValueError, match="0 SIFT descriptors in 1 gallery pictures are too few for 4 words"):
-        Vlad(words=4, keypoints=60).learn(from_folder(tmp_path))
+        Vlad(words=4, keypoints=60).fit(from_folder(tmp_path))
 
 
 def test_members_of_the_picture_are_made_once_and_answer_a_year_later(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_vocabulary_is_learned_once(tmp_path: Path, toy: Path, capsys: pytest.
     for _ in range(2):
         pooling = Pooling(Vlad(words=4, keypoints=60), saliency=False, map="picture")
         member = Member("m", "s", BackgroundAgnosticExtractor.__new__(BackgroundAgnosticExtractor), pooling)
-        learn([member], from_folder(toy / "gallery"), str(toy / "gallery"), None, tmp_path)
+        load_or_fit([member], from_folder(toy / "gallery"), str(toy / "gallery"), None, tmp_path)
         names.append(str(pooling))
     assert names[0] == names[1]
     assert "vocabulary=none" not in names[0]

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from beauty_bafe.data.catalog import Skipped, from_folder
 from beauty_bafe.extraction.members import load_members
 from beauty_bafe.index.base import Index
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem
+from beauty_bafe.rerank.candidates import Candidates, reorder
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
 from beauty_bafe.versions import Versions
 
@@ -57,7 +59,7 @@ def test_what_is_kept_is_refused_to_others(shop: Shop) -> None:
         shop.answer()
 
 
-def test_queries_are_looked_at_as_the_gallery_was(shop: Shop) -> None:
+def test_queries_are_described_like_the_gallery(shop: Shop) -> None:
     shop.answer()
     shop.extraction.flip = True
     with pytest.raises(ValueError, match="made with flip=False, now it is flip=True; type another index_dir"):
@@ -74,6 +76,25 @@ def test_more_answers_than_pictures(shop: Shop) -> None:
         shop.answer(kept=False, k=49)
     if shop.kind is Concatenation:
         assert len(set(shop.answer(kept=False, k=48).answers(0))) == 48
+
+
+class FirstThree:
+    """A re-ranker that keeps three answers."""
+
+    depth = 3
+
+    def __call__(self, candidates: Candidates) -> Candidates:
+        return reorder(candidates, candidates.ranking.scores[:, :3])
+
+
+def test_fusion_of_re_rankers_less_deep_than_k_says_what_to_raise(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:
+    gallery = Shop(tmp_path, toy, tiny_checkpoint, Fusion, method="score", weights=None, depth=20).open(kept=False)
+    gallery.steps = [[FirstThree()] for _ in gallery.indexes]
+    queries = from_folder(toy / "queries").subset([0, 1])
+    described = gallery.describe(queries, "queries", "queries", Skipped())
+    assert gallery.answer(queries, described, 3).positions.shape == (2, 3)
+    with pytest.raises(ValueError, match=r"k=7, but re-ranking or fusion kept 3 answers; raise their depth"):
+        gallery.answer(queries, described, 7)
 
 
 def test_twelve_fused_members_keep_their_vectors(tmp_path: Path, toy: Path, tiny_checkpoint: Path) -> None:

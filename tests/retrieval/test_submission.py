@@ -73,7 +73,7 @@ def test_a_file_is_verified(tmp_path: Path, text: str, faults: list[str]) -> Non
 def test_the_check_command(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text(GOOD)
     main(["check", str(tmp_path / "a.csv"), "--k", "3"])
-    assert "good (ids unchecked without --gallery and --queries)" in capsys.readouterr().out
+    assert "good (ids not checked; add --gallery and --queries)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"(?s)faults.*line 1 .'q1'. has 3 answers, not 7"):
         main(["check", str(tmp_path / "a.csv"), "--gallery", str(toy / "gallery")])
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):

@@ -42,11 +42,11 @@ class StandIn:
         return 0.5
 
     def answer(self, kind: Any, contents: Sequence[bytes]) -> list[Any]:
-        from beauty_bafe.serving.shop import Found
+        from beauty_bafe.serving.shop import SearchResult
 
         self.asked.append(kind)
         hits = [Hit(name, 0.9, 0.5, None) for name in self.ids[: kind[1]]]
-        return [Found(hits, np.zeros((112, 112), np.uint8), self.version, self)] * len(contents)  # type: ignore[arg-type]
+        return [SearchResult(hits, np.zeros((112, 112), np.uint8), self.version, self)] * len(contents)  # type: ignore[arg-type]
 
     def thumbnail(self, name: str, size: int) -> bytes:
         return b"\xff\xd8" + str(size).encode()

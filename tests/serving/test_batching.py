@@ -43,9 +43,9 @@ def ask(in_progress: int, wait_ms: float, later: Sequence[bytes] = (), size: int
     async def run() -> None:
         batcher = Batcher(work, size, wait_ms, Metrics(), lambda: in_progress)
         try:
-            first = asyncio.create_task(batcher.ask("search", b"1"))
+            first = asyncio.create_task(batcher.submit("search", b"1"))
             await asyncio.sleep(0.05)
-            others = [asyncio.create_task(batcher.ask("search", content)) for content in later]
+            others = [asyncio.create_task(batcher.submit("search", content)) for content in later]
             async with asyncio.timeout(SECONDS):
                 assert await asyncio.gather(first, *others) == [b"1", *later]
         finally:

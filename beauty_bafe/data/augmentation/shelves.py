@@ -8,7 +8,7 @@ import numpy as np
 from ..backgrounds import random_color
 from .base import Sample, Surroundings, paste
 
-KINDS = 4  # most different products on a shelf; each requires loading its photo
+KINDS = 4  # maximum number of different products on a shelf; each requires loading its photo
 
 
 def draw_shelf(size: int, surroundings: Surroundings, rng: np.random.Generator) -> np.ndarray:
