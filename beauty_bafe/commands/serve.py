@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from contextlib import suppress
@@ -76,9 +77,17 @@ def serve(cfg: DictConfig) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; opened before the model is loaded, which takes longer. Raises ValueError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol left open, asyncio does not set TCP_NODELAY, and a response may wait 40 ms for an acknowledgement.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        if os.name == "posix":  # elsewhere, it would share a port in use
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+        return listening
     except OSError as error:
+        listening.close()
         raise ValueError(f"cannot listen on host={host} port={port} ({error}); type another, such as port=8001") from error
 
 

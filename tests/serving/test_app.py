@@ -309,3 +309,27 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded() -> None:
 
     with _listen("127.0.0.1", 0) as taken, pytest.raises(ValueError, match=r"cannot listen on host=127\.0\.0\.1 port=.*in use"):
         _listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_responses_are_sent_at_once() -> None:
+    """Without TCP_NODELAY, a response in two parts waits for the client's delayed acknowledgement."""
+    import asyncio
+    import socket
+
+    from beauty_bafe.commands.serve import _listen
+
+    async def accepted() -> int:
+        waiting: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            waiting.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = _listen("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            result = await waiting
+            writer.close()
+            return result
+
+    assert asyncio.run(accepted()) == 1
