@@ -14,7 +14,7 @@ import pytest
 from .conftest import ROOT
 
 PACKAGE = ROOT / "beauty_bafe"
-LOCAL = {"beauty_bafe", "train", "retrieve", *(file.stem for file in (ROOT / "benchmarks").glob("*.py"))}
+LOCAL = {"beauty_bafe", "tests", "train", "retrieve", *(file.stem for file in (ROOT / "benchmarks").glob("*.py"))}
 SHARED = {"cli", "config", "extras", "manifest", "process", "versions", ""}
 MAY_IMPORT = {
     "data": set[str](),
