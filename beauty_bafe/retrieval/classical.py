@@ -188,7 +188,8 @@ def save_learned(members: Sequence[Member], folder: Path) -> None:
 
 
 def _learned(members: Sequence[Member]) -> list[LearnedPooling]:
-    return list(dict.fromkeys(m.pooling.function for m in members if isinstance(m.pooling.function, LearnedPooling)))
+    functions: list[object] = [member.pooling.function for member in members]
+    return list(dict.fromkeys(function for function in functions if isinstance(function, LearnedPooling)))
 
 
 def _beside_index(folder: Path, number: int) -> Path:
