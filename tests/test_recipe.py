@@ -205,5 +205,5 @@ def test_pictures_are_described_at_the_size_that_a_checkpoint_asks_for(write, ti
     with pytest.raises(ValueError, match="size=0: type a number of pixels, or null"):
         load_members(files, poolings, size=0)
     for wrong in (0, 99, True, "1; rm", [2], None):
-        with pytest.raises(ValueError, match=r"c\.ckpt' has enlarge=.*from 0\.25 to 4\.0, and size=PIXELS overrides it"):
+        with pytest.raises(ValueError, match=r"c\.ckpt' has enlarge=.*takes 0\.25 to 4\.0, and size=PIXELS overrides it"):
             load_members([str(write("c.ckpt", **BEST, enlarge=wrong))], poolings)

@@ -106,7 +106,7 @@ def test_vectors_by_id(kind: str, tmp_path: Path) -> None:
     index = build(kind).fit(gallery[:40], names(60)[:40])
     assert np.array_equal(index.get(["n7", "n2", "n7"]), gallery[[7, 2, 7]])
     assert index.get([]).shape == (0, 4)
-    with pytest.raises(ValueError, match="the index holds no 'n40'; it has 40 ids"):
+    with pytest.raises(ValueError, match="the index holds no 'n40'; it holds 40 ids"):
         index.get(["n1", "n40"])
     twin = index.clone()
     twin.add(gallery[40:], names(60)[40:])
@@ -118,7 +118,7 @@ def test_vectors_by_id(kind: str, tmp_path: Path) -> None:
         assert (len(held), held.dimensions) == (57, 4)
         assert all(held.ids[row] == name for name, row in held.row_of.items())
         for gone in ("n1", "n7", "n50"):
-            with pytest.raises(ValueError, match=f"the index holds no '{gone}'; it has 57 ids"):
+            with pytest.raises(ValueError, match=f"the index holds no '{gone}'; it holds 57 ids"):
                 held.get([gone])
         held.add(gallery[7:8], ["n7"])
         assert np.array_equal(held.get(["n7", "n59"]), gallery[[7, 59]])

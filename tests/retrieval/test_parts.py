@@ -22,7 +22,7 @@ def test_an_optional_step_is_left_out_with_a_word(
     monkeypatch.setattr("beauty_bafe.extras.importlib.util.find_spec", lambda _: None)
     with caplog.at_level("WARNING", "beauty_bafe"):
         assert list(build_steps(best)) == ["sift_verified"]
-    assert "without label_read: this needs the package rapidocr; type pip install 'beauty_bafe[text]'" in caplog.text
+    assert "label_read is left out: this needs the package rapidocr; type pip install 'beauty_bafe[text]'" in caplog.text
     with pytest.raises(InstantiationException, match="rapidocr"):
         build_steps(configure("retrieve", "rerank=label_read", *steps).rerank)
 

@@ -53,11 +53,11 @@ GOOD = "q1,a,b,c\nq2,d,e,f\n"
     [
         (GOOD, []),
         ("q1,a,b\nq2,d,e,f\n", ["line 1 ('q1') has 2 answers, not 3"]),
-        ("q1,a,b,a\nq2,d,e,f\n", ["line 1 ('q1') holds a more than once"]),
-        ("q1,a,b,z\nq2,d,e,f\n", ["line 1 ('q1') answers z, not in the gallery"]),
-        ("q2,d,e,f\nq1,a,b,c\n", ["the queries are not in their order"]),
+        ("q1,a,b,a\nq2,d,e,f\n", ["line 1 ('q1') contains a more than once"]),
+        ("q1,a,b,z\nq2,d,e,f\n", ["line 1 ('q1') has answers that are not in the gallery: z"]),
+        ("q2,d,e,f\nq1,a,b,c\n", ["the queries are not in the order of --queries"]),
         ("q1,a,b,c\n", ["1 queries are not answered, the first 'q2'"]),
-        (GOOD + "q2,d,e,f\n", ["the query 'q2' occurs 2 times", "the queries are not in their order"]),
+        (GOOD + "q2,d,e,f\n", ["the query 'q2' occurs 2 times", "the queries are not in the order of --queries"]),
         (
             "query,a,b,c\n" + GOOD,
             ["line 1: 'query' is not among the 2 queries; leave out any header"],
@@ -73,7 +73,7 @@ def test_a_file_is_verified(tmp_path: Path, text: str, faults: list[str]) -> Non
 def test_the_check_command(tmp_path: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.csv").write_text(GOOD)
     main(["check", str(tmp_path / "a.csv"), "--k", "3"])
-    assert "good (ids not checked; add --gallery and --queries)" in capsys.readouterr().out
+    assert "no faults (ids not checked; add --gallery and --queries)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"(?s)faults.*line 1 .'q1'. has 3 answers, not 7"):
         main(["check", str(tmp_path / "a.csv"), "--gallery", str(toy / "gallery")])
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
