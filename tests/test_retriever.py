@@ -277,7 +277,7 @@ def test_what_is_loaded_cannot_say_which_code_to_run(shop: Retriever, tmp_path: 
         "pooling.function._target_=beauty_bafe.data.workers.os.system",
     ):
         file.write_text(json.dumps(saved | {"overrides": ["pooling=gem", word]}))
-        with pytest.raises(ValueError, match=r"names the code '.*os\.system', which no file of conf names"):
+        with pytest.raises(ValueError, match=r"names the code '.*os\.system', which no file in conf names"):
             Retriever.load(tmp_path / "shop")
     with pytest.raises(ValueError, match=r"holds no retriever; Retriever\.save"):
         Retriever.load(tmp_path)
