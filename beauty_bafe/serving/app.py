@@ -240,7 +240,7 @@ def create_app(
         return await service.change(request, lambda _: shop.remove(id), with_upload=False)
 
     @app.head("/pictures/{id:path}", include_in_schema=False)
-    @app.get("/pictures/{id:path}", response_class=Response, responses=problems(401, 403, 404, 503))
+    @app.get("/pictures/{id:path}", response_class=Response, responses=problems(401, 403, 404, 429, 503, 504))
     async def picture(request: Request, id: str) -> Response:
         """The thumbnail of a product, as JPEG."""
         content = await service.thumbnail(request, id)

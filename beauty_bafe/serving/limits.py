@@ -13,10 +13,10 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from .settings import Limits
+from .settings import Kind, Limits
 
 # The first bytes of the file types that can be allowed.
-SIGNATURES = {
+SIGNATURES: dict[Kind, tuple[bytes, ...]] = {
     "jpeg": (b"\xff\xd8\xff",),
     "png": (b"\x89PNG\r\n\x1a\n",),
     "webp": (b"RIFF",),
@@ -69,9 +69,10 @@ class Slots:
 def check_parameters(request: Request) -> None:
     """Raises Refused (422) for a misspelled parameter in the URL, which would otherwise be silently ignored."""
     allowed = [field.alias for field in request.scope["route"].dependant.query_params]
-    if unknown := [name for name in request.query_params if name not in allowed]:
-        listed = f"allowed are {', '.join(allowed)}" if allowed else "there are none here"
-        raise Refused(422, f"'{unknown[0]}' is not a parameter in this URL; {listed}")
+    unknown = [name for name in request.query_params if name not in allowed]
+    # Endpoints without parameters ignore them, as monitors and caches append their own.
+    if allowed and unknown:
+        raise Refused(422, f"'{unknown[0]}' is not a parameter in this URL; allowed are {', '.join(allowed)}")
 
 
 async def read_upload(request: Request, limits: Limits) -> Upload:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from ..config import CONF
 
 # Hydra parses a folder named 2024 as a number.
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+Kind = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]
 PILLOW_PIXELS = 178_000_000  # Pillow itself refuses larger pictures
 MAX_ANSWERS = 1000
 
@@ -29,7 +33,7 @@ class Limits(_Strict):
 
     upload_bytes: PositiveInt
     pixels: Annotated[int, Field(gt=0, le=PILLOW_PIXELS)]
-    kinds: Annotated[list[Literal["jpeg", "png", "webp", "gif", "bmp", "tiff"]], Field(min_length=1)]
+    kinds: Annotated[list[Kind], Field(min_length=1)]
     queue: PositiveInt
     seconds: PositiveFloat
 
@@ -54,10 +58,16 @@ class Settings(_Strict):
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
-    """Check the values of conf/serve.yaml. Raises ValueError with the first bad key, its value and what is allowed."""
+    """Check the values of conf/serve.yaml. Raises ValueError with the first bad key, its value, what is allowed, and the
+    default.
+    """
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise ValueError(f"{key}={fault['input']}: {fault['msg'][0].lower()}{fault['msg'][1:]}") from error
+        key = ".".join(part for part in fault["loc"] if isinstance(part, str))  # without the place in a list
+        default = OmegaConf.select(OmegaConf.load(CONF / "serve.yaml"), key)
+        typed = "null" if default is None else str(default).replace("'", "").replace(" ", "")
+        raise ValueError(
+            f"{key}={fault['input']}: {fault['msg'][0].lower()}{fault['msg'][1:]}; the default is {key}={typed}"
+        ) from error

@@ -13,11 +13,14 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from omegaconf import OmegaConf
 
 from beauty_bafe import Retriever
+from beauty_bafe.config import CONF
 
 from ..conftest import ROOT
 
@@ -108,3 +111,16 @@ def bomb(width: int, height: int) -> bytes:
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def read_conf(**settings: Any) -> Any:
+    """The settings of conf/serve.yaml with others by their keys, in which __ stands for a dot."""
+    from beauty_bafe.serving.settings import read_settings
+
+    values = OmegaConf.load(CONF / "serve.yaml")
+    assert OmegaConf.is_dict(values)
+    del values["hydra"], values["defaults"]
+    values["index_dir"] = "SHOP"
+    for key, value in settings.items():
+        OmegaConf.update(values, key.replace("__", "."), value)
+    return read_settings(OmegaConf.to_container(values))  # type: ignore[arg-type]

@@ -6,22 +6,19 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
-from beauty_bafe.config import CONF
 from beauty_bafe.retriever import Hit
+
+from .conftest import BEARER, TOKEN, read_conf
 
 pytest.importorskip("fastapi", reason="the extra `serve`")
 from fastapi.testclient import TestClient
 
-TOKEN = "a-token-of-tests"
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
 LOCAL = "http://localhost"
 
 
@@ -75,7 +72,7 @@ def start() -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(token: str | None = None, shop: StandIn | None = None, **settings: Any) -> TestClient:
-            checked, stand_in = read(**settings), shop or StandIn()
+            checked, stand_in = read_conf(**settings), shop or StandIn()
 
             def fail(error: BaseException) -> None:
                 raise error
@@ -87,18 +84,6 @@ def start() -> Iterator[Start]:
             return client
 
         yield start
-
-
-def read(**settings: Any) -> Any:
-    from beauty_bafe.serving.settings import read_settings
-
-    values = OmegaConf.load(CONF / "serve.yaml")
-    assert OmegaConf.is_dict(values)
-    del values["hydra"], values["defaults"]
-    values["index_dir"] = "SHOP"
-    for key, value in settings.items():
-        OmegaConf.update(values, key.replace("__", "."), value)
-    return read_settings(OmegaConf.to_container(values))  # type: ignore[arg-type]
 
 
 def picture(kind: str = "png", size: tuple[int, int] = (8, 4), orientation: int = 1, late: bool = False) -> bytes:
@@ -236,6 +221,7 @@ def test_every_response_has_its_headers(start: Start) -> None:
         assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
     for path in ("/", "/health", "/ready", "/pictures/a"):  # as load balancers ask
         assert client.head(path).status_code == 200
+        assert client.get(path + "?now=1").status_code == 200, "as monitors and caches append"
 
 
 def test_a_service_that_loads_says_when_to_come_back() -> None:
@@ -250,86 +236,7 @@ def test_a_service_that_loads_says_when_to_come_back() -> None:
         loading.wait(60)
         return StandIn()
 
-    with TestClient(create_app(load, read(), Access(None, False), lambda _: None), LOCAL) as client:
+    with TestClient(create_app(load, read_conf(), Access(None, False), lambda _: None), LOCAL) as client:
         answer = search(client)
         loading.set()
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"port": "abc"}, "port=abc: input should be a valid integer"),
-        ({"port": 99999}, "port=99999: input should be less than or equal to 65535"),
-        ({"k": 0}, "k=0: input should be greater than or equal to 1"),
-        ({"threshold": "high"}, "threshold=high: input should be a valid number"),
-        ({"known_at": 1.5}, "known_at=1.5: input should be less than or equal to 1"),
-        ({"private": "maybe"}, "private=maybe: input should be a valid boolean"),
-        ({"thumbnail": 0}, "thumbnail=0: input should be greater than or equal to 1"),
-        ({"batch__size": 0}, "batch.size=0: input should be greater than 0"),
-        ({"batch__wait_ms": -1}, "batch.wait_ms=-1: input should be greater than or equal to 0"),
-        ({"limits__kinds": ["heic"]}, "limits.kinds.0=heic: input should be 'jpeg', 'png'"),
-        ({"limits__kinds": "jpeg"}, "limits.kinds=jpeg: input should be a valid list"),
-        ({"limits__upload_bytes": "10MB"}, "limits.upload_bytes=10MB: input should be a valid integer"),
-        ({"limits__pixels": 300_000_000}, "limits.pixels=300000000: input should be less than or equal to 178000000"),
-        ({"overrides": "device=cpu"}, "overrides=device=cpu: input should be a valid list"),
-    ],
-)
-def test_settings_are_checked_before_anything_is_loaded(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match="(?s)^" + reason):
-        read(**settings)
-
-
-def test_a_folder_may_be_named_by_a_number() -> None:
-    assert read(index_dir=2024).index_dir == "2024"
-
-
-def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from beauty_bafe.serving.access import VARIABLE, choose_host, read_token
-
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert read_token(None) is None
-    monkeypatch.setenv(VARIABLE, "eight-in-variable")
-    assert read_token(None) == "eight-in-variable"
-    file = tmp_path / "token"
-    file.write_text(f"  {TOKEN}\n")
-    assert read_token(str(file)) == TOKEN, "the file comes first"
-    for bad in ("", "seven77", "höchstgeheim"):
-        file.write_text(bad)
-        with pytest.raises(ValueError, match="at least 8 ASCII characters"):
-            read_token(str(file))
-    assert [choose_host(None, None), choose_host(None, TOKEN), choose_host("::1", None)] == ["127.0.0.1", "0.0.0.0", "::1"]
-    assert choose_host("0.0.0.0", TOKEN) == "0.0.0.0"
-    with pytest.raises(ValueError, match=r"host=10\.0\.0\.1 lets other machines change the catalogue"):
-        choose_host("10.0.0.1", None)
-
-
-def test_a_port_in_use_is_told_before_the_model_is_loaded() -> None:
-    from beauty_bafe.commands.serve import _listen
-
-    with _listen("127.0.0.1", 0) as taken, pytest.raises(ValueError, match=r"cannot listen on host=127\.0\.0\.1 port=.*in use"):
-        _listen("127.0.0.1", taken.getsockname()[1])
-
-
-def test_responses_are_sent_at_once() -> None:
-    """Without TCP_NODELAY, a response in two parts waits for the client's delayed acknowledgement."""
-    import asyncio
-    import socket
-
-    from beauty_bafe.commands.serve import _listen
-
-    async def accepted() -> int:
-        waiting: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            waiting.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-            writer.close()
-
-        listening = _listen("127.0.0.1", 0)
-        async with await asyncio.start_server(connected, sock=listening):
-            _, writer = await asyncio.open_connection(*listening.getsockname())
-            result = await waiting
-            writer.close()
-            return result
-
-    assert asyncio.run(accepted()) == 1
