@@ -16,7 +16,7 @@ from .augmentation import Sample
 from .catalog import Catalog
 from .foreground import find_foreground
 from .pictures import UnreadablePicture, letterbox, read_picture
-from .places import Place, stamp
+from .places import Place, stamp, stamps
 
 VERSION = 2  # increase it when the same file gives other pixels or another mask
 
@@ -70,7 +70,7 @@ class PhotoCache:
         A photo is listed only when its pixels are on disk, so that a killed run can continue. Only one process at a time
         fills the cache. Raises OSError if the disk is full.
         """
-        names = [_identify(path) for path in catalog.paths]
+        names = [_identify(path, found) for path, found in zip(catalog.paths, stamps(catalog.paths), strict=True)]
         with locked([self.folder]):
             self._read()
             # Each file once, even if it has several ids, as rows are numbered by files.
@@ -82,7 +82,7 @@ class PhotoCache:
 
     def __call__(self, path: Place) -> Sample:
         """The photo and its mask. Raises ValueError if it is not in the cache, or not usable."""
-        name = _identify(path)
+        name = _identify(path, stamp(path))
         if name not in self.rows:
             raise ValueError(f"'{path}' changed during training; run the same command again, which will inspect it again")
         shape = (self.size, self.size, 4)
@@ -122,6 +122,6 @@ class PhotoCache:
             self.rows[name] = row
 
 
-def _identify(place: Place) -> str:
+def _identify(place: Place, stamp: str) -> str:
     """A photo's absolute location and stamp."""
-    return f"{os.path.abspath(place) if isinstance(place, Path) else place.resolve()} {stamp(place)}"
+    return f"{os.path.abspath(place) if isinstance(place, Path) else place.resolve()} {stamp}"

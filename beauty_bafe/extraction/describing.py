@@ -147,7 +147,7 @@ class LocalRun:
         return seconds
 
     def _forecast(self, seconds: float) -> None:
-        """Print the time and space needed. Raises ValueError if disk space or memory is insufficient."""
+        """Log the time and space needed. Raises ValueError if disk space or memory is insufficient."""
         job, widths = self.job, [width for network in self.networks for width in network.engine.widths()]
         count, masks = len(job.missing), len(widths) * MASK_SIZE**2 if job.masks else 0
         # For search: the descriptors, their ensemble, and its rounded copy.
