@@ -1,8 +1,10 @@
-"""Settings of the whole process: changed temporarily, safely with several threads; and OpenMP's spinning."""
+"""Settings of the whole process: changed temporarily, safely with several threads; OpenMP's spinning; freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -44,3 +46,29 @@ def release_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory instead of returning it to the system: new pages take time (benchmarks/train.md)."""
+    _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})  # large tensors in the heap, which is never trimmed
+
+
+def return_memory() -> None:
+    """Let glibc return freed memory to the system soon, for processes that run for days (benchmarks/serving.md).
+
+    Otherwise each thread keeps a heap of its own, as large as the largest pictures that it has decoded.
+    """
+    _set_malloc({_ARENA_MAX: 2, _MMAP_THRESHOLD: 1 << 22})
+
+
+# Parameters of mallopt, from malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+
+
+def _set_malloc(parameters: dict[int, int]) -> None:
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        for parameter, value in parameters.items():
+            libc.mallopt(parameter, value)

@@ -24,7 +24,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
-from beauty_bafe.models.precision import fastest_precision, keep_memory, pick_device
+from beauty_bafe.models.precision import fastest_precision, pick_device
+from beauty_bafe.process import keep_memory
 
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 WARM_UP = 3  # batches

@@ -6,10 +6,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 
-from beauty_bafe.process import TemporarySetting
+from beauty_bafe import process
+from beauty_bafe.process import TemporarySetting, keep_memory, return_memory
 
 from .conftest import ROOT
 
@@ -67,3 +69,26 @@ def test_commands_release_cores(start: str, given: dict[str, str], expected: dic
         [sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
     )
     assert done.stdout.splitlines()[-1:] == [str(expected)], done.stderr[-2000:]
+
+
+def test_freed_memory_is_kept_by_trainings_and_returned_by_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_ARENA_MAX -8, M_MMAP_THRESHOLD -3."""
+    told: dict[int, int] = {}
+    libc = SimpleNamespace(mallopt=told.__setitem__)
+    monkeypatch.setattr(process, "ctypes", SimpleNamespace(CDLL=lambda _: libc))
+    monkeypatch.setattr(sys, "platform", "linux")
+    keep_memory()
+    assert told == {-4: 0, -1: 2**31 - 1}
+    told.clear()
+    return_memory()
+    assert told == {-8: 2, -3: 4 << 20}
+    del libc.mallopt  # as in musl
+    return_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.parametrize("name", ["keep_memory", "return_memory"])
+def test_settings_of_memory_do_no_harm(name: str) -> None:
+    """In a process of their own, as they cannot be taken back."""
+    code = f"from beauty_bafe.process import {name}; {name}(); import torch; assert torch.ones(1 << 24).sum() == 1 << 24"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

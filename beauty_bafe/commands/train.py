@@ -33,8 +33,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     from pytorch_lightning.utilities import rank_zero_only
 
     from beauty_bafe.models.callbacks import History
-    from beauty_bafe.models.precision import keep_memory, trainer_settings
+    from beauty_bafe.models.precision import trainer_settings
     from beauty_bafe.models.resuming import KeepRunSettings, check_resumable, run_settings
+    from beauty_bafe.process import keep_memory
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # hides tips and device lists; importing it sets INFO
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # intended: the backbone keeps its statistics

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,13 +91,3 @@ def count_devices(accelerator: str, devices: Any) -> Any:
     if devices == -1 and pick_device(accelerator).startswith("cuda"):
         return torch.cuda.device_count()
     return devices
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the system: new pages take time (benchmarks/train.md)."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors in the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is never trimmed

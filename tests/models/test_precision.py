@@ -12,7 +12,6 @@ from beauty_bafe.index.fastest import FastestIndex
 from beauty_bafe.models.precision import (
     count_devices,
     fastest_precision,
-    keep_memory,
     pick_device,
     pick_devices,
     trainer_settings,
@@ -96,11 +95,6 @@ def test_the_device_reaches_every_part(index: str, configure: Callable[..., Dict
     assert cfg.index.get("device", "cuda:1") == "cuda:1", "a server searches by itself"
     assert configure("train", "device=cuda:1").trainer.accelerator == "cuda:1"
     assert configure("train", "trainer=ddp", "device=cpu").trainer.accelerator == "cpu"
-
-
-def test_memory_is_kept_without_harm() -> None:
-    keep_memory()
-    assert torch.ones(1 << 24).sum() == 1 << 24
 
 
 @pytest.mark.parametrize(
