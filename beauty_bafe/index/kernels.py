@@ -49,88 +49,97 @@ def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-d
 
 
 @_compiled
-def widen(codes, halves):  # type: ignore[no-untyped-def]
-    """Codes, int8 (R, C), as the bits of bfloat16 numbers, which hold them exactly: uint16, written into halves (R, C)."""
-    values = np.empty(codes.shape[1], np.float32)
-    bits = values.view(np.uint32)
-    for row in range(codes.shape[0]):
-        line, half = codes[row], halves[row]
-        for column in range(line.shape[0]):
-            values[column] = np.float32(line[column])
-        for column in range(line.shape[0]):
-            half[column] = np.uint16(bits[column] >> np.uint32(16))
-
-
-@_compiled
 def survivors(  # type: ignore[no-untyped-def]
-    sums, halves, done, queries, edges, parts, rests, moved, floor, offsets, codes, others, numbers, first, some, found
+    sums, halves, done, queries, edges, parts, moved, floor, offsets, codes, numbers, first, some, found
 ):
     """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
 
     sums: products of the queries with the codes of the first `done` blocks, float32 (B, R). halves: None; or the bits of
     bfloat16 numbers, uint16 (B, R), the products of rounded queries, which are used instead. queries: float32 (B, D),
-    rotated; edges: int64 (blocks + 1,); parts, rests: float32 (B, blocks), lengths of each block, and of all dimensions
-    after it; moved, floor: float32 (B,), what rounding the query can change, and the least score. For all N rows, of which
-    those from `first` on are compared: offsets, float32 (N,), added to the floor; codes, int8 (N, W), of the first block, and
-    others, int8 (N, D - W); numbers, float32 (2 * blocks + 2, N), see Leading. some: the ranges of queries and of sums'
-    columns, (start, end, start, end). Writes query and row of each pair into found, int64 (2, P), ordered; returns their
-    number, or -1 if found is too small.
+    rotated; edges: int64 (blocks + 1,); parts: float32 (B, blocks), the length of each block; moved, floor: float32 (B,),
+    what rounding the query can change, and the least score. For all N rows, of which those from `first` on are compared:
+    offsets, float32 (N,), added to the floor; codes, int8 (N * D,), block after block; numbers, float32 (2 * blocks + 2, N),
+    see Leading. some: the ranges of queries and of sums' columns, (start, end, start, end). Writes query and row of each
+    pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, start, end = some
-    count, width, blocks, size = 0, edges[1], edges.shape[0] - 1, end - start
-    scores, bounds, bits = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.uint32)
-    left = np.empty(size, np.int64)
+    count, blocks, rows, size = 0, edges.shape[0] - 1, numbers.shape[1], end - start
+    bits, bounds, left = np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.int64)
+    scores, rests = bits.view(np.float32), np.empty(size, np.float32)
+    flags = np.zeros(-(-size // 8) * 8, np.uint8)  # a byte each, as they are tested by eights
+    eights = flags.view(np.uint64)
     here = slice(first + start, first + end)
-    scales, least_of_row = numbers[0, here], offsets[here]
+    scales, offset = numbers[0, here], -offsets[here]
+    rests[:] = offset
+    largest = np.zeros(done, np.float32)  # rounding error of each block
+    for block in range(done):
+        for error in numbers[1 + block, here]:
+            if not error <= largest[block]:
+                largest[block] = error if error == error else np.float32(np.inf)
+    change = np.float32(0 if halves is None else ROUNDED)
     for query in range(query_start, query_end):
         least = floor[query]
         if halves is None:
-            scores[:] = sums[query, start:end]
-            scores *= scales
-            bounds[:] = scores - least
+            own = sums[query, start:end]
+            for column in range(size):
+                scores[column] = own[column] * scales[column]
         else:
+            least -= moved[query]
             half = halves[query, start:end]
             for column in range(size):
                 bits[column] = np.uint32(half[column]) << np.uint32(16)
-            scores[:] = bits.view(np.float32)
-            scores *= scales
-            least -= moved[query]
             for column in range(size):
-                bounds[column] = scores[column] - least + np.float32(ROUNDED) * abs(scores[column])
-        for block in range(done):
-            part, error = parts[query, block], numbers[1 + block, here]
-            for column in range(size):
-                bounds[column] += part * error[column]
-        rest, tails, remaining = rests[query, done - 1], numbers[blocks + done, here], 0
-        for column in range(size):
-            left[remaining] = column
-            remaining += not bounds[column] + rest * tails[column] - least_of_row[column] < 0
-        # bounds now hold everything but the dimensions that have not been read.
+                scores[column] *= scales[column]
+        if done < blocks:
+            rests[:] = offset
         for block in range(done, blocks):
-            values, line = (
-                queries[query, edges[block] : edges[block + 1]],
-                slice(edges[block] - width, edges[block + 1] - width),
-            )
-            part, rest, last = parts[query, block], rests[query, block], remaining
-            for number in range(last):
-                column = left[number]
-                row = first + start + column
-                bounds[column] += _dot(values, others[row, line]) * scales[column] + part * numbers[1 + block, row]
+            part, lengths = parts[query, block], numbers[1 + blocks + block, here]
+            for column in range(size):
+                rests[column] += part * lengths[column]
+        # Most rows fail to reach the floor even with the largest rounding error of any.
+        lenient = least
+        for block in range(done):
+            lenient -= parts[query, block] * largest[block]
+        for column in range(size):
+            score = scores[column]
+            flags[column] = not score + change * abs(score) + rests[column] < lenient
+        remaining = 0
+        for eight in range(eights.shape[0]):
+            if eights[eight] == 0:
+                continue
+            for column in range(8 * eight, min(8 * eight + 8, size)):
+                bound = scores[column] + change * abs(scores[column]) - least
+                for block in range(done):
+                    bound += parts[query, block] * numbers[1 + block, first + start + column]
+                bounds[column], left[remaining] = bound, column
+                remaining += not bound + rests[column] < 0
+        # bounds now hold everything but the dimensions that have not been read, rests the most that these can add.
+        for block in range(done, blocks):
+            values, part = queries[query, edges[block] : edges[block + 1]], parts[query, block]
+            width, last = values.shape[0], remaining
+            origin = rows * edges[block] + (first + start) * width
             remaining = 0
             for number in range(last):
                 column = left[number]
-                row = first + start + column
+                row, place = first + start + column, origin + column * width
+                product = _dot(values, codes[place : place + width]) * scales[column]
+                bounds[column] += product + part * numbers[1 + block, row]
+                rests[column] = offset[column]
+                for later in range(block + 1, blocks):
+                    rests[column] += parts[query, later] * numbers[1 + blocks + later, row]
                 left[remaining] = column
-                remaining += not bounds[column] + rest * numbers[blocks + 1 + block, row] - least_of_row[column] < 0
+                remaining += not bounds[column] + rests[column] < 0
         for number in range(remaining):
             column = left[number]
             row = first + start + column
             if halves is not None:  # again with sums in float32
-                exact = _dot(queries[query, :width], codes[row]) + _dot(
-                    queries[query, width : edges[done]], others[row, : edges[done] - width]
-                )
+                exact = np.float32(0)
+                for block in range(done):
+                    width = edges[block + 1] - edges[block]
+                    place = rows * edges[block] + row * width
+                    exact += _dot(queries[query, edges[block] : edges[block + 1]], codes[place : place + width])
                 bound = bounds[column] - scores[column] - np.float32(ROUNDED) * abs(scores[column]) - moved[query]
-                if bound + exact * scales[column] - least_of_row[column] < 0:
+                if bound + exact * scales[column] + offset[column] < 0:
                     continue
             if count == found.shape[1]:
                 return -1

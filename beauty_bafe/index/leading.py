@@ -22,7 +22,7 @@ CHUNK = 1 << 13  # rows rotated at a time
 MIN_BATCH = 16  # queries from which all blocks are one matrix product; with fewer, reading the codes takes longest
 CELLS = 1 << 22  # scores of a block
 MAX_BLOCK_ROWS = 1 << 13  # rows of a block for many queries, whose codes are widened
-SAVED, ARRAYS = "leading_", ("rotation", "units", "edges", "codes", "others", "numbers")  # names of files
+SAVED, ARRAYS = "leading_", ("rotation", "units", "edges", "codes", "numbers")  # names of files
 CHECKED_ROWS = 64  # rows that are compared with the saved ones
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
@@ -34,11 +34,11 @@ class Leading(FirstPass):
     With the orthogonal matrix R, <q, x> is the sum of <p_b, y_b> over the blocks b of p = R q and y = R x. If y_b is stored
     as c_b, then after some blocks, by Cauchy and Schwarz,
 
-        <q, x> <= sum of <p_b, c_b> + sum of |p_b| |y_b - c_b| + |p'| |y'|
+        <q, x> <= sum of <p_b, c_b> + |p_b| |y_b - c_b| over these blocks + sum of |p_b| |y_b| over the others.
 
-    where p' and y' are all dimensions that have not been read. A row whose right side is below the k-th best score so far
-    is ruled out. The axes are sorted by the rows' mean square, so that y' is short if descriptors are far from uniform, as
-    those of trained networks are: nearly all rows are ruled out by the first block. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
+    A row whose right side is below the k-th best score so far is ruled out. The axes are sorted by the rows' mean square, so
+    that later blocks are short if descriptors are far from uniform, as those of trained networks are: most rows are ruled out
+    by the first block. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
 
     p and y are computed in float64, whose rounding errors (1e-15) are covered by the allowance for the float32 sums: summing
     D products adds at most D 2^-24 times the sum of their sizes, which |p| |c| bounds; doubled, as in first_pass.Bound.
@@ -56,13 +56,18 @@ class Leading(FirstPass):
         self.axes = learn_axes(rows)[0] if axes is None else axes
         width = rows.shape[1]
         self.edges = block_edges(width)
-        blocks, first = len(self.edges) - 1, self.edges[1]
-        self.codes, self.others = np.empty((len(rows), first), np.int8), np.empty((len(rows), width - first), np.int8)
-        # Per row: the scale; of each block the rounding error; of each block the length after it; the length of all.
-        self.numbers = np.empty((2 * blocks + 2, len(rows)), np.float32)
+        # Block after block, as reading every second row of a narrow array takes little longer than reading all.
+        self.codes = np.empty(len(rows) * width, np.int8)
+        # Per row: the scale; of each block the rounding error; of each block the length; the length of all.
+        self.numbers = np.empty((2 * len(self.edges), len(rows)), np.float32)
         for start in range(0, len(rows), CHUNK):
             self._encode(slice(start, min(start + CHUNK, len(rows))), rows)
         self._measure()
+
+    def block(self, number: int) -> np.ndarray:
+        """The codes of a block, int8 (N, its dimensions), not copied."""
+        rows, (start, end) = self.numbers.shape[1], self.edges[number : number + 2]
+        return self.codes[rows * start : rows * end].reshape(rows, end - start)
 
     def _measure(self) -> None:
         """The largest length of any row, exact or quantised."""
@@ -76,12 +81,11 @@ class Leading(FirstPass):
         steps = scale.double()[:, None] * self.axes.units
         codes = (rotated / steps).round().clamp(-127, 127)
         errors, blocks = rotated - codes * steps, len(self.edges) - 1
-        self.codes[part] = codes[:, : self.edges[1]].to(torch.int8).numpy()
-        self.others[part] = codes[:, self.edges[1] :].to(torch.int8).numpy()
         self.numbers[0, part] = scale.numpy()
         for block, (start, end) in enumerate(pairwise(self.edges)):
+            self.block(block)[part] = codes[:, start:end].to(torch.int8).numpy()
             self.numbers[1 + block, part] = errors[:, start:end].norm(dim=1).numpy() * ROUND_UP
-            self.numbers[1 + blocks + block, part] = rotated[:, end:].norm(dim=1).numpy() * ROUND_UP
+            self.numbers[1 + blocks + block, part] = rotated[:, start:end].norm(dim=1).numpy() * ROUND_UP
         self.numbers[-1, part] = rotated.norm(dim=1).numpy() * ROUND_UP
 
     def __str__(self) -> str:
@@ -89,29 +93,27 @@ class Leading(FirstPass):
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.others.nbytes + self.numbers.nbytes
+        return self.codes.nbytes + self.numbers.nbytes
 
     def compare(self, queries: Tensor, k: int) -> Iterator[Estimates]:
         rotated = _Rotated(queries, self)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             cells = min(CELLS, MAX_BLOCK_ROWS * len(queries)) if rotated.many else CELLS
-            for part in blocks(len(self.codes), len(queries), k, cells):
+            for part in blocks(self.numbers.shape[1], len(queries), k, cells):
                 yield _LeadingScores(rotated, part, pool)
 
     def grown(self, rows: Tensor, before: int) -> Self:
         new = type(self)(rows[before:], self.metric, self.dtype, self.axes)
-        return self._with(
-            np.concatenate([self.codes, new.codes]),
-            np.concatenate([self.others, new.others]),
-            np.concatenate([self.numbers, new.numbers], axis=1),
-        )
+        blocks = [part.block(number).ravel() for number in range(len(self.edges) - 1) for part in (self, new)]
+        return self._with(np.concatenate(blocks), np.concatenate([self.numbers, new.numbers], axis=1))
 
     def shrunk(self, keep: np.ndarray) -> Self:
-        return self._with(self.codes[keep], self.others[keep], self.numbers[:, keep])
+        blocks = [self.block(number)[keep].ravel() for number in range(len(self.edges) - 1)]
+        return self._with(np.concatenate(blocks), self.numbers[:, keep])
 
     def save(self, folder: Path) -> None:
         """Write the codes, which take longer to make than to read."""
-        arrays = (self.axes.rotation.numpy(), self.axes.units.numpy(), self.edges, self.codes, self.others, self.numbers)
+        arrays = (self.axes.rotation.numpy(), self.axes.units.numpy(), self.edges, self.codes, self.numbers)
         for name, array in zip(ARRAYS, arrays, strict=True):
             replace_file(folder / f"{SAVED}{name}.npy", partial(save_npy, array))
 
@@ -129,18 +131,18 @@ class Leading(FirstPass):
         arrays = {name: np.asarray(np.load(file, mmap_mode="c")) for name, file in files.items()}
         axes = Axes(torch.from_numpy(arrays["rotation"]), torch.from_numpy(arrays["units"]))
         picked = np.linspace(0, len(vectors) - 1, min(len(vectors), CHECKED_ROWS)).astype(np.int64)
-        if vectors.shape != (len(arrays["codes"]), len(axes.units)):
+        if vectors.shape != (arrays["numbers"].shape[1], len(axes.units)) or vectors.size != len(arrays["codes"]):
             return None
         some = cls(torch.from_numpy(vectors[picked]), metric, dtype, axes)
         if not np.array_equal(arrays["edges"], some.edges):
             return None
         if not np.allclose(some.numbers, arrays["numbers"][:, picked], rtol=1e-3, atol=1e-6 * some.largest, equal_nan=True):
             return None
-        return some._with(arrays["codes"], arrays["others"], arrays["numbers"])
+        return some._with(arrays["codes"], arrays["numbers"])
 
-    def _with(self, codes: np.ndarray, others: np.ndarray, numbers: np.ndarray) -> Self:
+    def _with(self, codes: np.ndarray, numbers: np.ndarray) -> Self:
         twin = type(self)(torch.empty(0, len(self.axes.units)), self.metric, self.dtype, self.axes)
-        twin.codes, twin.others, twin.numbers = codes, others, np.ascontiguousarray(numbers)
+        twin.codes, twin.numbers = codes, np.ascontiguousarray(numbers)
         twin._measure()
         return twin
 
@@ -157,12 +159,8 @@ class _Rotated:
         lengths, largest = exact.norm(dim=1), first.largest
         scaled = exact * first.axes.units
         self.values, self.squares = scaled.float().numpy(), lengths.square()
-        pairs = list(pairwise(edges))
-        parts, rests = [exact[:, start:end] for start, end in pairs], [exact[:, end:] for _, end in pairs]
-        self.parts, self.rests = (
-            np.stack([block.norm(dim=1).numpy() for block in blocks], 1).astype(np.float32) * ROUND_UP
-            for blocks in (parts, rests)
-        )
+        parts = [exact[:, start:end].norm(dim=1).numpy() for start, end in pairwise(edges)]
+        self.parts = np.stack(parts, 1).astype(np.float32) * ROUND_UP
         slack = (2 * width + 16) * 2.0**-24 * lengths * largest + 1e-30
         # Where float32 sums could overflow or become denormal, all rows are scored.
         low, high = SAFE_LENGTHS
@@ -174,7 +172,7 @@ class _Rotated:
             # Each number of the query moves by 2^-8 of itself at most, and with it each term of the sum.
             self.moved = 1.02 * 2.0**-8 * lengths * largest
         # Half of |x|^2, rounded down, for l2.
-        self.offsets = np.zeros(len(first.codes), np.float32)
+        self.offsets = np.zeros(first.numbers.shape[1], np.float32)
         if first.metric == "l2":
             np.multiply(first.numbers[-1], first.numbers[-1] * np.float32(0.5 * (1 - 4e-6)), out=self.offsets)
 
@@ -188,32 +186,25 @@ class _LeadingScores(Estimates):
         self._halves: Tensor | None = None  # bfloat16 (B, R)
         self._best: np.ndarray | None = None  # int64, columns with high sums
         if queries.halves:
-            self._halves = self._multiply()
+            self._halves = queries.rounded @ self._widened(torch.bfloat16).T
         elif queries.many:
-            codes = np.concatenate([queries.first.codes[part], queries.first.others[part]], axis=1)
-            self._sums = (queries.rounded @ torch.from_numpy(codes).float().T).numpy()
+            self._sums = (queries.rounded @ self._widened(torch.float32).T).numpy()
         else:
             self._sums, self._best = self._sum()
 
-    def _multiply(self) -> Tensor:
-        from .kernels import widen
-
+    def _widened(self, dtype: torch.dtype) -> Tensor:
+        """The codes of all blocks, (R, D)."""
         first, part = self._queries.first, self._part
-        halves = np.empty((part.stop - part.start, self._queries.rounded.shape[1]), np.uint16)
-        split = first.edges[1]
-
-        def work(cut: slice) -> None:
-            here = slice(part.start + cut.start, part.start + cut.stop)
-            widen(first.codes[here], halves[cut, :split])
-            widen(first.others[here], halves[cut, split:])
-
-        list(self._pool.map(work, cuts(len(halves))))
-        return self._queries.rounded @ torch.from_numpy(halves).view(torch.bfloat16).T
+        wide = torch.empty(part.stop - part.start, int(first.edges[-1]), dtype=dtype)
+        for block, (start, end) in enumerate(pairwise(first.edges)):
+            wide[:, start:end] = torch.from_numpy(first.block(block)[part])
+        return wide
 
     def _sum(self) -> tuple[np.ndarray, np.ndarray]:
         from .kernels import GROUP, leading_sums
 
         first, rows = self._queries.first, self._part.stop - self._part.start
+        codes = first.block(0)
         sums = np.empty((len(self._queries.values), rows), np.float32)
         best = np.empty((len(sums), -(-rows // GROUP)), np.int64)
 
@@ -222,7 +213,7 @@ class _LeadingScores(Estimates):
             groups = slice(cut.start // GROUP, -(-cut.stop // GROUP))
             for query, values in enumerate(self._queries.values):
                 leading_sums(
-                    values[: first.edges[1]], first.codes[here], first.numbers[0, here], sums[query, cut], best[query, groups]
+                    values[: first.edges[1]], codes[here], first.numbers[0, here], sums[query, cut], best[query, groups]
                 )
                 best[query, groups] += cut.start
 
@@ -261,12 +252,10 @@ class _LeadingScores(Estimates):
                     queries.values,
                     first.edges,
                     queries.parts,
-                    queries.rests,
                     moved,
                     least,
                     queries.offsets,
                     first.codes,
-                    first.others,
                     first.numbers,
                     self._part.start,
                     some,

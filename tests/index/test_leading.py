@@ -181,6 +181,15 @@ def test_rows_that_are_not_finite_disturb_no_others(width: int) -> None:
     assert np.array_equal(index.search(asked, names(20), 7).positions, slow(kept, asked, "ip", 7)[0])
 
 
+@pytest.mark.parametrize("queries", [3, 20])
+def test_a_row_whose_score_is_infinite_is_not_ruled_out(queries: int) -> None:
+    gallery, asked = gathered(60, 30, 0), np.abs(gathered(queries, 30, 1))
+    gallery[9, 1] = np.inf
+    index = ExactIndex("ip", "cpu", "int8").fit(gallery, names(60))
+    with pytest.raises(ValueError, match=r"not finite: \[inf"):
+        index.search(asked, names(queries), 7)
+
+
 def test_processors_that_are_slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "fastest_precision", lambda _: "32-true")
     index = ExactIndex("ip", "cpu", "int8")
