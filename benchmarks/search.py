@@ -3,11 +3,14 @@
 python benchmarks/search.py --rows 500000 --dim 512 2048 --batch 1 32 1000
 python benchmarks/search.py --rows 500000 --batch 1 1000 --data trained --checkpoint RUN/checkpoints/best.ckpt \\
   --gallery GALLERY --queries QUERIES
+python benchmarks/search.py --rows 100000 --batch 1 --data trained ... --plot recall.png
 
 `--data random`: independent random directions; no picture stands out, so that a first pass can rule out the fewest.
 `--data trained`: the checkpoint's descriptors of GALLERY, the other rows mixtures of two of them and noise of length 0.3; the
-queries are descriptors of QUERIES, repeated where they are fewer than the batch. The last line compares the first and the
-last batch of the last dimension with FAISS's flat index and with the fastest of the peers, all of which compute in float32.
+queries are descriptors of QUERIES, repeated where they are fewer than the batch. `--plot`: speed against recall, beside
+approximate indexes of FAISS whose best 100 are scored again in float32; building them takes minutes. The last line compares
+the first and the last batch of the last dimension with FAISS's flat index and with the fastest of the peers, all of which
+compute in float32.
 Where OPENBLAS_CORETYPE or OPENBLAS_L2_SIZE are set, put `env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE` before the command:
 NumPy is faster without them.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from beauty_bafe.models.precision import pick_device
 K, SINGLE = 7, 24  # answers; queries that are tried one by one for a batch of 1
 BLOCK = 16_384
 Search = Callable[[np.ndarray], np.ndarray]
+Points = list[tuple[float, float]]  # recall, and queries per second
 
 
 def unit(rows: int, dim: int, seed: int) -> np.ndarray:
@@ -69,6 +74,26 @@ def panorama(gallery: np.ndarray) -> Search:
     index.is_trained = True
     index.add(gallery)
     return lambda queries: index.search(queries, K)[1]
+
+
+def usearch(gallery: np.ndarray) -> dict[str, Search]:
+    """usearch in float32; and in int8, one scale for all, whose best 100 are scored again in float32."""
+    from usearch.index import MetricKind
+    from usearch.index import search as compare
+
+    scale = 127 / np.abs(gallery).max()
+    codes = np.round(gallery * scale).astype(np.int8)
+
+    def rescored(queries: np.ndarray) -> np.ndarray:
+        rounded = np.round(queries * scale).clip(-127, 127).astype(np.int8)
+        keys = compare(codes, rounded, 100, MetricKind.IP, exact=True).keys.reshape(len(queries), -1).astype(np.int64)
+        scores = np.einsum("qd,qcd->qc", queries, gallery[keys])
+        return np.take_along_axis(keys, np.argsort(-scores, axis=1, kind="stable")[:, :K], axis=1)
+
+    return {
+        "usearch exact": lambda queries: compare(gallery, queries, K, MetricKind.IP, exact=True).keys,
+        "usearch int8": rescored,
+    }
 
 
 def numpy_search(gallery: np.ndarray) -> Search:
@@ -130,6 +155,51 @@ def same(ours: np.ndarray, theirs: np.ndarray, queries: np.ndarray, gallery: np.
     return bool((np.abs(gap) < 1e-6).all()), len(rows)
 
 
+def approximate(gallery: np.ndarray, queries: np.ndarray, expected: np.ndarray, rounds: int) -> dict[str, Points]:
+    """Recall of the expected rows, int64 (Q, K), and queries per second, one by one, at several settings of each index."""
+    import faiss  # after torch
+
+    lists = 4 * int(len(gallery) ** 0.5)
+    kinds = {
+        "HNSW32": ("efSearch", [100, 200, 400, 800]),
+        f"IVF{lists},RaBitQ": ("nprobe", [8, 16, 32, 64, 128, 256]),
+    }
+    curves: dict[str, Points] = {}
+    for kind, (name, values) in kinds.items():
+        start = time.perf_counter()
+        base = faiss.index_factory(gallery.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexRefineFlat(base)
+        index.k_factor = 100 / K
+        index.train(gallery)
+        index.add(gallery)
+        print(f" {kind}: built in {time.perf_counter() - start:.0f} s", flush=True)
+        singles = np.split(queries, len(queries))
+        for value in values:
+            faiss.ParameterSpace().set_index_parameter(base, name, value)
+            search: Search = lambda some: index.search(some, K)[1]  # noqa: B023, E731
+            found = np.concatenate([search(one) for one in singles])
+            recall = float(np.mean([len(np.intersect1d(*pair)) / K for pair in zip(found, expected, strict=True)]))
+            rate = 1 / seconds(search, singles, rounds)
+            curves.setdefault(kind, []).append((recall, rate))
+            print(f"  {kind} {name}={value}: recall@{K} {recall:.4f}, {rate:.1f} queries/s", flush=True)
+    return curves
+
+
+def draw(curves: dict[str, Points], title: str, file: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel=f"recall@{K}", ylabel="queries per second, one by one", yscale="log", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
 def limits(device: str, rows: int, dim: int, batch: int) -> str:
     """Seconds that reading the rounded gallery once, and multiplying it with the batch, take at this device's measured best."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -160,6 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--data", choices=("random", "trained"), default="random")
+    parser.add_argument("--plot", help="a PNG: speed against recall for one query, beside approximate indexes")
     for name in ("checkpoint", "gallery", "queries"):
         parser.add_argument(f"--{name}", help="with --data trained")
     given = parser.parse_args()
@@ -185,13 +256,10 @@ def main() -> None:
             peers["exact, bfloat16"] = index_search(ExactIndex(device=device, first_pass="bfloat16").fit(gallery, ids))
         if device == "cpu":
             peers |= {"numpy": numpy_search(gallery), "faiss panorama": panorama(gallery)}
-            try:
-                from usearch.index import MetricKind
-                from usearch.index import search as usearch
-
-                peers["usearch exact"] = lambda queries: usearch(gallery, queries, K, MetricKind.IP, exact=True).keys  # noqa: B023
-            except ImportError:
-                print("usearch is not installed: pip install usearch adds its row")
+            if find_spec("usearch"):
+                peers |= usearch(gallery)
+            else:
+                print("usearch is not installed: pip install usearch adds its rows")
         ratios = []
         for batch in given.batch:
             count = SINGLE if batch == 1 else batch  # how long one takes depends on the query
@@ -199,7 +267,7 @@ def main() -> None:
             batches = np.split(queries, count // batch)
             expected = peers["faiss flat"](queries)
             # usearch and Panorama take queries one by one: minutes for a thousand.
-            tried = {n: search for n, search in peers.items() if n not in ("usearch exact", "faiss panorama") or batch <= 100}
+            tried = {n: search for n, search in peers.items() if not n.startswith(("usearch", "faiss p")) or batch <= 100}
             result = {
                 name: np.concatenate([search(part).reshape(batch, K) for part in batches]) for name, search in tried.items()
             }
@@ -214,8 +282,12 @@ def main() -> None:
                 )
             print(limits(device, given.rows, dim, batch), flush=True)
             agrees, _ = same(result["exact"], expected, queries, gallery)
-            best = min(took for name, took in times.items() if not name.startswith("exact"))
+            best = min(took for name, took in times.items() if not name.startswith("exact") and "int8" not in name)
             ratios.append((times["faiss flat"] / times["exact"], best / times["exact"], agrees))
+            if given.plot and batch == 1:
+                curves = approximate(gallery, queries, expected, given.rounds)
+                curves |= {name: [(1.0, 1 / took)] for name, took in times.items()}
+                draw(curves, f"{given.rows:,} x {dim}, {given.data}", given.plot)
         flat_ratios, best_ratios, agree = zip(ratios[0], ratios[-1], strict=True)
         last = (
             f"exact/faiss_flat {flat_ratios[0]:.2f} {flat_ratios[1]:.2f} best_float32_peer {best_ratios[0]:.2f} "
