@@ -76,13 +76,7 @@ class OpenVinoExtractor:
 
     def __call__(self, pictures: Tensor) -> Extraction:
         """(B, 3, S, S), uint8 or float in 0..255 -> Extraction."""
-        with _LOCK:
-            process, core = _core()
-        if process != os.getpid():  # OpenVINO's threads do not exist in a forked child, which would wait for them forever
-            raise RuntimeError(
-                "this process was forked from one that has used OpenVINO; start it with spawn instead, or type "
-                "extraction.runtime=torch"
-            )
+        core = open_core()
         shape = tuple(pictures.shape)
         with _LOCK:
             if shape not in self._models:
@@ -121,6 +115,18 @@ class OpenVinoExtractor:
             "ENABLE_CPU_PINNING": False,  # pinned threads of two runs at once would share one core
         }
         return core.compile_model(model, "CPU", settings)
+
+
+def open_core() -> Core:
+    """The process's OpenVINO core. Raises RuntimeError in a process forked from one that has used OpenVINO."""
+    with _LOCK:
+        process, core = _core()
+    if process != os.getpid():  # OpenVINO's threads do not exist in a forked child, which would wait for them forever
+        raise RuntimeError(
+            "this process was forked from one that has used OpenVINO; start it with spawn instead, or type "
+            "extraction.runtime=torch"
+        )
+    return core
 
 
 @functools.cache

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..models.runtime import open_core
 from .candidates import Candidates
 from .evidence import EvidenceReranker
 from .keypoints import crop_to_product
@@ -27,7 +29,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Reader:
-    """Recognises words by PP-OCR (Cui et al., 2025) in RapidOCR. `sure`: their minimum confidence, 0 to 1.
+    """Recognises words by PP-OCR (Cui et al., 2025) in RapidOCR and OpenVINO. `sure`: their minimum confidence, 0 to 1.
 
     `size`: side in pixels of the canvas; `closer`: see `crop_to_product`.
     """
@@ -41,7 +43,7 @@ class Reader:
 
     def key(self) -> dict[str, Any]:
         known = {"size": self.size, "closer": self.closer, "sure": self.sure}
-        return known | {"rapidocr": version("rapidocr"), "letters": MIN_LETTERS}
+        return known | {"rapidocr": version("rapidocr"), "openvino": version("openvino"), "letters": MIN_LETTERS}
 
     def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> Words:
         canvas, _ = crop_to_product(rgb, mask, self.size, self.closer)
@@ -68,11 +70,34 @@ _IDLE_ENGINES: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
 
 def _load() -> Any:
-    from rapidocr import RapidOCR
+    open_core()  # first, as it keeps OpenVINO's telemetry off
+    import rapidocr.inference_engine.openvino.main as backend
+    from rapidocr import EngineType, RapidOCR
 
-    threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
+    backend.Core = _SharedCore
+    engines = {f"{part}.engine_type": EngineType.OPENVINO for part in ("Det", "Rec")}
     # `Reader.sure` is the threshold; RapidOCR's own would drop everything below 0.5.
-    return RapidOCR(params={**threads, "Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0})
+    return RapidOCR(params={**engines, "Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0})
+
+
+class _SharedCore:
+    """What RapidOCR uses of OpenVINO's Core, with settings that it does not offer, and only one core for the process."""
+
+    SETTINGS: ClassVar = {
+        "INFERENCE_PRECISION_HINT": "f32",  # the same words on all processors
+        "INFERENCE_NUM_THREADS": 1,  # queries are read in parallel
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
+
+    def set_property(self, device: str, settings: dict[str, Any]) -> None:
+        """Other models of this process keep their settings."""
+
+    def read_model(self, path: Path) -> Any:
+        return open_core().read_model(path)
+
+    def compile_model(self, model: Any, device_name: str) -> Any:
+        return open_core().compile_model(model, device_name, self.SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import queue
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from beauty_bafe.rerank.candidates import Candidates, SearchContext
 
 pytest.importorskip("rapidocr", reason="the extra `text`")
 
+from beauty_bafe.rerank import reading
 from beauty_bafe.rerank.reading import LabelReading, Reader, compare_words, word_similarity
 
 
@@ -115,3 +117,16 @@ def test_any_confidence_can_be_asked_for() -> None:
     noisy = np.clip(blurred + np.random.default_rng(0).normal(0, 40, blurred.shape), 0, 255).astype(np.uint8)
     doubtful, sure = (set(Reader(640, None, confidence).extract(noisy, None)) for confidence in (0.0, 0.5))
     assert sure < doubtful
+
+
+def test_all_readers_share_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second core of a process can crash it; and what is set for reading must not change how pictures are described."""
+    from openvino import Core
+
+    from beauty_bafe.models.runtime import open_core
+
+    before = open_core().get_property("CPU", "INFERENCE_NUM_THREADS")
+    monkeypatch.setattr(reading, "_IDLE_ENGINES", queue.SimpleQueue())
+    monkeypatch.setattr(Core, "__init__", lambda *_: pytest.fail("a second core"))
+    assert Reader(320, None, 0.6).extract(label("YOGHURT"), None) == ("yoghurt",)
+    assert open_core().get_property("CPU", "INFERENCE_NUM_THREADS") == before
