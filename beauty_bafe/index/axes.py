@@ -29,7 +29,8 @@ def block_edges(width: int) -> np.ndarray:
 def learn_axes(rows: Tensor) -> tuple[Axes, float]:
     """The principal axes of float32 (N, D) about 0, and the share of rows, 0 to 1, that the first block of dimensions leaves.
 
-    Both are estimated from a sample; some of its rows serve as queries. The bound is that of Leading, for inner products.
+    Both are estimated from a sample; some of its rows serve as queries. The bound is Leading's for inner products, but takes
+    all later dimensions as one block, so that it is slightly looser.
     """
     picked = torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:SAMPLE])
     sample = rows[picked].double()

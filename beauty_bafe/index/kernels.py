@@ -59,14 +59,14 @@ def survivors(  # type: ignore[no-untyped-def]
     rotated; edges: int64 (blocks + 1,); parts: float32 (B, blocks), the length of each block; moved, floor: float32 (B,),
     what rounding the query can change, and the least score. For all N rows, of which those from `first` on are compared:
     offsets, float32 (N,), added to the floor; codes, int8 (N * D,), block after block; numbers, float32 (2 * blocks + 2, N),
-    see Leading. some: the ranges of queries and of sums' columns, (start, end, start, end). Writes query and row of each
-    pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
+    see Leading.__init__. some: the ranges of queries and of sums' columns, (start, end, start, end). Writes query and row of
+    each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, start, end = some
     count, blocks, rows, size = 0, edges.shape[0] - 1, numbers.shape[1], end - start
     bits, bounds, left = np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.int64)
     scores, rests = bits.view(np.float32), np.empty(size, np.float32)
-    flags = np.zeros(-(-size // 8) * 8, np.uint8)  # a byte each, as they are tested by eights
+    flags = np.zeros(-(-size // 8) * 8, np.uint8)  # one byte each, so that eight are tested as one uint64
     eights = flags.view(np.uint64)
     here = slice(first + start, first + end)
     scales, offset = numbers[0, here], -offsets[here]
@@ -96,7 +96,7 @@ def survivors(  # type: ignore[no-untyped-def]
             part, lengths = parts[query, block], numbers[1 + blocks + block, here]
             for column in range(size):
                 rests[column] += part * lengths[column]
-        # Most rows fail to reach the floor even with the largest rounding error of any.
+        # Most rows fall short of the floor even if the rounding error of each block is the largest of any row.
         lenient = least
         for block in range(done):
             lenient -= parts[query, block] * largest[block]
@@ -113,7 +113,8 @@ def survivors(  # type: ignore[no-untyped-def]
                     bound += parts[query, block] * numbers[1 + block, first + start + column]
                 bounds[column], left[remaining] = bound, column
                 remaining += not bound + rests[column] < 0
-        # bounds now hold everything but the dimensions that have not been read, rests the most that these can add.
+        # bounds now hold everything but the unread dimensions and the offset; rests hold the most that those can add, and the
+        # offset.
         for block in range(done, blocks):
             values, part = queries[query, edges[block] : edges[block + 1]], parts[query, block]
             width, last = values.shape[0], remaining

@@ -56,7 +56,7 @@ class Leading(FirstPass):
         self.axes = learn_axes(rows)[0] if axes is None else axes
         width = rows.shape[1]
         self.edges = block_edges(width)
-        # Block after block, as reading every second row of a narrow array takes little longer than reading all.
+        # Stored block after block, so that reading the codes of the rows that are left causes few cache misses.
         self.codes = np.empty(len(rows) * width, np.int8)
         # Per row: the scale; of each block the rounding error; of each block the length; the length of all.
         self.numbers = np.empty((2 * len(self.edges), len(rows)), np.float32)
@@ -70,10 +70,10 @@ class Leading(FirstPass):
         return self.codes[rows * start : rows * end].reshape(rows, end - start)
 
     def _measure(self) -> None:
-        """The largest length of any row, exact or quantised."""
-        blocks = len(self.edges) - 1
-        lengths = self.numbers[-1] + self.numbers[1 : 1 + blocks].sum(axis=0)
-        self.largest = float(lengths[np.isfinite(lengths)].max(initial=0))  # the bounds of other rows rule nothing out
+        """Upper limit of the length of any row, exact or as stored in codes: the length plus the rounding errors."""
+        errors = self.numbers[1 : len(self.edges)]
+        bounded = np.isfinite(errors).all(axis=0)  # the bounds of other rows rule nothing out
+        self.largest = float((self.numbers[-1] + errors.sum(axis=0))[bounded].max(initial=0))
 
     def _encode(self, part: slice, rows: Tensor) -> None:
         rotated = rows[part].double() @ self.axes.rotation
@@ -82,11 +82,12 @@ class Leading(FirstPass):
         codes = (rotated / steps).round().clamp(-127, 127)
         errors, blocks = rotated - codes * steps, len(self.edges) - 1
         self.numbers[0, part] = scale.numpy()
-        for block, (start, end) in enumerate(pairwise(self.edges)):
-            self.block(block)[part] = codes[:, start:end].to(torch.int8).numpy()
-            self.numbers[1 + block, part] = errors[:, start:end].norm(dim=1).numpy() * ROUND_UP
-            self.numbers[1 + blocks + block, part] = rotated[:, start:end].norm(dim=1).numpy() * ROUND_UP
-        self.numbers[-1, part] = rotated.norm(dim=1).numpy() * ROUND_UP
+        with np.errstate(over="ignore"):  # a length beyond float32 is infinite
+            for block, (start, end) in enumerate(pairwise(self.edges)):
+                self.block(block)[part] = codes[:, start:end].to(torch.int8).numpy()
+                self.numbers[1 + block, part] = errors[:, start:end].norm(dim=1).numpy() * ROUND_UP
+                self.numbers[1 + blocks + block, part] = rotated[:, start:end].norm(dim=1).numpy() * ROUND_UP
+            self.numbers[-1, part] = rotated.norm(dim=1).numpy() * ROUND_UP
 
     def __str__(self) -> str:
         return f"int8, {self.edges[1]} of {self.edges[-1]} dimensions first"

@@ -161,6 +161,30 @@ def test_codes_nearly_twice_as_long_as_their_row(monkeypatch: pytest.MonkeyPatch
         assert (ranking.positions == 0).all()
 
 
+def test_rounding_errors_of_later_blocks_count() -> None:
+    """Rows whose rounding errors all lie after the first block, and queries that are 0 in it."""
+    rng = np.random.default_rng(0)
+    gallery = 0.49 * rng.choice([-1, 1], size=(50, 32)).astype(np.float32)
+    queries = np.sign(gallery[:20])
+    gallery[:, :8], queries[:, :8], gallery[:, 0] = 0, 0, 127
+    ones = torch.ones(32, dtype=torch.float64)
+    index = on_axes(gallery, "ip", Axes(torch.diag(ones), ones))
+    assert np.array_equal(index.search(queries, names(20), 1).positions, slow(gallery, queries, "ip", 1)[0])
+
+
+def test_lengths_beyond_float32() -> None:
+    """The length of four rows overflows, but their rounding errors do not."""
+    signs = np.array([[1, 1, -1, -1], [-1, -1, -1, -1], [-1, 1, -1, 1], [-1, 1, 1, -1], [0, 0, 0, 0]])
+    gallery = (2.0**127 * signs).astype(np.float32)
+    gallery[4, 0] = 0.5
+    query = 2.0**-20 * np.array([1 + 2.0**-8, 1 + 2.0**-7 + 2.0**-8 - 2.0**-20, *[1 + 2.0**-8 + 2.0**-20] * 2])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        queries = (query * rng.uniform(1, 1 + 2.0**-9) * rng.uniform(0.5, 2, (16, 1))).astype(np.float32)
+        for k in range(1, 6):
+            check(gallery, queries, "ip", k)
+
+
 @pytest.mark.parametrize("queries", [3, 20])
 @pytest.mark.parametrize(("rows", "length"), [(3e37, 1e-44), (1e30, 1e-38), (1e-44, 3e37), (1e37, 1e-5)])
 def test_lengths_at_the_ends_of_float32(queries: int, rows: float, length: float) -> None:
