@@ -114,7 +114,8 @@ class Leading(FirstPass):
 
     def save(self, folder: Path) -> None:
         """Write the codes, which take longer to make than to read."""
-        arrays = (self.axes.rotation.numpy(), self.axes.units.numpy(), self.edges, self.codes, self.numbers)
+        rotation, units = self.axes.rotation.numpy(), self.axes.units.numpy()
+        arrays: tuple[np.ndarray, ...] = (rotation, units, self.edges, self.codes, self.numbers)
         for name, array in zip(ARRAYS, arrays, strict=True):
             replace_file(folder / f"{SAVED}{name}.npy", partial(save_npy, array))
 
