@@ -53,16 +53,16 @@ def keep_memory() -> None:
     _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})  # large tensors in the heap, which is never trimmed
 
 
-def return_memory() -> None:
-    """Let glibc return freed memory to the system soon, for processes that run for days (benchmarks/serving.md).
+def share_heaps() -> None:
+    """Let glibc use two heaps for all threads, in processes that run for days (benchmarks/serving.md).
 
-    Otherwise each thread keeps a heap of its own, as large as the largest pictures that it has decoded.
+    Otherwise each thread has a heap of its own, which stays as large as the largest pictures that it has decoded.
     """
-    _set_malloc({_ARENA_MAX: 2, _MMAP_THRESHOLD: 1 << 22})
+    _set_malloc({_ARENA_MAX: 2})
 
 
 # Parameters of mallopt, from malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def _set_malloc(parameters: dict[int, int]) -> None:

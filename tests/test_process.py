@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from beauty_bafe import process
-from beauty_bafe.process import TemporarySetting, keep_memory, return_memory
+from beauty_bafe.process import TemporarySetting, keep_memory, share_heaps
 
 from .conftest import ROOT
 
@@ -71,8 +71,8 @@ def test_commands_release_cores(start: str, given: dict[str, str], expected: dic
     assert done.stdout.splitlines()[-1:] == [str(expected)], done.stderr[-2000:]
 
 
-def test_freed_memory_is_kept_by_trainings_and_returned_by_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers are those of malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_ARENA_MAX -8, M_MMAP_THRESHOLD -3."""
+def test_freed_memory_is_kept_by_trainings_and_shared_by_threads_of_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_ARENA_MAX -8."""
     told: dict[int, int] = {}
     libc = SimpleNamespace(mallopt=told.__setitem__)
     monkeypatch.setattr(process, "ctypes", SimpleNamespace(CDLL=lambda _: libc))
@@ -80,14 +80,14 @@ def test_freed_memory_is_kept_by_trainings_and_returned_by_services(monkeypatch:
     keep_memory()
     assert told == {-4: 0, -1: 2**31 - 1}
     told.clear()
-    return_memory()
-    assert told == {-8: 2, -3: 4 << 20}
+    share_heaps()
+    assert told == {-8: 2}
     del libc.mallopt  # as in musl
-    return_memory()
+    share_heaps()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-@pytest.mark.parametrize("name", ["keep_memory", "return_memory"])
+@pytest.mark.parametrize("name", ["keep_memory", "share_heaps"])
 def test_settings_of_memory_do_no_harm(name: str) -> None:
     """In a process of their own, as they cannot be taken back."""
     code = f"from beauty_bafe.process import {name}; {name}(); import torch; assert torch.ones(1 << 24).sum() == 1 << 24"
