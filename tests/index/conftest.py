@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beauty_bafe.index import axes, leading
 from beauty_bafe.index.milvus_index import MilvusIndex
 
 NUMBERS = count()
@@ -43,6 +44,21 @@ def slow(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> tuple
     scores = scores.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(scores, order, 1)
+
+
+def gathered(rows: int, dims: int, seed: int) -> np.ndarray:
+    """Rows of length 1 that are mixtures of 40 directions, most of them of a few, as descriptors of a trained network are."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(77).normal(size=(40, dims)) * np.geomspace(8, 0.05, 40)[:, None]
+    vectors = rng.normal(size=(rows, 40)) @ directions + 0.1 * rng.normal(size=(rows, dims))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of dimensions and of rows that a small gallery has several of."""
+    monkeypatch.setattr(axes, "EDGES", (8, 16, 24))
+    monkeypatch.setattr(leading, "CELLS", 2048)
 
 
 def free_port() -> int:
