@@ -53,16 +53,17 @@ def keep_memory() -> None:
     _set_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})  # large tensors in the heap, which is never trimmed
 
 
-def share_heaps() -> None:
-    """Let glibc use two heaps for all threads, in processes that run for days (benchmarks/serving.md).
+def share_heap() -> None:
+    """Let all threads use glibc's main heap and keep it, in processes that run for days (benchmarks/serving.md).
 
-    Otherwise each thread has a heap of its own, which stays as large as the largest pictures that it has decoded.
+    Otherwise each thread has a heap of its own, as large as the largest pictures that it has decoded, and the memory of one
+    batch is returned to the system before the next one needs it. Buffers of more than 32 MiB are still returned.
     """
-    _set_malloc({_ARENA_MAX: 2})
+    _set_malloc({_ARENA_MAX: 1, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 2**31 - 1})
 
 
 # Parameters of mallopt, from malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 
 
 def _set_malloc(parameters: dict[int, int]) -> None:

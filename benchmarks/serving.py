@@ -4,8 +4,9 @@ python benchmarks/serving.py load --checkpoint RUN/checkpoints/best.ckpt --galle
 python benchmarks/serving.py soak --checkpoint RUN/checkpoints/best.ckpt --gallery GALLERY --photos QUERIES --minutes 20
 
 Both start `beauty-bafe serve` as a process of its own and ask it from this one over connections that stay open. `load`: each
-connection sends its next photo when the last is answered. `soak` ends with status 1 where an answer differs from Retriever's,
-a status is not the one that the upload deserves, or memory has grown by more than 5 % since the first minute.
+connection sends its next photo when the last is answered; the service and its engine take turns. `soak` ends with status 1
+where an answer differs from Retriever's, a status is not the one that the upload deserves, or memory has grown by more than
+5 % since the first minute.
 """
 
 from __future__ import annotations
@@ -127,25 +128,27 @@ def engine_rate(retriever: Retriever, photos: list[bytes], seconds: float) -> fl
 def load(args: argparse.Namespace, shop: Path, photos: list[bytes]) -> None:
     retriever = Retriever.load(shop)
     print(
-        "| connections | photos a second | of the engine's | the engine's, before and after | p50 ms | p99 ms |\n"
-        + "| --- " * 6
+        "| connections | photos a second | the engine's | of the engine's | in the rounds | p50 ms | p99 ms |\n"
+        + "| --- " * 7
         + "|"
     )
     with service(shop) as (port, _):
         asyncio.run(close_the_loop(port, photos, BATCH, args.seconds / 4))  # to warm up
-        before = engine_rate(retriever, photos, args.seconds)
         for connections in args.connections:
-            start = time.perf_counter()
-            took = asyncio.run(close_the_loop(port, photos, connections, args.seconds))
-            rate = len(took) / (time.perf_counter() - start)
-            after = engine_rate(retriever, photos, args.seconds)  # in turns, as other programs change it
+            took, rates, engines = [], [], [engine_rate(retriever, photos, args.seconds)]
+            for _ in range(args.rounds):  # in turns, as other programs change both
+                start = time.perf_counter()
+                answers = asyncio.run(close_the_loop(port, photos, connections, args.seconds))
+                rates.append(len(answers) / (time.perf_counter() - start))
+                engines.append(engine_rate(retriever, photos, args.seconds))
+                took += answers
+            shares = [2 * rate / sum(pair) for rate, pair in zip(rates, itertools.pairwise(engines), strict=True)]
             middle, high = 1e3 * np.percentile(took, [50, 99])
-            share = 2 * rate / (before + after)
             print(
-                f"| {connections} | {rate:.1f} | {share:.2f} | {before:.1f}, {after:.1f} | {middle:.0f} | {high:.0f} |",
+                f"| {connections} | {np.mean(rates):.1f} | {np.mean(engines):.1f} | {np.mean(rates) / np.mean(engines):.2f} "
+                f"| {min(shares):.2f} to {max(shares):.2f} | {middle:.0f} | {high:.0f} |",
                 flush=True,
             )
-            before = after
 
 
 def soak(args: argparse.Namespace, shop: Path, photos: list[bytes]) -> int:
@@ -216,7 +219,8 @@ def main() -> int:
     parser.add_argument("--photos", required=True, help="what is searched for")
     parser.add_argument("--count", type=int, default=64, help="photos")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=30, help="of each measurement of load")
+    parser.add_argument("--seconds", type=float, default=10, help="of each turn of the service and of the engine, in load")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each, in load")
     parser.add_argument("--minutes", type=float, default=20, help="of soak")
     parser.add_argument("--overrides", nargs="*", default=[], help="settings of the retriever, such as query=whole")
     args = parser.parse_args()

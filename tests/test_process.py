@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from beauty_bafe import process
-from beauty_bafe.process import TemporarySetting, keep_memory, share_heaps
+from beauty_bafe.process import TemporarySetting, keep_memory, share_heap
 
 from .conftest import ROOT
 
@@ -72,7 +72,7 @@ def test_commands_release_cores(start: str, given: dict[str, str], expected: dic
 
 
 def test_freed_memory_is_kept_by_trainings_and_shared_by_threads_of_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers are those of malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_ARENA_MAX -8."""
+    """Numbers as in malloc.h: M_TRIM_THRESHOLD -1, M_MMAP_THRESHOLD -3, M_MMAP_MAX -4, M_ARENA_MAX -8."""
     told: dict[int, int] = {}
     libc = SimpleNamespace(mallopt=told.__setitem__)
     monkeypatch.setattr(process, "ctypes", SimpleNamespace(CDLL=lambda _: libc))
@@ -80,14 +80,14 @@ def test_freed_memory_is_kept_by_trainings_and_shared_by_threads_of_services(mon
     keep_memory()
     assert told == {-4: 0, -1: 2**31 - 1}
     told.clear()
-    share_heaps()
-    assert told == {-8: 2}
+    share_heap()
+    assert told == {-8: 1, -3: 32 << 20, -1: 2**31 - 1}
     del libc.mallopt  # as in musl
-    share_heaps()
+    share_heap()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-@pytest.mark.parametrize("name", ["keep_memory", "share_heaps"])
+@pytest.mark.parametrize("name", ["keep_memory", "share_heap"])
 def test_settings_of_memory_do_no_harm(name: str) -> None:
     """In a process of their own, as they cannot be taken back."""
     code = f"from beauty_bafe.process import {name}; {name}(); import torch; assert torch.ones(1 << 24).sum() == 1 << 24"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import cli
 from beauty_bafe.config import CONF
-from beauty_bafe.process import share_heaps
+from beauty_bafe.process import share_heap
 
 log = logging.getLogger("beauty_bafe")
 
@@ -48,7 +48,7 @@ def serve(cfg: DictConfig) -> None:
             f"gallery=GALLERY, or write one with Retriever.save('{folder}')"
         )
     listening = _listen(host, settings.port)
-    share_heaps()
+    share_heap()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     failures: list[BaseException] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import platform
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_answers_are_the_retrievers(server: Server, saved: Path, pictures: list[
     assert server.search(pictures[0], threshold=-1).json()["known"] is True
     assert server.search(pictures[0], threshold=2).json()["known"] is False
     assert len(server.search(pictures[0], k=1000).json()["answers"]) == 48
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heaps")
+def test_threads_share_one_heap(server: Server, pictures: list[bytes]) -> None:
+    """glibc reserves 64 MiB for another heap, of which only the beginning can be written."""
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda picture: server.search(picture).status_code == 200, pictures[:12]))
+    others, before, start = 0, "", 0
+    for line in Path(f"/proc/{server.process.pid}/maps").read_text().splitlines():
+        span, access = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        others += (before, access, last - start) == ("rw-p", "---p", 64 << 20)
+        before, start = access, first
+    assert others == 0
 
 
 def test_describe_and_masks(server: Server, saved: Path) -> None:

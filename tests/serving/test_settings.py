@@ -53,7 +53,7 @@ def test_a_folder_may_be_named_by_a_number() -> None:
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from beauty_bafe.serving.access import VARIABLE, choose_host, read_token
+    from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
 
     monkeypatch.delenv(VARIABLE, raising=False)
     assert read_token(None) is None
@@ -66,6 +66,10 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_text(bad)
         with pytest.raises(ValueError, match="at least 8 ASCII characters"):
             read_token(str(file))
+    with pytest.raises(ValueError, match="token_file=nowhere cannot be read"):
+        read_token("nowhere")
+    with pytest.raises(ValueError, match="private=true needs a token"):
+        Access(None, private=True)
     assert [choose_host(None, None), choose_host(None, TOKEN), choose_host("::1", None)] == ["127.0.0.1", "0.0.0.0", "::1"]
     assert choose_host("0.0.0.0", TOKEN) == "0.0.0.0"
     with pytest.raises(ValueError, match=r"host=10\.0\.0\.1 lets other machines change the catalogue"):
