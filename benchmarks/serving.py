@@ -128,7 +128,7 @@ def engine_rate(retriever: Retriever, photos: list[bytes], seconds: float) -> fl
 def load(args: argparse.Namespace, shop: Path, photos: list[bytes]) -> None:
     retriever = Retriever.load(shop)
     print(
-        "| connections | photos a second | the engine's | of the engine's | in the rounds | p50 ms | p99 ms |\n"
+        "| connections | photos a second | engine, photos a second | ratio | ratio in single rounds | p50 ms | p99 ms |\n"
         + "| --- " * 7
         + "|"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from beauty_bafe import Retriever
 from beauty_bafe.config import CONF
@@ -36,7 +36,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        environment = {name: value for name, value in os.environ.items() if name != "BEAUTY_BAFE_TOKEN"}
+        ours = ("BEAUTY_BAFE_TOKEN", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")  # what serve itself is to set
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
         environment |= {"PYTHONPATH": str(ROOT)} | ({} if token is None else {"BEAUTY_BAFE_TOKEN": token})
         command = [sys.executable, "-m", "beauty_bafe", "serve", f"index_dir={shop}", f"port={self.port}", *overrides]
         self.log = shop.parent / f"{self.port}.log"
@@ -113,14 +114,18 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def read_conf(**settings: Any) -> Any:
-    """The settings of conf/serve.yaml with others by their keys, in which __ stands for a dot."""
-    from beauty_bafe.serving.settings import read_settings
-
+def make_conf(**settings: Any) -> DictConfig:
+    """conf/serve.yaml with other settings by their keys, in which __ stands for a dot."""
     values = OmegaConf.load(CONF / "serve.yaml")
     assert OmegaConf.is_dict(values)
     del values["hydra"], values["defaults"]
     values["index_dir"] = "SHOP"
     for key, value in settings.items():
         OmegaConf.update(values, key.replace("__", "."), value)
-    return read_settings(OmegaConf.to_container(values))  # type: ignore[arg-type]
+    return values
+
+
+def read_conf(**settings: Any) -> Any:
+    from beauty_bafe.serving.settings import read_settings
+
+    return read_settings(OmegaConf.to_container(make_conf(**settings)))  # type: ignore[arg-type]

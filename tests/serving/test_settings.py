@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from .conftest import TOKEN, read_conf
+from .conftest import TOKEN, make_conf, read_conf
 
 pytest.importorskip("fastapi", reason="the extra `serve`")
 
@@ -41,6 +41,28 @@ def test_settings_are_checked_before_anything_is_loaded(settings: dict[str, Any]
         read_conf(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"gallery": "GALLERY"}, "'x' holds no retriever; to build one, type checkpoints="),
+        ({"host": "0.0.0.0"}, r"host=0\.0\.0\.0 lets other machines change the catalogue"),
+        ({"private": True}, "private=true needs a token"),
+        ({"token_file": "nowhere"}, "token_file=nowhere cannot be read"),
+    ],
+)
+def test_serve_starts_with_good_settings_only(
+    settings: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beauty_bafe.commands.serve import serve
+    from beauty_bafe.serving.access import VARIABLE
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        serve(make_conf(index_dir="x", **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_kind_has_a_signature() -> None:
     from beauty_bafe.serving.limits import SIGNATURES
     from beauty_bafe.serving.settings import Kind
@@ -53,7 +75,7 @@ def test_a_folder_may_be_named_by_a_number() -> None:
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from beauty_bafe.serving.access import VARIABLE, Access, choose_host, read_token
+    from beauty_bafe.serving.access import VARIABLE, choose_host, read_token
 
     monkeypatch.delenv(VARIABLE, raising=False)
     assert read_token(None) is None
@@ -66,10 +88,6 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_text(bad)
         with pytest.raises(ValueError, match="at least 8 ASCII characters"):
             read_token(str(file))
-    with pytest.raises(ValueError, match="token_file=nowhere cannot be read"):
-        read_token("nowhere")
-    with pytest.raises(ValueError, match="private=true needs a token"):
-        Access(None, private=True)
     assert [choose_host(None, None), choose_host(None, TOKEN), choose_host("::1", None)] == ["127.0.0.1", "0.0.0.0", "::1"]
     assert choose_host("0.0.0.0", TOKEN) == "0.0.0.0"
     with pytest.raises(ValueError, match=r"host=10\.0\.0\.1 lets other machines change the catalogue"):
