@@ -36,6 +36,17 @@ class Candidates:
         vectors = self.index.get([names[position] for position in positions.ravel().tolist()])
         return vectors.reshape(*positions.shape, self.index.dimensions)
 
+    def take(self, rows: np.ndarray) -> Candidates:
+        """The candidates of the queries in `rows`, int (R,)."""
+        ranking, queries = self.ranking, self.queries
+        ids = tuple(ranking.query_ids[row] for row in rows)
+        masks = None if queries.masks is None else queries.masks[rows]
+        return replace(
+            self,
+            ranking=Ranking(ids, ranking.gallery_ids, ranking.positions[rows], ranking.scores[rows]),
+            queries=replace(queries, vectors=queries.vectors[rows], ids=ids, masks=masks),
+        )
+
 
 @dataclass(frozen=True)
 class SearchContext:

@@ -29,7 +29,8 @@ class EvidenceReranker(ABC):
 
     `weights`: by kind of evidence (see `kinds`), 0 for missing ones; None: learned from street views of the gallery's own
     photos. `absolute`: whether the evidence says how likely a candidate is to be right, not only which one is likelier; if
-    False, only the order changes, and each rank keeps its similarity as its score.
+    False, only the order changes, and each rank keeps its similarity as its score. `most`: the highest evidence of a kind, 0
+    being the lowest; if it is finite, only queries whose first candidate another one could overtake are examined.
 
     Raises ValueError for a depth below 1, or weights that are not numbers by kind.
     """
@@ -38,6 +39,7 @@ class EvidenceReranker(ABC):
     weights: Mapping[str, float] | None
     kinds: ClassVar[tuple[str, ...]]
     absolute: ClassVar[bool] = True
+    most: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
         check_depth(self.depth)
@@ -84,10 +86,21 @@ class EvidenceReranker(ABC):
         candidates = with_depth(candidates, self.depth)
         weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
         similarity = _similarity(candidates, self.depth)
-        ordered = reorder(candidates, similarity + self.evidence(candidates) @ weights)
+        ordered = reorder(candidates, similarity + self._needed(candidates, similarity, weights) @ weights)
         if self.absolute:
             return ordered
         return replace(ordered, ranking=replace(ordered.ranking, scores=similarity))
+
+    def _needed(self, candidates: Candidates, similarity: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The evidence; 0 for queries whose first candidate no other one could overtake."""
+        if math.isinf(self.most):
+            return self.evidence(candidates)
+        needed = np.zeros((*similarity.shape, len(self.kinds)))
+        lead = similarity[:, 0] - similarity[:, 1:].max(axis=1, initial=-np.inf)
+        rows = np.flatnonzero(lead < self.most * np.abs(weights).sum())
+        if len(rows):
+            needed[rows] = self.evidence(candidates.take(rows))
+        return needed
 
 
 def fit_weights(similarity: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> np.ndarray:

@@ -105,12 +105,13 @@ class LabelReading(EvidenceReranker):
     """Evidence from the words that a query shares with some of its candidates and not with others: see `compare_words`.
 
     Not absolute: some candidate shares most words even if the product is not in the gallery, so they only distinguish
-    variants of a product.
+    variants of a product. Labels are only read if they could change the first answer, as reading takes longest.
     """
 
     reader: Reader
     kinds = ("text",)
     absolute = False
+    most = 1.0
 
     def evidence(self, candidates: Candidates) -> np.ndarray:
         return score_candidates(
