@@ -30,7 +30,8 @@ class EvidenceReranker(ABC):
     `weights`: by kind of evidence (see `kinds`), 0 for missing ones; None: learned from street views of the gallery's own
     photos. `absolute`: whether the evidence says how likely a candidate is to be right, not only which one is likelier; if
     False, only the order changes, and each rank keeps its similarity as its score. `most`: the highest evidence of a kind, 0
-    being the lowest; if it is finite, only queries whose first candidate another one could overtake are examined.
+    being the lowest; if it is finite, only queries whose first candidate another one could overtake are examined, and all
+    others keep their order.
 
     Raises ValueError for a depth below 1, or weights that are not numbers by kind.
     """

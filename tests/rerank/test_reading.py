@@ -111,29 +111,33 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
 
 
 def test_labels_are_read_only_if_they_can_change_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = np.array([[0.9, 0.86, 0.3], [0.9, 0.84, 0.83], [0.9, 0.9, 0.9], [0.9, 0.8, 0.7]], np.float32)
+    scores = np.array([[0.9, 0.851, 0.3], [0.9, 0.84, 0.83], [0.9, 0.9, 0.9], [0.9, 0.8, 0.7]], np.float32)
+    positions = np.array([[0, 1, 2], [0, 1, 2], [2, 1, 0], [0, 1, 2]])
     ids = tuple("abcd")
     vectors = unit(np.random.default_rng(0).random((4, 8))).astype(np.float32)
     masks = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
     index = ExactIndex(device="cpu").fit(vectors[:3], tuple("xyz"))
-    found = Candidates(
-        Ranking(ids, index.ids, np.tile(np.arange(3), (4, 1)), scores), Features(vectors, ids, masks), index, rescored=True
-    )
+    found = Candidates(Ranking(ids, index.ids, positions, scores), Features(vectors, ids, masks), index, rescored=True)
     asked = []
 
     def read(candidates: Candidates, depth: int, *_: object) -> np.ndarray:
-        asked.append((candidates.ranking.query_ids, candidates.queries.ids, candidates.queries.masks[:, 0, 0].tolist()))
+        masks = candidates.queries.masks
+        asked.append((candidates.ranking.query_ids, candidates.queries.ids, None if masks is None else masks[:, 0, 0].tolist()))
         return np.tile([[0.0], [1.0], [0.5]], (len(candidates.ranking.query_ids), 1, 1))
 
     monkeypatch.setattr(reading, "score_candidates", read)
     step = LabelReading(3, {"text": 0.05}, Reader(640, 1.2, 0.6))
     ranked = step(found).ranking
     assert asked == [(("a", "c"), ("a", "c"), [0, 2])], "a lead of 0.06 is more than all words weigh"
-    assert [ranked.answers(row) for row in range(4)] == [["y", "x", "z"], ["x", "y", "z"], ["y", "z", "x"], ["x", "y", "z"]]
+    assert [ranked.answers(row) for row in range(4)] == [["y", "x", "z"], ["x", "y", "z"], ["y", "x", "z"], ["x", "y", "z"]]
     assert step(found.take(np.array([1, 3]))).ranking.as_answers() == {"b": ["x", "y", "z"], "d": ["x", "y", "z"]}
     assert len(asked) == 1
-    assert step(replace(found, ranking=found.ranking.first(1))).ranking.answers(2) == ["x"], "nothing to choose from"
+    assert step(replace(found, ranking=found.ranking.first(1))).ranking.answers(2) == ["z"], "nothing to choose from"
     assert len(asked) == 1
+    unmasked = replace(found, queries=replace(found.queries, masks=None))
+    against = LabelReading(3, {"text": -0.05}, step.reader)(unmasked).ranking
+    assert asked[1:] == [(("a", "c"), ("a", "c"), None)]
+    assert against.answers(2) == ["z", "x", "y"], "a negative weight counts against what the query shares"
 
 
 def test_any_confidence_can_be_asked_for() -> None:
