@@ -105,8 +105,8 @@ class LabelReading(EvidenceReranker):
     """Evidence from the words that a query shares with some of its candidates and not with others: see `compare_words`.
 
     Not absolute: some candidate shares most words even if the product is not in the gallery, so they only distinguish
-    variants of a product. Labels are only read if they could change the first answer, as reading takes
-    longest; otherwise all answers keep their order.
+    variants of a product. Labels are only read if they could change the first answer, as reading takes longest; otherwise all
+    answers keep their order.
     """
 
     reader: Reader

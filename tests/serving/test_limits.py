@@ -75,7 +75,7 @@ def test_time_and_queue_are_limited(saved: Path, tmp_path: Path, pictures: list[
         while (busy := server.search(pictures[0])).status_code != 429 and time.monotonic() < until:
             waiting.append(slow(server))  # a search that came first may have taken the place of one of them
         assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
-        assert any(b" 504 " in connection.recv(100) for connection in waiting)  # those that came too late have got 429
+        assert any(b" 504 " in connection.recv(100) for connection in waiting)  # the others got 429
         for connection in waiting:
             connection.close()
         while server.search(pictures[0]).status_code == 429:
