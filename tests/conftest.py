@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # two test processes share two cores
 cv2.setNumThreads(1)
 
 ROOT = Path(__file__).parents[1]
+VIEWS = "rehearsal.views=8"  # drawing street views takes most of the time of indexing a small gallery
 _FOLDER = tempfile.TemporaryDirectory()
 TINY: dict[str, Any] = {
     "name": "test_efficientnet",  # timm's own few-layer network
@@ -102,10 +103,9 @@ def configure() -> Callable[..., DictConfig]:
     """Compose conf/NAME.yaml with overrides, as the scripts do."""
 
     def configure(name: str, *overrides: str) -> DictConfig:
-        if name == "train":
-            overrides = ("data.cache=null", *overrides)
+        first = {"train": ["data.cache=null"], "retrieve": [VIEWS]}.get(name, [])
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose(name, list(overrides))
+            return compose(name, [*first, *overrides])
 
     return configure
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from beauty_bafe.data.toy import draw_toy
 
-from .conftest import ROOT
+from .conftest import ROOT, VIEWS
 
 sys.path.insert(0, str(ROOT))
 from retrieve import retrieve
@@ -76,7 +76,7 @@ def test_the_hybrid_grid_prints_the_papers_table(small: Path, tmp_path: Path, ti
     network += [f"model.taps=[{taps}]", "model.weights=null"]
     shop = [f"gallery={small / 'gallery'}", f"queries={small / 'queries'}", f"truth={small / 'truth.csv'}"]
     grid_of = ["model=efficientnet_lite0", "pooling=mac,spoc", "index.metric=l1,ip", "rerank=none,sift"]
-    place = ["num_workers=0", f"features={tmp_path / 'features'}", f"output_dir={tmp_path / 'sweep'}"]
+    place = ["num_workers=0", VIEWS, f"features={tmp_path / 'features'}", f"output_dir={tmp_path / 'sweep'}"]
     command = [sys.executable, str(ROOT / "retrieve.py"), "-m", "experiment=hybrid_grid", *grid_of, *network, *shop, *place]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

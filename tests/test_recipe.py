@@ -18,7 +18,7 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import spoc
 from beauty_bafe.recipe import check_recipe, resolve_auto
 
-from .conftest import ROOT
+from .conftest import ROOT, VIEWS
 from .test_train import TINY_MODEL
 
 sys.path.insert(0, str(ROOT))
@@ -187,7 +187,7 @@ def test_settings_of_a_group_left_at_auto_are_answered(tiny_checkpoint: Path, re
 def test_in_a_sweep_each_job_takes_the_rest_from_the_checkpoint(toy: Path, tmp_path: Path, write) -> None:
     file = write("a.ckpt", **BEST)
     given = [f"checkpoints=[{file}]", f"gallery={toy / 'gallery'}", f"queries={toy / 'queries'}", f"features={tmp_path / 'f'}"]
-    place = ["num_workers=0", "report=false", f"output_dir={tmp_path / 'sweep'}"]
+    place = ["num_workers=0", "report=false", VIEWS, f"output_dir={tmp_path / 'sweep'}"]
     command = [sys.executable, str(ROOT / "retrieve.py"), "-m", "query=auto,whole", *given, *place]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from beauty_bafe import Hit, Retriever
 
-from .conftest import ROOT
+from .conftest import ROOT, VIEWS
 
 sys.path.insert(0, str(ROOT))
 from retrieve import retrieve
@@ -30,7 +30,7 @@ from retrieve import retrieve
 
 @pytest.fixture(scope="session")
 def built(toy: Path, tiny_checkpoint: Path) -> Retriever:
-    return Retriever.build(str(tiny_checkpoint), gallery=toy / "gallery")
+    return Retriever.build(str(tiny_checkpoint), gallery=toy / "gallery", overrides=[VIEWS])
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_script_to_the_bit(
     }
     words = [f"{key}={value}" for key, value in places.items()]
     retrieve(configure("retrieve", f"checkpoints=[{tiny_checkpoint}]", *words, "num_workers=0", "report=false", *overrides))
-    hits = Retriever.build([tiny_checkpoint], toy / "gallery", overrides).search(queries)
+    hits = Retriever.build([tiny_checkpoint], toy / "gallery", [VIEWS, *overrides]).search(queries)
     expected = submitted(tmp_path / "out" / "submission.csv")
     assert {query.stem: [hit.id for hit in found] for query, found in zip(queries, hits, strict=True)} == expected
     assert np.array_equal(np.float32([[hit.score for hit in found] for found in hits]), rankings[0].scores.astype(np.float32))
@@ -119,7 +119,7 @@ def test_what_is_added_leaves_earlier_snapshots_alone(
     index: str, toy: Path, tiny_checkpoint: Path, queries: list[Path]
 ) -> None:
     pictures = {path.stem: path for path in sorted((toy / "gallery").iterdir())[:20]}
-    shop = Retriever.build([tiny_checkpoint], pictures, [f"index={index}"])
+    shop = Retriever.build([tiny_checkpoint], pictures, [f"index={index}", VIEWS])
     before, state = shop.search(queries[:3]), shop._state
     shop.add({"new": queries[0]})
     shop.remove(list(pictures)[:5])
@@ -225,7 +225,7 @@ def test_gallery_pictures_in_memory_have_no_keypoints(toy: Path, tiny_checkpoint
 def test_unreadable_gallery_pictures_are_listed(toy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(toy / "gallery", tmp_path / "gallery")
     (tmp_path / "gallery" / "broken.jpg").write_bytes(b"no picture")
-    shop = Retriever.build(tiny_checkpoint, tmp_path / "gallery")
+    shop = Retriever.build(tiny_checkpoint, tmp_path / "gallery", [VIEWS])
     assert len(shop) == 48
     assert [name for name, _, _ in shop.skipped] == ["broken"]
     with pytest.raises(ValueError, match="1 of 49 gallery pictures cannot be read, more than max_skipped=0"):
@@ -237,7 +237,7 @@ def test_nothing_is_written_unless_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    shop = Retriever.build(tiny_checkpoint, toy / "gallery")
+    shop = Retriever.build(tiny_checkpoint, toy / "gallery", [VIEWS])
     shop.search(queries[:2])
     shop.add({"new": queries[0]})
     assert list(tmp_path.iterdir()) == []
@@ -245,7 +245,7 @@ def test_nothing_is_written_unless_asked(
 
 def test_a_year_on_disk(shop: Retriever, toy: Path, tiny_checkpoint: Path, queries: list[Path], tmp_path: Path) -> None:
     checkpoint = shutil.copy(tiny_checkpoint, tmp_path / "mine.ckpt")
-    overrides = ["query=both", "+pooling@poolings.gem=gem", "ensemble=zscore"]
+    overrides = ["query=both", "+pooling@poolings.gem=gem", "ensemble=zscore", VIEWS]
     shop = Retriever.build(checkpoint, toy / "gallery", overrides)
     shop.add({"memory": queries[0].read_bytes(), "file": queries[1]})
     before = shop.search(queries[:4])

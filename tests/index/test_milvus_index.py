@@ -17,6 +17,7 @@ from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.milvus_index import MilvusIndex
 from beauty_bafe.retrieval.ensemble import Fusion
 
+from ..conftest import VIEWS
 from ..shop import Shop
 from .conftest import Standalone, names, unit
 
@@ -274,7 +275,7 @@ def test_retriever_and_service(server: Standalone, toy: Path, tiny_checkpoint: P
 
         # A collection belongs to one gallery.
         index = [word.replace("collection=", f"collection={rerank}_") for word in index]
-        retriever = Retriever.build(str(tiny_checkpoint), pictures, [*index, f"rerank={rerank}", "device=cpu"])
+        retriever = Retriever.build(str(tiny_checkpoint), pictures, [*index, f"rerank={rerank}", "device=cpu", VIEWS])
         found = [ask(retriever)]
         retriever.save(tmp_path / name)
         shop = Served(tmp_path / name)

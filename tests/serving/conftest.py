@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from beauty_bafe import Retriever
 from beauty_bafe.config import CONF
 
-from ..conftest import ROOT
+from ..conftest import ROOT, VIEWS
 
 TOKEN = "a-token-of-tests"
 PATIENT = "limits.seconds=600"  # on a busy machine
@@ -69,7 +69,7 @@ class Server:
 @pytest.fixture(scope="session")
 def saved(toy: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "shop"
-    Retriever.build(tiny_checkpoint, toy / "gallery").save(folder)
+    Retriever.build(tiny_checkpoint, toy / "gallery", [VIEWS]).save(folder)
     return folder
 
 
