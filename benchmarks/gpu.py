@@ -38,6 +38,7 @@ from beauty_bafe.models.precision import fastest_precision
 
 ROOT = Path(__file__).parents[1].resolve()
 GEM = Pooling(gem, saliency=False)
+DEVICE = "gpu"  # tests run the parts on "cpu"
 Lines = list[str]
 
 
@@ -50,18 +51,26 @@ def table(*rows: Sequence[object]) -> Lines:
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     """The best of some runs after one that warms up."""
     best = float("inf")
+    wait = torch.cuda.synchronize if DEVICE == "gpu" else lambda: None
     for number in range(repeats + 1):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        wait()
         best = min(best, time.perf_counter() - start) if number else best
     return best
 
 
+def torch_device() -> str:
+    return "cuda" if DEVICE == "gpu" else "cpu"
+
+
 def network(name: str) -> BackgroundAgnosticExtractor:
-    settings = compose("train", [f"model={name}", "data.root=none"]).model
-    return BackgroundAgnosticExtractor(**settings | {"pretrained": name == "efficientnet_lite0", "weights": None}).eval()
+    """With pretrained weights if they need no download, or else random ones."""
+    settings = dict(compose("train", [f"model={name}", "data.root=none"]).model)
+    if name != "efficientnet_lite0":
+        settings |= {"pretrained": False, "weights": None}
+    return BackgroundAgnosticExtractor(**settings).eval()
 
 
 def describe(extractor: BackgroundAgnosticExtractor, pictures: Path, features: Path, **options: object) -> np.ndarray:
@@ -95,22 +104,23 @@ def training(work: Path, size: argparse.Namespace) -> Lines:
     rows = []
     for name, overrides in {"joint": ["objective=joint"], "frozen": ["objective=frozen"]}.items():
         for batch in size.train_batches:
-            rate = train(work, size.products, "device=gpu", f"data.batch_size={batch}", *overrides)
+            rate = train(work, size.products, f"device={DEVICE}", f"data.batch_size={batch}", *overrides)
             rows.append((name, batch, f"{rate:.0f}"))
     return table(("objective", "photos a batch", "images/s, loading included"), *rows)
 
 
 def extraction(work: Path, size: argparse.Namespace) -> Lines:
     rows = []
-    pictures = draw_pictures(work, size.products)
+    device, pictures = torch_device(), draw_pictures(work, size.products)
     for name in size.models:
         extractor = network(name)
-        for precision in dict.fromkeys(["32-true", fastest_precision("cuda")]):
-            engine = Engine(Describer(extractor, [GEM], False), "cuda", precision, None, "torch")
+        for precision in dict.fromkeys(["32-true", fastest_precision(device)]):
+            engine = Engine(Describer(extractor, [GEM], False), device, precision, None, "torch")
             side = engine.describer.canvas
-            batch = torch.randint(0, 256, (4 * engine.batch, 3, side, side), dtype=torch.uint8).pin_memory()
+            batch = torch.randint(0, 256, (4 * engine.batch, 3, side, side), dtype=torch.uint8)
+            batch = batch.pin_memory() if DEVICE == "gpu" else batch
             memory = len(batch) / seconds(lambda engine=engine, batch=batch: engine(batch))  # type: ignore[misc]
-            options = {"device": "gpu", "precision": precision}
+            options = {"device": DEVICE, "precision": precision}
             start = time.perf_counter()
             count = len(describe(extractor, pictures, Path(tempfile.mkdtemp(dir=work)), **options))
             files = count / (time.perf_counter() - start)
@@ -123,8 +133,8 @@ def parity(work: Path, _size: argparse.Namespace) -> Lines:
     extractor, pictures = network("efficientnet_lite0"), draw_pictures(work, 64)
     exact = describe(extractor, pictures, work / "cpu", device="cpu", precision="32-true")
     rows = []
-    for precision in dict.fromkeys(["32-true", fastest_precision("cuda")]):
-        cosine = (describe(extractor, pictures, work / "gpu", device="gpu", precision=precision) * exact).sum(axis=1)
+    for precision in dict.fromkeys(["32-true", fastest_precision(torch_device())]):
+        cosine = (describe(extractor, pictures, work / "gpu", device=DEVICE, precision=precision) * exact).sum(axis=1)
         rows.append((precision, f"{cosine.min():.6f}", f"{np.median(cosine):.6f}"))
         if cosine.min() < 0.999:
             raise ValueError(f"in {precision} a vector has cosine {cosine.min():.6f} with the CPU's in float32, below 0.999")
@@ -147,12 +157,13 @@ def timed_search(index: Index, queries: np.ndarray, batch: int) -> float:
 
 def exact_search(_work: Path, size: argparse.Namespace) -> Lines:
     gallery, queries = unit_rows(size.rows, size.width, 0), unit_rows(4096, size.width, 1)
-    index = ExactIndex(device="gpu")
+    index = ExactIndex(device=DEVICE)
     fitted(index, gallery)
-    block = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    block = torch.empty(1 << 28, dtype=torch.uint8, device=torch_device())
     bandwidth = 2 * block.numel() / seconds(block.clone)  # read and written
-    one, other = (torch.randn(8192, 8192, device="cuda", dtype=index.rounded) for _ in range(2))
-    products = 2 * 8192**3 / seconds(lambda: one @ other)
+    side = 8192 if DEVICE == "gpu" else 256
+    one, other = (torch.randn(side, side, device=torch_device(), dtype=index.rounded) for _ in range(2))
+    products = 2 * side**3 / seconds(lambda: one @ other)
     itemsize = 2 if index.rounded == torch.bfloat16 else 4
     rows = []
     for batch in (1, 4096):
@@ -168,11 +179,11 @@ def faiss_search(_work: Path, size: argparse.Namespace) -> Lines:
     gallery, queries = unit_rows(size.rows, size.width, 0), unit_rows(4096, size.width, 1)
     queries = queries * 0.5 + gallery[:4096]  # with neighbours: random directions have none
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    true = fitted(ExactIndex(device="gpu"), gallery)._search(queries, 10)[1]
+    true = fitted(ExactIndex(device=DEVICE), gallery)._search(queries, 10)[1]
     rows = []
     for factory in ("Flat", "IVF{lists},Flat", "IVF{lists},PQ64np"):
         start = time.perf_counter()
-        index = fitted(FaissIndex(factory, device="gpu"), gallery)
+        index = fitted(FaissIndex(factory, device=DEVICE), gallery)
         built = time.perf_counter() - start
         found = index._search(queries, 10)[1]
         recall = np.mean([len(set(one) & set(other)) / 10 for one, other in zip(found, true, strict=True)])
@@ -199,15 +210,15 @@ def short_memory(_work: Path, _size: argparse.Namespace) -> Lines:
     return [f"Asked for 512 pictures of ResNet-50 at once within 1.5 GB, it went down to {engine.batch}; cosine {cosine:.6f}."]
 
 
-def _describe_alone(pictures: Path, features: Path) -> None:
-    describe(network("efficientnet_lite0"), pictures, features, device="gpu")
+def _describe_alone(pictures: Path, features: Path, device: str) -> None:
+    describe(network("efficientnet_lite0"), pictures, features, device=device)
 
 
 def two_processes(work: Path, size: argparse.Namespace) -> Lines:
     """Two runs on one GPU and one store; where there are two GPUs, training and describing on both."""
     pictures = draw_pictures(work, size.products)
     context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_describe_alone, args=(pictures, work / "both")) for _ in range(2)]
+    both = [context.Process(target=_describe_alone, args=(pictures, work / "both", DEVICE)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:

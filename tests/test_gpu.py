@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,15 @@ def test_the_page_is_written_whatever_fails(tmp_path: Path, monkeypatch: pytest.
     assert "# a GPU, 80 GB" in page
     assert "Failed: ValueError: too slow" in page
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in page
+
+
+@pytest.mark.parametrize("part", ["Describing", "Vectors beside the CPU's", "Exact search", "faiss"])
+def test_parts_of_the_page_run_on_a_processor(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is rare, so that a mistake in a line that needs none must not wait for one. The figures mean nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu as benchmark
+
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    size = Namespace(products=20, train_batches=[8], models=["efficientnet_lite0"], rows=5000, width=64)
+    page = benchmark.PARTS[part](tmp_path, size)
+    assert any(re.search(r"\d", line) for line in page)
