@@ -145,7 +145,8 @@ class FeatureExtraction:
             "precision": self.precision,
             "openvino": self.runtime == "openvino",  # the store's plan says whether it is compiled
             "dtype": str(self.dtype),
-            "scales": str(self.scales),
+            # Named since pictures of twice a scale's size are halved differently; most stores have one scale, and none.
+            "scales": str(self.scales) + ("" if self.scales == (1.0,) else ", halves by means"),
             "flip": self.flip,
             "view": str(view),
         }

@@ -106,11 +106,13 @@ class Describer(nn.Module):
     @property
     def passes(self) -> int:
         """Forward passes per picture; each input size is compiled separately."""
-        sides = len(self.sides) * (2 if self.flip else 1)
+        described = len(self.sides) * (2 if self.flip else 1)
+        # `_describe` uses the pass at the network's own size that found the mask.
+        remaining = described - (self.extractor.size in self.sides)
         if self.view is None:
-            return sides
-        described = sides * (2 if self.view.whole > 0 else 1)
-        return 1 + (self.view.closer is not None) + described
+            return 1 + remaining
+        seen = remaining if self.view.change is None else described
+        return 1 + (self.view.closer is not None) + seen + (remaining if self.view.whole > 0 else 0)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
@@ -133,7 +135,9 @@ class Describer(nn.Module):
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], clamp_window(product_window(saliency, view.closer)), canvas)
-            seen = sample_window(pictures, window, pad)
+            # Halved at most, as more would skip pixels; a cut-out is resampled once more.
+            half = max(self.extractor.size, *self.sides, self.canvas // 2)
+            seen = sample_window(pictures, window, pad, half if view.change is None else None)
             known = self.extract(resize(seen, self.extractor.size))
             saliency = known.saliency(side)
         if self.masks or view.change is not None:
@@ -154,10 +158,12 @@ class Describer(nn.Module):
         """A descriptor for each pooling; `known`: the network's output for these pictures at its own size, if available."""
         extractions = []
         for side in self.sides:
-            seen = resize(pictures, side)
-            extractions.append(known if known is not None and side == self.extractor.size else self.extract(seen))
+            if known is None or side != self.extractor.size:
+                extractions.append(self.extract(resize(pictures, side)))
+            else:
+                extractions.append(known)
             if self.flip:
-                extractions.append(self.extract(seen.flip(3)))
+                extractions.append(self.extract(extractions[-1].pictures.flip(3)))
         outputs = []
         for pooling in self.poolings:
             vectors = [F.normalize(pooling(extraction).float()) for extraction in extractions]

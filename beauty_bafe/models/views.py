@@ -16,7 +16,7 @@ from torch import Tensor
 from .descriptor import describe_partial
 from .extractor import resize_mask
 
-VERSION = 3  # increase it when the same settings give other descriptors
+VERSION = 4  # increase it when the same settings give other descriptors
 MAX_SHARE = 0.9  # of the picture; a mask that covers more is considered wrong
 EDGE_STRIDE = 8  # pixels per cell of the grid on which the guided filter is fitted
 REGULARISATION = 1e-4  # variance of colours in 0..1: edges with a contrast below 0.01 are ignored
@@ -73,7 +73,9 @@ def resize(pictures: Tensor, side: int) -> Tensor:
     """(B, 3, S, S), uint8 or float -> float (B, 3, side, side), antialiased when shrinking; unchanged if S is `side`."""
     if pictures.shape[-1] == side:
         return pictures
-    return F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    # Half the size by plain bilinear interpolation is the mean of 2 x 2 pixels, as letterbox shrinks, in a fourth of the time.
+    antialias = pictures.shape[-1] != 2 * side
+    return F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=antialias, align_corners=False)
 
 
 def guided_filter(saliency: Tensor, pictures: Tensor, radius: float) -> Tensor:
@@ -182,13 +184,14 @@ def inverse_window(window: Tensor) -> Tensor:
     return torch.cat([-middle, torch.ones_like(side)], dim=1) / side
 
 
-def sample_window(pictures: Tensor, window: Tensor, outside: float) -> Tensor:
-    """Resample a window (see `product_window`) to the size of the canvas: (B, C, S, S) -> float (B, C, S, S).
+def sample_window(pictures: Tensor, window: Tensor, outside: float, side: int | None = None) -> Tensor:
+    """Resample a window (see `product_window`): (B, C, S, S) -> float (B, C, side, side); None: S.
 
-    `outside`: the value beyond the canvas.
+    `outside`: the value beyond the canvas. Bilinear: below half the window's size, pixels would be skipped.
     """
+    size = [*pictures.shape[:2], *(pictures.shape[2:] if side is None else (side, side))]
     theta = window.new_zeros(window.shape[0], 2, 3)  # torch.export treats len() as a constant
     theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
     theta[:, :, 2] = window[:, :2]
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    grid = F.affine_grid(theta, size, align_corners=False)
     return F.grid_sample(pictures.float() - outside, grid, padding_mode="zeros", align_corners=False) + outside
