@@ -111,6 +111,8 @@ def measure(arguments: argparse.Namespace, objective: str, way: str) -> dict[str
             f"data.batch_size={arguments.batch_size}",
         ]
         cfg = compose("train", words)
+        if "average" in cfg.objective:
+            cfg.objective.average = 0  # it needs pretrained weights, and nothing is averaged while the backbone learns
         if way == "ours":
             keep_memory()
         pl.seed_everything(cfg.seed, verbose=False)
