@@ -146,6 +146,6 @@ def test_parts_of_the_page_run_on_a_processor(part: str, tmp_path: Path, monkeyp
     import gpu as benchmark
 
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
-    size = Namespace(products=20, train_batches=[8], models=["efficientnet_lite0"], rows=5000, width=64)
+    size = Namespace(products=20, models=["efficientnet_lite0"], rows=5000, width=64)
     page = benchmark.PARTS[part](tmp_path, size)
     assert any(re.search(r"\d", line) for line in page)

@@ -53,7 +53,7 @@ def submitted(file: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
+        ["rehearsal.views=384"],  # the default: one of each photo
         ["query=both", "rerank=query_expansion"],
         ["+pooling@poolings.gem=gem", "ensemble=score_fusion", "size=96", "extraction.dtype=float16"],
         ["rerank=sift", "+pooling@poolings.vlad=vlad", "poolings.vlad.function.words=4"],

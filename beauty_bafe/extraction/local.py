@@ -15,7 +15,7 @@ from ..data.images import Pictures
 from ..data.places import absolute, stamps
 from ..data.workers import one_opencv_thread
 from ..manifest import digest, locked
-from ..models.inference import MASK_SIZE
+from ..models.inference import MASK_SIZE, halving
 from ..models.precision import pick_devices
 from ..models.runtime import pick_precision, pick_runtime
 from ..models.views import View
@@ -145,10 +145,10 @@ class FeatureExtraction:
             "precision": self.precision,
             "openvino": self.runtime == "openvino",  # the store's plan says whether it is compiled
             "dtype": str(self.dtype),
-            # Named since pictures of twice a scale's size are halved differently; most stores have one scale, and none.
-            "scales": str(self.scales) + ("" if self.scales == (1.0,) else ", halves by means"),
+            "scales": str(self.scales),
             "flip": self.flip,
             "view": str(view),
+            **halving(self.scales),
         }
         name = f"{Path(source).stem}-{digest(*map(str, key.values()))}"
         rest = {

@@ -58,6 +58,11 @@ def to_bfloat16(network: nn.Module) -> None:
                 setattr(parent, name, HalfPrecision(cast(nn.Linear, layer)))
 
 
+def halving(scales: Sequence[float]) -> dict[str, str]:
+    """What descriptors of these scales depend on besides them, for the keys of stores and indexes; nothing for [1.0]."""
+    return {} if tuple(scales) == (1.0,) else {"halving": "means of 2 x 2"}
+
+
 class Describer(nn.Module):
     """An extractor and its poolings: uint8 (B, 3, S, S) -> one descriptor per pooling, float32 (B, D), length 1.
 
@@ -108,7 +113,7 @@ class Describer(nn.Module):
         """Forward passes per picture; each input size is compiled separately."""
         described = len(self.sides) * (2 if self.flip else 1)
         # `_describe` uses the pass at the network's own size that found the mask.
-        remaining = described - (self.extractor.size in self.sides)
+        remaining = described - self.sides.count(self.extractor.size)
         if self.view is None:
             return 1 + remaining
         seen = remaining if self.view.change is None else described
@@ -135,7 +140,7 @@ class Describer(nn.Module):
         if view.closer is not None:
             canvas = saliency.new_tensor([[0.0, 0.0, 1.0]])
             window = torch.where(trusted[:, :, 0, 0], clamp_window(product_window(saliency, view.closer)), canvas)
-            # Halved at most, as more would skip pixels; a cut-out is resampled once more.
+            # At most halved, as more would skip whole pixels; a cut-out is resampled once more, from full detail.
             half = max(self.extractor.size, *self.sides, self.canvas // 2)
             seen = sample_window(pictures, window, pad, half if view.change is None else None)
             known = self.extract(resize(seen, self.extractor.size))

@@ -24,6 +24,7 @@ from ..extraction.members import Member, describe_members
 from ..index.base import Index
 from ..index.ranking import Ranking, check_k
 from ..manifest import digest, locked, replace_file
+from ..models.inference import halving
 from ..models.views import View
 from ..rerank.candidates import Candidates, Reranker, SearchContext, TrainableReranker
 from ..versions import Versions
@@ -254,7 +255,8 @@ class Gallery:
         }
 
     def _about(self) -> dict[str, object]:
-        seen = {"scales": list(self.extraction.scales), "flip": self.extraction.flip}
+        scales = self.extraction.scales
+        seen = {"scales": list(scales), "flip": self.extraction.flip, **halving(scales)}
         return self.ensemble.describe() | seen | {"members": describe_members(self.members)}
 
     def load(self, place: Path, index: Index) -> None:

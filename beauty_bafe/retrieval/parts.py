@@ -44,7 +44,10 @@ def build_parts(cfg: DictConfig) -> Parts:
     poolings = {"pooling": instantiate(cfg.pooling)} | {name: instantiate(part) for name, part in cfg.poolings.items()}
     members = load_members(cfg.checkpoints, poolings, cli.untrained_models(cfg), cfg.pairs, cfg.size)
     view, extraction = instantiate(cfg.query.view), instantiate(cfg.extraction)
-    settings = {key: cfg[key] for key in ("ensemble", "rerank", "rehearsal", "query")} | {"steps": list(steps)}
+    settings = {key: cfg[key] for key in ("ensemble", "rerank", "rehearsal", "query")} | {
+        "steps": list(steps),
+        "view": str(view),
+    }
     about = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True)
     ensemble, index, rehearsal = instantiate(cfg.ensemble), instantiate(cfg.index), instantiate(cfg.rehearsal)
     return Parts(members, extraction, ensemble, view, index, list(steps.values()), rehearsal, about)

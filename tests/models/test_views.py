@@ -80,6 +80,15 @@ def test_shrinking_smooths() -> None:
     assert (small - 127.5).abs().max() < 8
 
 
+@pytest.mark.parametrize("side", [16, 21, 31, 33, 42])
+def test_what_is_too_fine_becomes_grey(side: int) -> None:
+    """Stripes of two pixels, of which more than half would be lost; 32 of 64 averages them by pairs."""
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    small = resize(stripes, side)[..., 2:-2]
+    assert (small - 127.5).abs().mean() < 32, "plain bilinear interpolation has 64"
+
+
 def test_half_the_size_is_the_mean_of_four_pixels() -> None:
     seen = pictures(64)
     means = F.avg_pool2d(seen.float(), 2)
@@ -191,6 +200,59 @@ def test_a_mask_that_must_be_wrong_is_not_trusted(height: int, width: int, trust
 def test_views_out_of_range_are_refused(words: dict[str, float], error: str) -> None:
     with pytest.raises(ValueError, match=rf"{error}.*type"):
         View(**words)
+
+
+CUT = partial(cut_out, fill=0.9)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0), (1.0, 2.0), (1.5,), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    "view",
+    [
+        None,
+        View(1.25, 0.1, detail=2),
+        View(1.25, 0.1, whole=0.5, detail=3),
+        View(1.25, 0.1, CUT, detail=2),
+        View(1.25, 0.1, CUT, 0.5),
+        View(change=CUT, whole=0.5),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_each_view_takes_the_passes_that_it_counts(
+    view: View | None, scales: tuple[float, ...], flip: bool, extractor: BackgroundAgnosticExtractor
+) -> None:
+    describer = Describer(extractor, POOLINGS, True, scales, flip, view)
+    calls = []
+    describer.extract = lambda seen: calls.append(seen) or extractor.extract(seen)  # type: ignore[func-returns-value]
+    seen = pictures(describer.canvas)
+    outputs = describer(seen)
+    assert len(calls) == describer.passes
+    assert {call.shape[-1] for call in calls} <= {64, *describer.sides}
+    assert all(output.isfinite().all() for output in outputs)
+    sides = {side: [call for call in calls if call.shape[-1] == side] for side in describer.sides}
+    flips = sum(torch.equal(one, other.flip(3)) for same in sides.values() for one in same for other in same)
+    assert (flips > 0) is flip
+
+
+@pytest.mark.parametrize(
+    ("detail", "scales", "side"), [(1, (1.0,), 64), (2, (1.0,), 64), (3, (1.0,), 96), (2, (0.5, 1.5), 96), (2, (0.5,), 64)]
+)
+@torch.inference_mode()
+def test_a_window_is_halved_at_most(
+    detail: float, scales: tuple[float, ...], side: int, extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = []
+
+    def sample(seen: torch.Tensor, window: torch.Tensor, outside: float, side: int | None = None) -> torch.Tensor:
+        sampled.append((outside, side))
+        return sample_window(seen, window, outside, side)
+
+    monkeypatch.setattr("beauty_bafe.models.inference.sample_window", sample)
+    describer = Describer(extractor, POOLINGS, False, scales, view=View(1.25, detail=detail))
+    describer(pictures(describer.canvas))
+    assert sampled == [(extractor.pad, side)]
 
 
 class Grey(torch.nn.Module):
