@@ -59,7 +59,11 @@ def to_bfloat16(network: nn.Module) -> None:
 
 
 def halving(scales: Sequence[float]) -> dict[str, str]:
-    """What descriptors of these scales depend on besides them, for the keys of stores and indexes; nothing for [1.0]."""
+    """What descriptors of these scales depend on besides them, for the keys of stores and indexes; nothing for [1.0].
+
+    >>> halving([1.0]), halving([0.5, 1.0])
+    ({}, {'halving': 'means of 2 x 2'})
+    """
     return {} if tuple(scales) == (1.0,) else {"halving": "means of 2 x 2"}
 
 

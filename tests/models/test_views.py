@@ -1,4 +1,4 @@
-"""Pictures described at several sizes, mirrored, and without their background."""
+"""Views of a picture: resized, cropped to the product, without its background; and the masks that are seen there."""
 
 from __future__ import annotations
 
@@ -39,29 +39,6 @@ def pictures(size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_scales_and_flips_are_added_at_length_one(extractor: BackgroundAgnosticExtractor) -> None:
-    describer = Describer(extractor, POOLINGS, masks=True, scales=(0.5, 1.5), flip=True)
-    assert (describer.canvas, describer.passes) == (96, 5)
-    seen = pictures(96)
-    outputs = describer(seen)
-    for pooling, output in zip(POOLINGS, outputs, strict=False):
-        total = torch.zeros_like(output)
-        for side in (32, 96):
-            for picture in (resize(seen, side), resize(seen, side).flip(3)):
-                total += F.normalize(pooling(extractor.extract(picture)))
-        torch.testing.assert_close(output, F.normalize(total))
-    saliency = extractor.extract(resize(seen, 64)).saliency(112)[:, 0] * 255
-    assert (outputs[-1].float() - saliency).abs().max() < 1, "the mask shown is of the network's own size"
-
-
-@torch.inference_mode()
-def test_one_scale_is_the_plain_descriptor(extractor: BackgroundAgnosticExtractor) -> None:
-    plain, told = (Describer(extractor, POOLINGS, False, **given)(pictures(64)) for given in ({}, {"scales": [1.0]}))
-    for one, other in zip(plain, told, strict=True):
-        assert torch.equal(one, other)
-
-
-@torch.inference_mode()
 def test_a_whitened_picture_is_described_without_its_background(extractor: BackgroundAgnosticExtractor) -> None:
     view = View(change=partial(whiten, threshold=0.5))
     seen = pictures(64)
@@ -82,7 +59,7 @@ def test_shrinking_smooths() -> None:
 
 @pytest.mark.parametrize("side", [16, 21, 31, 33, 42])
 def test_what_is_too_fine_becomes_grey(side: int) -> None:
-    """Stripes of two pixels, of which more than half would be lost; 32 of 64 averages them by pairs."""
+    """Stripes of a pixel each, at sizes that antialiasing is for; at half the size they are averaged in pairs anyway."""
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 255
     small = resize(stripes, side)[..., 2:-2]
@@ -127,16 +104,6 @@ def test_a_descriptor_of_the_picture_itself_gets_bytes(extractor: BackgroundAgno
     wanted = pictures(64) * saliency + 255 * (1 - saliency)
     assert seen[0].dtype == torch.uint8
     assert (seen[0] - wanted).abs().max() <= 0.5
-
-
-def test_a_network_of_one_size_refuses_scales() -> None:
-    options = {"img_size": 64, "depth": 1, "embed_dim": 16, "num_heads": 2}
-    transformer = BackgroundAgnosticExtractor(
-        "vit_tiny_patch16_224", ["blocks.0"], "norm", 64, hidden=4, pretrained=False, options=options
-    ).eval()
-    Describer(transformer, POOLINGS, masks=False, scales=[1.0])
-    with pytest.raises(ValueError, match=r"extraction.scales=\[0.5\]: this network accepts only pictures of 64 px"):
-        Describer(transformer, POOLINGS, masks=False, scales=[0.5])
 
 
 def scene(size: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,59 +167,6 @@ def test_a_mask_that_must_be_wrong_is_not_trusted(height: int, width: int, trust
 def test_views_out_of_range_are_refused(words: dict[str, float], error: str) -> None:
     with pytest.raises(ValueError, match=rf"{error}.*type"):
         View(**words)
-
-
-CUT = partial(cut_out, fill=0.9)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0), (1.0, 2.0), (1.5,), (1.0, 1.0)])
-@pytest.mark.parametrize(
-    "view",
-    [
-        None,
-        View(1.25, 0.1, detail=2),
-        View(1.25, 0.1, whole=0.5, detail=3),
-        View(1.25, 0.1, CUT, detail=2),
-        View(1.25, 0.1, CUT, 0.5),
-        View(change=CUT, whole=0.5),
-    ],
-    ids=str,
-)
-@torch.inference_mode()
-def test_each_view_takes_the_passes_that_it_counts(
-    view: View | None, scales: tuple[float, ...], flip: bool, extractor: BackgroundAgnosticExtractor
-) -> None:
-    describer = Describer(extractor, POOLINGS, True, scales, flip, view)
-    calls = []
-    describer.extract = lambda seen: calls.append(seen) or extractor.extract(seen)  # type: ignore[func-returns-value]
-    seen = pictures(describer.canvas)
-    outputs = describer(seen)
-    assert len(calls) == describer.passes
-    assert {call.shape[-1] for call in calls} <= {64, *describer.sides}
-    assert all(output.isfinite().all() for output in outputs)
-    sides = {side: [call for call in calls if call.shape[-1] == side] for side in describer.sides}
-    flips = sum(torch.equal(one, other.flip(3)) for same in sides.values() for one in same for other in same)
-    assert (flips > 0) is flip
-
-
-@pytest.mark.parametrize(
-    ("detail", "scales", "side"), [(1, (1.0,), 64), (2, (1.0,), 64), (3, (1.0,), 96), (2, (0.5, 1.5), 96), (2, (0.5,), 64)]
-)
-@torch.inference_mode()
-def test_a_window_is_halved_at_most(
-    detail: float, scales: tuple[float, ...], side: int, extractor: BackgroundAgnosticExtractor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampled = []
-
-    def sample(seen: torch.Tensor, window: torch.Tensor, outside: float, side: int | None = None) -> torch.Tensor:
-        sampled.append((outside, side))
-        return sample_window(seen, window, outside, side)
-
-    monkeypatch.setattr("beauty_bafe.models.inference.sample_window", sample)
-    describer = Describer(extractor, POOLINGS, False, scales, view=View(1.25, detail=detail))
-    describer(pictures(describer.canvas))
-    assert sampled == [(extractor.pad, side)]
 
 
 class Grey(torch.nn.Module):
