@@ -1,6 +1,6 @@
 """Images per second of training, ours beside a plain eager float32 loop over the files doing the same work, in one run.
 
-python benchmarks/train.py --photos GALLERY --backgrounds PHOTOS --objectives saliency joint
+python benchmarks/train.py --photos GALLERY --backgrounds PHOTOS --objectives saliency joint --plot train.png
 """
 
 from __future__ import annotations
@@ -128,6 +128,32 @@ def measure(arguments: argparse.Namespace, objective: str, way: str) -> dict[str
     return runs
 
 
+def draw(objectives: dict[str, dict[str, list[dict[str, float]]]], title: str, file: str) -> None:
+    """Bars of the medians, with a dot for each turn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(objectives), figsize=(1 + 5 * len(objectives), 4), layout="constrained", squeeze=False
+    )
+    for axes, (objective, rows) in zip(panels[0], objectives.items(), strict=True):
+        for number, (way, results) in enumerate(rows.items()):
+            places = [place + 0.4 * number - 0.2 for place in range(len(results[0]))]
+            turns = [[result[part] for result in results] for part in results[0]]
+            bars = axes.bar(places, [statistics.median(rates) for rates in turns], 0.36, label=way, alpha=0.6)
+            axes.bar_label(bars, fmt="%.0f", padding=6)
+            for place, rates in zip(places, turns, strict=True):
+                axes.plot([place] * len(rates), rates, ".", color="black")
+        axes.set_xticks(range(len(results[0])), list(results[0]))
+        axes.set(title=f"objective={objective}", ylabel="images per second")
+        axes.margins(y=0.1)
+        axes.legend(loc="upper right")
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="a folder of catalogue photos, or a csv of id,path")
@@ -137,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="photos; each brings its augmented version")
     parser.add_argument("--count", type=int, default=12, help="batches that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="turns that plain and ours take; the median counts")
+    parser.add_argument("--plot", help="a PNG: the medians and every turn")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -145,13 +172,16 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
     precision = fastest_precision(pick_device("auto"))
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {precision}; images per second")
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for objective in arguments.objectives:
-        rows: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
-        for _ in range(arguments.rounds):  # in turns, as the machine may be shared
+        rows = found[objective] = {"plain": [], "ours": []}
+        for turn in range(arguments.rounds):  # in turns, as the machine may be shared
             for way, results in rows.items():
                 words = [sys.executable, *sys.argv, "--child", f"{objective} {way}"]
                 done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
+                rates = ", ".join(f"{part} {value:.1f}" for part, value in results[-1].items())
+                print(f"turn {turn + 1} of {arguments.rounds}, {way}: {rates}", file=sys.stderr, flush=True)
         print(f"{arguments.model}, objective={objective}")
         middle = {way: {key: statistics.median(r[key] for r in results) for key in results[0]} for way, results in rows.items()}
         for part, ours_rate in middle["ours"].items():
@@ -159,6 +189,8 @@ def main() -> None:
             print(
                 f"  {part:7s} plain {plain_rate:7.1f}   ours {ours_rate:7.1f}   {ours_rate / plain_rate:5.2f} times", flush=True
             )
+    if arguments.plot:
+        draw(found, f"{arguments.model}, {device}, {torch.get_num_threads()} threads, {arguments.rounds} turns", arguments.plot)
 
 
 if __name__ == "__main__":
