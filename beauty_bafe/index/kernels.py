@@ -15,6 +15,7 @@ from numba import njit
 # must not rule out a row. Loops run over slices, as an index that could be negative keeps them from being vectorised.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 ROUNDED = 1.02 / 256  # upper limit of the relative change of a number that is rounded to bfloat16
+CHUNK = 4096  # scores compared at a time: a multiple of 8 that fits a processor's first cache
 GROUP = 64  # rows of which `leading_sums` reports the best
 
 
@@ -46,6 +47,45 @@ def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-d
             sums[row] = _dot(query, codes[row])
             if sums[row] * scales[row] > highest:
                 highest, best[group] = sums[row] * scales[row], row
+
+
+@_compiled
+def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def]
+    """The pairs of query and row whose score reaches the floor, float32 (B,).
+
+    scores: float32 (B, R). halves: None; or the bits of bfloat16 numbers, uint16 (B, R), which are used instead. some, found
+    and what is returned: see survivors.
+    """
+    query_start, query_end, start, end = some
+    count, bits = 0, np.empty(CHUNK, np.uint32)
+    values = bits.view(np.float32)
+    flags = np.zeros(CHUNK, np.uint8)  # one byte each, so that eight are tested as one uint64
+    eights = flags.view(np.uint64)
+    for query in range(query_start, query_end):
+        least = floor[query]
+        for first in range(start, end, CHUNK):
+            size = min(CHUNK, end - first)
+            if halves is None:
+                own = scores[query, first : first + size]
+                for column in range(size):
+                    flags[column] = own[column] >= least
+            else:
+                half = halves[query, first : first + size]
+                for column in range(size):
+                    bits[column] = np.uint32(half[column]) << np.uint32(16)
+                for column in range(size):
+                    flags[column] = values[column] >= least
+            for eight in range(-(-size // 8)):
+                if eights[eight] == 0:
+                    continue
+                for column in range(8 * eight, min(8 * eight + 8, size)):
+                    if flags[column] == 0:
+                        continue
+                    if count == found.shape[1]:
+                        return -1
+                    found[0, count], found[1, count] = query, first + column
+                    count += 1
+    return count
 
 
 @_compiled

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..manifest import replace_file
 from .axes import Axes, block_edges, learn_axes
-from .first_pass import Estimates, FirstPass, blocks, cuts
+from .first_pass import Estimates, FirstPass, blocks, collect, cuts
 from .memory_index import save_npy
 
 CHUNK = 1 << 13  # rows rotated at a time
@@ -243,11 +243,9 @@ class _LeadingScores(Estimates):
         moved = queries.moved.float().numpy()
         halves = None if self._halves is None else self._halves.view(torch.uint16).numpy()
 
-        def work(some: tuple[int, int, int, int]) -> np.ndarray:
-            size = 1 << 16
-            while True:
-                found = np.empty((2, size), np.int64)
-                number = survivors(
+        def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
+            return int(
+                survivors(
                     self._sums,
                     halves,
                     queries.done,
@@ -263,14 +261,6 @@ class _LeadingScores(Estimates):
                     some,
                     found,
                 )
-                if number >= 0:
-                    return found[:, :number]
-                size *= 8
+            )
 
-        count, rows = len(queries.values), self._part.stop - self._part.start
-        if queries.many:
-            somes = [(cut.start, cut.stop, 0, rows) for cut in cuts(count)]
-        else:
-            somes = [(query, query + 1, cut.start, cut.stop) for query in range(count) for cut in cuts(rows)]
-        who, row = torch.from_numpy(np.concatenate(list(self._pool.map(work, somes)), axis=1))
-        return who, row
+        return collect(find, len(queries.values), self._part.stop - self._part.start, self._pool)
