@@ -5,28 +5,16 @@ B queries, N rows of D dimensions, W of them in the first block; R rows are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-# Sums may be reordered and fused, which every bound allows for. NaN and infinities keep their meaning: a comparison with them
-# must not rule out a row. Loops run over slices, as an index that could be negative keeps them from being vectorised.
-FAST = {"reassoc", "contract", "nsz", "arcp"}
+from ..compiled import compiled
+
 ROUNDED = 1.02 / 256  # upper limit of the relative change of a number that is rounded to bfloat16
 CHUNK = 4096  # scores compared at a time: a multiple of 8 that fits a processor's first cache
 GROUP = 64  # rows of which `leading_sums` reports the best
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return njit(nogil=True, fastmath=FAST, cache=True)(function)
-    except RuntimeError:  # no folder that Numba could write to: compiled again in every process
-        return njit(nogil=True, fastmath=FAST)(function)
-
-
-@_compiled
+@compiled
 def _dot(values, codes):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for column in range(values.shape[0]):
@@ -34,7 +22,7 @@ def _dot(values, codes):  # type: ignore[no-untyped-def]
     return total
 
 
-@_compiled
+@compiled
 def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-def]
     """Products of a query, float32 (W,), with codes, int8 (R, W): float32 (R,), written into sums.
 
@@ -49,7 +37,7 @@ def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-d
                 highest, best[group] = sums[row] * scales[row], row
 
 
-@_compiled
+@compiled
 def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def]
     """The pairs of query and row whose score reaches the floor, float32 (B,).
 
@@ -88,7 +76,7 @@ def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def
     return count
 
 
-@_compiled
+@compiled
 def survivors(  # type: ignore[no-untyped-def]
     sums, halves, done, queries, edges, parts, moved, floor, offsets, codes, numbers, first, some, found
 ):
@@ -189,7 +177,7 @@ def survivors(  # type: ignore[no-untyped-def]
     return count
 
 
-@_compiled
+@compiled
 def pair_scores(queries, rows, pairs, squared, scores):  # type: ignore[no-untyped-def]
     """Scores of pairs, int64 (2, P), of queries and rows, float32 (B, D) and (N, D): float32 (P,), summed in float64.
 

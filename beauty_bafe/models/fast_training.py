@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import Conv2dSame, get_same_padding, pad_same
 from torch import Tensor, nn
 
 from .folding import find_norms, is_plain
@@ -19,90 +20,31 @@ WIDTH = 3  # the width of depthwise kernels whose bfloat16 gradients oneDNN comp
 def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
-    Batch norms scale the weights of their convolution at every step instead of its output, and depthwise convolutions under
-    bfloat16 autocast on a CPU compute their gradients in ways that are fast in oneDNN.
+    Batch norms scale the weights of their convolution at every step instead of its output. Under bfloat16 autocast on a CPU,
+    the ReLU after a batch norm is applied while its convolution writes the output, and depthwise convolutions compute their
+    gradients in ways that are fast in oneDNN.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
         if is_plain(layer):
-            layer.forward = partial(_convolve, layer, norms.get(layer))  # type: ignore[arg-type]
+            norm = norms.get(layer)
+            layer.forward = partial(_convolve, layer, norm, None if norm is None else _limit(norm))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Hardtanh):
             layer.inplace = False  # in place, autograd would copy the input first, which the gradient needs
     for norm in norms.values():
-        norm.forward = partial(_apply_children, norm)  # type: ignore[method-assign]
+        rest: Callable[[Tensor], Tensor] = partial(_apply_children, norm) if _limit(norm) is None else _same
+        norm.forward = rest  # type: ignore[method-assign, assignment]
 
 
-def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, inputs: Tensor) -> Tensor:
-    weight, bias, padding = layer.weight, layer.bias, layer.padding
-    if norm is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = -norm.running_mean if bias is None else bias - norm.running_mean
-        weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
-    if isinstance(layer, Conv2dSame):
-        inputs, padding = pad_same(inputs, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), (0, 0)
-    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
-    if inputs.device.type == "cpu" and halved and depthwise and layer.dilation == (1, 1) and not isinstance(padding, str):
-        return _Depthwise.apply(inputs, weight, bias, layer.stride, padding)
-    return F.conv2d(inputs, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
-
-
-class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution in bfloat16 with fast gradients.
-
-    In bfloat16, oneDNN computes the gradient of the inputs for strides above 1, and that of the weights for kernels wider
-    than 3, up to twenty times slower than in float32; that of the bias takes up to a third of the total time. So the first
-    is computed in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-    ) -> Tensor:
-        half = inputs.bfloat16()
-        ctx.save_for_backward(half, weight)
-        ctx.stride, ctx.padding, ctx.dtype = list(stride), list(padding), inputs.dtype
-        bias = None if bias is None else bias.bfloat16()
-        return torch.conv2d(half, weight.bfloat16(), bias, stride, padding, 1, inputs.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (inputs, weight) = gradients, ctx.saved_tensors
-        back = change = shift = None
-        if ctx.needs_input_grad[0]:
-            dtype = torch.bfloat16 if ctx.stride == [1, 1] else torch.float32
-            shape = torch.empty_like(inputs, dtype=dtype)  # this gradient needs only the shape of the inputs
-            known = gradient.to(dtype), shape, weight.to(dtype)
-            back = _gradients(*known, ctx.stride, ctx.padding, [True, False, False])[0].to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            change = _weight_gradient(gradient, inputs, weight, ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[2]:
-            shift = gradient.sum((2, 3)).float().sum(0)  # with dtype=float32, PyTorch would first convert the whole tensor
-        return back, change, shift, None, None
-
-
-def _gradients(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], wanted: list[bool]
-) -> tuple[Tensor, ...]:
-    return torch.ops.aten.convolution_backward(
-        gradient, inputs, weight, None, stride, padding, [1, 1], False, [0, 0], inputs.shape[1], wanted
-    )
-
-
-def _weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    """The gradient of `weight` (C, 1, K, L), three columns at a time: float32; `gradient` and `inputs` are bfloat16."""
-    part, width = weight[..., :WIDTH].bfloat16(), weight.shape[3]
-    if width == WIDTH:
-        return _gradients(gradient, inputs, part, stride, padding, [False, True, False])[1].to(weight.dtype)
-    change = torch.empty_like(weight)
-    reach = (gradient.shape[3] - 1) * stride[1] + WIDTH
-    for left in {*range(0, width - WIDTH, WIDTH), width - WIDTH}:
-        lead = padding[1] - left
-        seen = F.pad(inputs, (lead, reach - lead - inputs.shape[3])).contiguous(memory_format=torch.channels_last)
-        change[..., left : left + WIDTH] = _gradients(gradient, seen, part, stride, [padding[0], 0], [False, True, False])[1]
-    return change
+def _limit(norm: nn.Module) -> float | None:
+    """The upper limit of the ReLU inside timm's norms; None if they contain anything else, or nothing."""
+    parts = [part for part in norm.children() if not isinstance(part, nn.Identity)]
+    if len(parts) != 1:
+        return None
+    (part,) = parts
+    if isinstance(part, nn.Hardtanh):
+        return float(part.max_val) if part.min_val == 0 else None
+    return math.inf if isinstance(part, nn.ReLU) else None
 
 
 def _apply_children(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
@@ -110,3 +52,146 @@ def _apply_children(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
     for part in norm.children():
         inputs = part(inputs)
     return inputs
+
+
+def _same(inputs: Tensor) -> Tensor:
+    return inputs
+
+
+def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, limit: float | None, inputs: Tensor) -> Tensor:
+    """Convolution, then the batch norm, then clamping to 0..limit, each if there is one."""
+    weight, bias, padding = layer.weight, layer.bias, layer.padding
+    if norm is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = -norm.running_mean if bias is None else bias - norm.running_mean
+        weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
+    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
+    if (
+        inputs.device.type == "cpu"
+        and halved
+        and (depthwise or (limit is not None and layer.groups == 1))
+        and layer.dilation == (1, 1)
+        and not isinstance(padding, str)
+    ):
+        same = isinstance(layer, Conv2dSame)
+        frames = [
+            _frame(inputs.shape[2 + axis], layer.kernel_size[axis], layer.stride[axis], None if same else padding[axis])
+            for axis in range(2)
+        ]
+        return _Convolution.apply(inputs, weight, bias, layer.stride, frames, layer.groups, limit)
+    if isinstance(layer, Conv2dSame):
+        inputs, padding = pad_same(inputs, list(layer.kernel_size), list(layer.stride), list(layer.dilation)), (0, 0)
+    output = F.conv2d(inputs, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    return output if limit is None else F.hardtanh(output, 0, limit)
+
+
+class _Frame(NamedTuple):
+    """Along one axis: equal `padding` at both ends; of the outputs, `start` are left out at first, then `size` are kept."""
+
+    padding: int
+    start: int
+    size: int
+
+
+def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame:
+    """`padding`: None for TensorFlow's "same", which can be one wider at the end.
+
+    That takes copying the inputs; leaving out the first of more outputs is copying less.
+    """
+    if padding is not None:
+        return _Frame(padding, 0, (length + 2 * padding - kernel) // stride + 1)
+    total = get_same_padding(length, kernel, stride, 1)
+    odd = total % 2
+    return _Frame(total // 2 + odd * stride, odd, -(-length // stride))
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution in bfloat16, dense or depthwise, that can clamp its output to 0..limit, with fast gradients.
+
+    In bfloat16, oneDNN computes the gradient of a depthwise convolution's inputs in twice the time of a convolution with the
+    kernel turned around, which is the same for stride 1; for other strides, and the gradient of the weights for kernels wider
+    than 3, up to twenty times slower than in float32; that of the bias takes up to a third of the total time. So the first
+    is computed in this way or in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        frames: Sequence[_Frame],
+        groups: int,
+        limit: float | None,
+    ) -> Tensor:
+        half, padding = inputs.bfloat16(), [frame.padding for frame in frames]
+        bias = None if bias is None else bias.bfloat16()
+        if limit is None:
+            output = torch.conv2d(half, weight.bfloat16(), bias, stride, padding, 1, groups)
+        else:
+            clamp = "hardtanh", [0.0, limit], ""
+            output = torch.ops.mkldnn._convolution_pointwise(
+                half, weight.bfloat16(), bias, padding, stride, [1, 1], groups, *clamp
+            )
+        ctx.margins = [
+            margin
+            for frame, size in zip(reversed(frames), reversed(output.shape[2:]), strict=True)
+            for margin in (frame.start, size - frame.start - frame.size)
+        ]
+        if any(ctx.margins):
+            output = F.pad(output, [-margin for margin in ctx.margins]).contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(half, weight, None if limit is None else output)
+        ctx.stride, ctx.frames, ctx.groups, ctx.limit = list(stride), frames, groups, limit
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (inputs, weight, output) = gradients, ctx.saved_tensors
+        if ctx.limit is not None:
+            gradient = torch.ops.aten.hardtanh_backward(gradient, output, 0.0, ctx.limit)
+        needed, back, change, shift = ctx.needs_input_grad[:3], None, None, None
+        padding = [frame.padding for frame in ctx.frames]
+        full = F.pad(gradient, ctx.margins) if any(ctx.margins) else gradient
+        if ctx.groups == 1:
+            back, change, shift = _gradients(full, inputs, weight.bfloat16(), ctx.stride, padding, list(needed))
+            return back, change, shift, None, None, None, None
+        if needed[0]:
+            back = _input_gradient(full, inputs, weight, ctx.stride, padding)
+        if needed[1]:
+            change = _weight_gradient(gradient, inputs, weight, ctx.stride, ctx.frames)
+        if needed[2]:
+            shift = gradient.sum((2, 3)).float().sum(0)  # with dtype=float32, PyTorch would first convert the whole tensor
+        return back, change, shift, None, None, None, None
+
+
+def _gradients(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    groups, biases = inputs.shape[1] // weight.shape[1], [len(weight)] if wanted[2] else None
+    return torch.ops.aten.convolution_backward(
+        gradient, inputs, weight, biases, stride, padding, [1, 1], False, [0, 0], groups, wanted
+    )
+
+
+def _input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """The gradient of a depthwise convolution's `inputs`, (B, C, H, W), bfloat16 or float32; `gradient` is bfloat16."""
+    around = [size - 1 - margin for size, margin in zip(weight.shape[2:], padding, strict=True)]
+    if stride == [1, 1] and min(around) >= 0:
+        return torch.conv2d(gradient, weight.flip(2, 3).bfloat16(), None, 1, around, 1, inputs.shape[1])
+    shape = torch.empty_like(inputs, dtype=torch.float32)  # this gradient needs only the shape of the inputs
+    return _gradients(gradient.float(), shape, weight, stride, padding, [True, False, False])[0]
+
+
+def _weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], frames: Sequence[_Frame]) -> Tensor:
+    """The gradient of a depthwise convolution's `weight` (C, 1, K, L): float32; `gradient` and `inputs` are bfloat16."""
+    if weight.shape[3] == WIDTH and not any(frame.start for frame in frames):
+        padding = [frame.padding for frame in frames]
+        return _gradients(gradient, inputs, weight.bfloat16(), stride, padding, [False, True, False])[1].to(weight.dtype)
+    from .depthwise import weight_gradient
+
+    before = [frame.padding - frame.start * step for frame, step in zip(frames, stride, strict=True)]
+    return weight_gradient(gradient, inputs, weight.shape[2:], stride, before)

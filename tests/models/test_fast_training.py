@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from beauty_bafe.models.fast_training import optimize_for_training
+from beauty_bafe.models.depthwise import weight_gradient
+from beauty_bafe.models.fast_training import _limit, optimize_for_training
 
 
 def learn(network: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -54,6 +58,95 @@ def test_convolutions_under_autocast_against_float32(groups: int, kernel: Any, s
     ):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, two, atol=0.03 * two.abs().max().item(), rtol=0.03)
+
+
+def block(layer: nn.Conv2d, act: type[nn.Module] | None) -> nn.Sequential:
+    """A convolution and a norm with statistics of its own, in which a third of the outputs are clamped."""
+    torch.manual_seed(1)
+    norm = BatchNormAct2d(layer.out_channels, apply_act=act is not None, act_layer=act or nn.ReLU)
+    norm.running_mean = torch.randn(layer.out_channels)
+    norm.running_var = torch.rand(layer.out_channels) / 4 + 0.05
+    nn.init.uniform_(norm.weight, 1, 3)
+    nn.init.normal_(norm.bias)
+    return nn.Sequential(layer, norm).eval()
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.ReLU, nn.SiLU, None])
+@pytest.mark.parametrize("size", [(11, 12), (14, 14), (7, 9)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(8, 8, 1, bias=False),
+        lambda: nn.Conv2d(8, 8, 3, 2, padding=1),
+        lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        lambda: nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False),
+        lambda: Conv2dSame(8, 8, 3, 2, bias=False),
+        *(lambda k=k, s=s: Conv2dSame(8, 8, k, s, groups=8, bias=False) for k in (3, 5, 7) for s in (1, 2, (1, 2))),
+    ],
+)
+def test_blocks_under_autocast_against_float32(
+    make: Callable[[], nn.Conv2d], size: tuple[int, int], act: type[nn.Module] | None
+) -> None:
+    network = block(make(), act)
+    quick, inputs = copy.deepcopy(network), torch.randn(2, 8, *size)
+    optimize_for_training(quick, inputs)
+    exact, rounded = (inputs.clone().requires_grad_() for _ in range(2))
+    output = network(exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = quick(rounded)
+    assert found.dtype == torch.bfloat16 or act is nn.SiLU
+    torch.testing.assert_close(found.float(), output, atol=0.1, rtol=0.03)
+    linear = copy.deepcopy(network)
+    linear[1].act = nn.Identity()
+    before, back = linear(inputs), torch.randn(output.shape)
+    back[(before.abs() < 0.1) | ((before - 6).abs() < 0.1)] = 0  # rounding can carry these over a limit
+    expected = torch.autograd.grad((output * back).sum(), [exact, *network.parameters()])
+    gradients = torch.autograd.grad((found.float() * back).sum(), [rounded, *quick.parameters()])
+    for one, two in zip(gradients, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert one.shape == two.shape
+        assert (one - two).norm() <= 0.02 * two.norm() + 1e-3
+
+
+def test_an_activation_is_computed_with_its_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = block(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6)
+    inputs = torch.randn(1, 8, 9, 9)
+    optimize_for_training(network, inputs)
+    monkeypatch.setattr(nn.ReLU6, "forward", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(inputs).max() == 6
+
+
+@pytest.mark.parametrize(
+    ("act", "drop", "limit"),
+    [
+        (nn.ReLU6(), nn.Identity(), 6.0),
+        (nn.ReLU(), nn.Identity(), math.inf),
+        (nn.Hardtanh(), nn.Identity(), None),
+        (nn.SiLU(), nn.Identity(), None),
+        (nn.ReLU(), nn.Dropout(0.5), None),
+        (nn.Identity(), nn.Identity(), None),
+    ],
+)
+def test_which_activations_are_limits(act: nn.Module, drop: nn.Module, limit: float | None) -> None:
+    norm = BatchNormAct2d(4)
+    norm.act, norm.drop = act, drop
+    assert _limit(norm) == limit
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("kernel", "padding"), [((5, 5), (2, 2)), ((3, 7), (0, 3)), ((4, 5), (1, 0)), ((1, 3), (0, 1))])
+def test_the_gradient_of_depthwise_kernels(
+    kernel: tuple[int, int], padding: tuple[int, int], stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = torch.randn(5, 6, 13, 16).bfloat16()
+    weight = torch.zeros(6, 1, *kernel, requires_grad=True)
+    output = F.conv2d(inputs.float(), weight, None, stride, padding, 1, 6)
+    back = torch.randn(output.shape).bfloat16()
+    (expected,) = torch.autograd.grad((output * back.float()).sum(), weight)
+    for threads in (1, 2, 8):  # more than pictures, too
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.testing.assert_close(weight_gradient(back, inputs, kernel, stride, padding), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
