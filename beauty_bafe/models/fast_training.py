@@ -68,10 +68,10 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, limit: float | None
         shift = -norm.running_mean if bias is None else bias - norm.running_mean
         weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
     halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    quick = halved and inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
     depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
     if (
-        inputs.device.type == "cpu"
-        and halved
+        quick
         and (depthwise or (limit is not None and layer.groups == 1))
         and layer.dilation == (1, 1)
         and not isinstance(padding, str)
@@ -111,10 +111,10 @@ def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame
 class _Convolution(torch.autograd.Function):
     """A convolution in bfloat16, dense or depthwise, that can clamp its output to 0..limit, with fast gradients.
 
-    In bfloat16, oneDNN computes the gradient of a depthwise convolution's inputs in twice the time of a convolution with the
-    kernel turned around, which is the same for stride 1; for other strides, and the gradient of the weights for kernels wider
-    than 3, up to twenty times slower than in float32; that of the bias takes up to a third of the total time. So the first
-    is computed in this way or in float32, the second for three columns of the kernel at a time, and the third as a plain sum.
+    In bfloat16, oneDNN takes twice as long for the gradient of a depthwise convolution's inputs as for a convolution with the
+    kernel turned around, which is the same for stride 1. For other strides, and for the gradient of weights of kernels wider
+    than 3, it takes up to twenty times as long as in float32, and for that of the bias up to a third of the total time. So the
+    first is computed by such a convolution or in float32, the second by a compiled loop, and the third as a plain sum.
     """
 
     @staticmethod
