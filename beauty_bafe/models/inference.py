@@ -125,6 +125,8 @@ class Describer(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
+        if self.canvas != self.extractor.size:
+            pictures = pictures.float()  # once for all that is resampled from them
         whole = self.extract(resize(pictures, self.extractor.size))
         outputs, saliency = (
             self._describe_view(self.view, pictures, whole) if self.view else (self._describe(pictures, whole), None)
@@ -136,9 +138,9 @@ class Describer(nn.Module):
 
     def _describe_view(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
         """Descriptors of the pictures under the view, and the saliency that it used, float (B, 1, S, S)."""
-        # The network's own size is enough for the window and the mask, but not to cut the product out.
-        side, pad = self.extractor.size if view.change is None else self.canvas, self.extractor.pad
-        saliency = whole.saliency(side)
+        # The network's own size is enough for the window, and half of it for the mask, but not to cut the product out.
+        side, fine = (self.canvas,) * 2 if view.change else (self.extractor.size, max(MASK_SIZE, self.extractor.size // 2))
+        saliency, pad = whole.saliency(side), self.extractor.pad
         trusted = view.trusts(saliency)
         seen, known, window = pictures, whole, None
         if view.closer is not None:
@@ -146,9 +148,9 @@ class Describer(nn.Module):
             window = torch.where(trusted[:, :, 0, 0], clamp_window(product_window(saliency, view.closer)), canvas)
             # At most halved, as more would skip whole pixels; a cut-out is resampled once more, from full detail.
             half = max(self.extractor.size, *self.sides, self.canvas // 2)
-            seen = sample_window(pictures, window, pad, half if view.change is None else None)
+            seen = sample_window(pictures, window, None, half if view.change is None else None)
             known = self.extract(resize(seen, self.extractor.size))
-            saliency = known.saliency(side)
+            saliency = known.saliency(fine)
         if self.masks or view.change is not None:
             if view.edges > 0:
                 saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .descriptor import describe_partial
 from .extractor import resize_mask
 
-VERSION = 4  # increase it when the same settings give other descriptors
+VERSION = 5  # increase it when the same settings give other descriptors or masks
 MAX_SHARE = 0.9  # of the picture; a mask that covers more is considered wrong
 EDGE_STRIDE = 8  # pixels per cell of the grid on which the guided filter is fitted
 REGULARISATION = 1e-4  # variance of colours in 0..1: edges with a contrast below 0.01 are ignored
@@ -83,35 +83,35 @@ def guided_filter(saliency: Tensor, pictures: Tensor, radius: float) -> Tensor:
 
     In a window of `radius` (share of the side) around each cell of a coarser grid (He and Sun, 2015) the mask is fitted as a
     linear function of the colour; at each pixel the mean of the fits that cover it is evaluated for its colour.
-    `saliency`: float (B, 1, S, S), 0..1. `pictures`: (B, 3, S, S), uint8 or float, 0..255. Returns float (B, 1, S, S), 0..1.
+    `saliency`: float (B, 1, M, M), 0..1. `pictures`: (B, 3, S, S), uint8 or float, 0..255, resized to M. Returns float
+    (B, 1, M, M), 0..1.
     """
     # Centred on 0, where float32 is most precise: below are small differences of means of squares.
-    colour, cells = pictures / 255 - 0.5, max(1, pictures.shape[-1] // EDGE_STRIDE)
+    colour, cells = resize(pictures, saliency.shape[-1]) / 255 - 0.5, max(1, pictures.shape[-1] // EDGE_STRIDE)
     at = torch.arange(cells, device=pictures.device)
     near = ((at[:, None] - at).abs() <= round(radius * cells)).to(colour.dtype)
     near = near / near.sum(dim=1, keepdim=True)
 
-    def mean(values: Tensor) -> Tensor:
-        return near @ values @ near.T  # fifty times as fast as avg_pool2d
+    def mean(*values: Tensor) -> Tensor:
+        return near @ torch.cat(values, dim=1) @ near.T  # fifty times as fast as avg_pool2d
 
     guide, mask = F.adaptive_avg_pool2d(colour, cells), resize_mask(saliency, cells) - 0.5
-    middle, level = mean(guide), mean(mask)
-    covariance = [
-        mean(guide * channel) - middle * average for channel, average in zip(guide.split(1, 1), middle.split(1, 1), strict=True)
-    ]
-    slope = _solve(covariance, mean(guide * mask) - middle * level)
+    squares = [guide[:, channel:] * guide[:, channel : channel + 1] for channel in range(3)]
+    middle, level, *squares, common = mean(guide, mask, *squares, guide * mask).split([3, 1, 3, 2, 1, 3], dim=1)
+    covariance = [part - middle[:, channel:] * middle[:, channel : channel + 1] for channel, part in enumerate(squares)]
+    slope = _solve(covariance, common - middle * level)
     offset = level - (slope * middle).sum(dim=1, keepdim=True)
-    fit = F.interpolate(mean(torch.cat([slope, offset], dim=1)), saliency.shape[-2:], mode="bilinear", align_corners=False)
+    fit = F.interpolate(mean(slope, offset), saliency.shape[-2:], mode="bilinear", align_corners=False)
     fitted = (fit[:, :3] * colour).sum(dim=1, keepdim=True) + fit[:, 3:]
     return (STEEPNESS * fitted + 0.5).clamp(0, 1)
 
 
 def _solve(covariance: list[Tensor], wanted: Tensor) -> Tensor:
-    """Solve (C + REGULARISATION I) x = `wanted`, (B, 3, H, W), at each cell; `covariance`: C's rows, (B, 3, H, W) each.
+    """Solve (C + REGULARISATION I) x = `wanted`, (B, 3, H, W), at each cell; `covariance`: C's rows from the diagonal on.
 
     By LDL elimination: C is nearly singular for grey pictures, and inverting it by cross products is off by some percent.
     """
-    (xx, xy, xz), (_, yy, yz), (_, _, zz) = (row.split(1, dim=1) for row in covariance)
+    (xx, xy, xz), (yy, yz), (zz,) = (row.split(1, dim=1) for row in covariance)
     x, y, z = wanted.split(1, dim=1)
     xx, yy, zz = xx + REGULARISATION, yy + REGULARISATION, zz + REGULARISATION
     yx, zx = xy / xx, xz / xx
@@ -184,14 +184,17 @@ def inverse_window(window: Tensor) -> Tensor:
     return torch.cat([-middle, torch.ones_like(side)], dim=1) / side
 
 
-def sample_window(pictures: Tensor, window: Tensor, outside: float, side: int | None = None) -> Tensor:
+def sample_window(pictures: Tensor, window: Tensor, outside: float | None, side: int | None = None) -> Tensor:
     """Resample a window (see `product_window`): (B, C, S, S) -> float (B, C, side, side); None: S.
 
-    `outside`: the value beyond the canvas. Bilinear and not antialiased: if it shrinks, the finest texture can alias.
+    `outside`: the value beyond the canvas; None: that of the nearest pixel, which is faster. Bilinear and not antialiased: if
+    it shrinks, the finest texture can alias.
     """
-    size = [*pictures.shape[:2], *(pictures.shape[2:] if side is None else (side, side))]
-    theta = window.new_zeros(window.shape[0], 2, 3)  # torch.export treats len() as a constant
-    theta[:, 0, 0] = theta[:, 1, 1] = window[:, 2]
-    theta[:, :, 2] = window[:, :2]
-    grid = F.affine_grid(theta, size, align_corners=False)
-    return F.grid_sample(pictures.float() - outside, grid, padding_mode="zeros", align_corners=False) + outside
+    side = pictures.shape[-1] if side is None else side
+    at = (torch.arange(side, device=window.device) * 2 + 1) / side - 1
+    x, y = (window[:, number, None] + window[:, 2:] * at for number in range(2))
+    grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], dim=3)
+    pictures = pictures.float()
+    if outside is None:
+        return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(pictures - outside, grid, padding_mode="zeros", align_corners=False) + outside

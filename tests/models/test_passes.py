@@ -102,11 +102,11 @@ def test_a_window_is_halved_at_most(
 ) -> None:
     sampled = []
 
-    def sample(seen: torch.Tensor, window: torch.Tensor, outside: float, side: int | None = None) -> torch.Tensor:
+    def sample(seen: torch.Tensor, window: torch.Tensor, outside: float | None, side: int | None = None) -> torch.Tensor:
         sampled.append((outside, side))
         return sample_window(seen, window, outside, side)
 
     monkeypatch.setattr("beauty_bafe.models.inference.sample_window", sample)
     describer = Describer(extractor, POOLINGS, False, scales, view=View(1.25, detail=detail))
     describer(pictures(describer.canvas))
-    assert sampled == [(extractor.pad, side)]
+    assert sampled == [(None, side)]

@@ -81,6 +81,16 @@ def test_a_window_is_the_crop_enlarged() -> None:
     torch.testing.assert_close(sample_window(seen, window, 0, 32), crop, atol=1e-3, rtol=0)
 
 
+def test_beyond_the_canvas_is_the_value_that_is_named_or_the_nearest_pixels() -> None:
+    seen = pictures(64)
+    window = torch.tensor([[1.0, 0.0, 0.5]]).expand(3, 3)  # its right half lies outside
+    white, nearest = (sample_window(seen, window, outside, 32) for outside in (255, None))
+    assert (white[..., 17:] == 255).all()
+    torch.testing.assert_close(nearest[..., 16:], seen[:, :, 16:48, 63:].float().expand(-1, -1, -1, 16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(white[..., :15], nearest[..., :15])
+    torch.testing.assert_close(nearest[..., :16], seen[:, :, 16:48, 48:].float(), atol=1e-3, rtol=0)
+
+
 def test_what_is_made_of_a_picture_is_not_rounded() -> None:
     """Rounding would make 1/255 of a difference in the last digit, and onnxruntime's are others than PyTorch's."""
     picture = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
@@ -192,7 +202,7 @@ def test_the_network_sees_the_product_again_from_close_by(extractor: BackgroundA
     assert describer.canvas == 128
     *vectors, saliency = describer(torch.cat([picture, nothing]))
     rough = Grey(extractor).extract(resize(picture, 64)).saliency(64)
-    closer = sample_window(picture, clamp_window(product_window(rough, 1.25)), 255, 64)
+    closer = sample_window(picture, clamp_window(product_window(rough, 1.25)), None, 64)
     assert torch.equal(network.seen[1][0], closer[0])
     assert torch.equal(network.seen[1][1], resize(nothing, 64)[0]), "where nothing was found it sees the whole again"
     for pooling, output in zip(POOLINGS, vectors, strict=True):
@@ -214,7 +224,7 @@ def test_both_adds_the_picture_as_it_came(extractor: BackgroundAgnosticExtractor
     for one, both, other in zip(alone(seen)[:2], mixed(seen)[:2], whole, strict=True):
         torch.testing.assert_close(both, F.normalize(0.75 * one + 0.25 * other))
     assert torch.equal(alone(seen)[2], mixed(seen)[2])
-    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0, version 4"
+    assert str(views[1]) == "closer 1.25, edges 0.0, cut_out(fill=0.9) at 2, 0.25 whole, least 0.0, version 5"
 
 
 def guided_slowly(mask: torch.Tensor, guide: torch.Tensor, radius: int, faint: float) -> torch.Tensor:
@@ -277,13 +287,22 @@ def test_a_mask_two_pixels_off_comes_to_the_products_edge() -> None:
     assert ((guided_filter(off, grey, 0.02) > 0.5) == (off > 0.5)).float().mean() > 0.98, "without colours it hardly moves"
 
 
+def test_a_smaller_mask_follows_the_same_edges() -> None:
+    picture, mask = scene(128, 40, 30, 48, 64)
+    picture[:, 2] = 255 - picture[:, 2]
+    off = F.interpolate(mask.roll((2, -2), (2, 3)), (32, 32), mode="area")
+    large, small = (guided_filter(resize_mask(off, side), picture, 0.1) for side in (128, 64))
+    assert small.shape == (1, 1, 64, 64)
+    assert (small - F.avg_pool2d(large, 2)).abs().mean() < 0.01
+
+
 @torch.inference_mode()
 def test_the_mask_that_is_shown_has_followed_edges(extractor: BackgroundAgnosticExtractor) -> None:
     picture, _ = scene(128, 80, 16, 16, 32)
     view = View(closer=1.25, edges=0.1, detail=2)
     *_, shown = Describer(Grey(extractor), POOLINGS, True, view=view)(picture)  # type: ignore[arg-type]
     window = clamp_window(product_window(Grey(extractor).extract(resize(picture, 64)).saliency(64), 1.25))
-    seen = sample_window(picture, window, 255, 64)
-    drawn = guided_filter(Grey(extractor).extract(seen).saliency(64), seen, 0.1)
-    wanted = resize_mask(sample_window(drawn, inverse_window(window), 0), 112)[0, 0] * 255
+    seen = sample_window(picture, window, None, 64)
+    drawn = guided_filter(Grey(extractor).extract(seen).saliency(112), seen, 0.1)
+    wanted = sample_window(drawn, inverse_window(window), 0)[0, 0] * 255
     assert (shown[0].float() - wanted).abs().max() < 1
