@@ -9,7 +9,7 @@ from numba import njit
 
 # Sums may be reordered and fused, which every bound of the exact search allows for. NaN and infinities keep their meaning: a
 # comparison with them must not rule out a row. Loops run over slices, as an index that could be negative keeps them from
-# being vectorised.
+# being vectorised. Numba's cache does not notice a change of these flags: change the files with the loops as well.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 

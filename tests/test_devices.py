@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from beauty_bafe.config import compose
-from beauty_bafe.index.first_pass import Bound, Rounded, _at_least
+from beauty_bafe.index.first_pass import Rounded
 from beauty_bafe.models import pooling
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
@@ -88,6 +88,7 @@ def test_training_and_validation_stay_on_their_device(objective: str, tiny: dict
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_first_pass_stays_on_its_device(metric: str, dtype: torch.dtype) -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
-        bound = Bound(torch.empty(70, 64, device="cuda"), Rounded(torch.empty(900, 64), metric, "cuda", dtype))
-        found = _at_least(bound.scores(slice(0, 900)), bound.floor(torch.empty(70, device="cuda")))
+        queries = torch.empty(70, 64, device="cuda")
+        estimates = next(Rounded(torch.empty(900, 64), metric, "cuda", dtype).compare(queries, 7))
+        found = [estimates.likely(7), *estimates.reaching(queries[:, 0])]
     assert {part.device.type for part in found} == {"cuda"}

@@ -14,13 +14,12 @@ from torch import Tensor
 
 CELLS = {"cpu": 1 << 23, "cuda": 1 << 28}  # scores of a block; on a CPU they fit its caches
 GROUP = 32  # scores of which first only the maximum is compared
-SHARE = 8  # queries per thread from which threads share out the queries, not the rows
-FOUND = 1 << 16  # pairs that there is room for at first
+FOUND = 1 << 16  # initial room for pairs
 UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # relative rounding error of the first pass's output
 
 
 class Estimates(ABC):
-    """The estimated scores of some queries, B of them, and consecutive rows. Valid until the next block is computed."""
+    """The estimated scores of some queries, B of them, and consecutive rows. May share memory with the next block."""
 
     @abstractmethod
     def likely(self, k: int) -> Tensor:
@@ -62,10 +61,10 @@ def blocks(rows: int, queries: int, k: int, cells: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def cuts(length: int, multiple: int = 1) -> list[slice]:
-    """Split 0..length into one slice per thread, whose starts are multiples of `multiple`."""
-    threads = torch.get_num_threads()
-    edges = [length * number // threads // multiple * multiple for number in range(threads)] + [length]
+def cuts(length: int, multiple: int = 1, parts: int | None = None) -> list[slice]:
+    """Split 0..length into `parts` slices, None: one per thread, whose starts are multiples of `multiple`."""
+    parts = torch.get_num_threads() if parts is None else parts
+    edges = [length * number // parts // multiple * multiple for number in range(parts)] + [length]
     return [slice(start, end) for start, end in pairwise(edges) if end > start]
 
 
@@ -88,10 +87,12 @@ def collect(find: Find, queries: int, rows: int, pool: ThreadPoolExecutor) -> tu
                 return found[:, :number]
             size *= 8
 
-    if queries >= SHARE * torch.get_num_threads():
+    threads = torch.get_num_threads()
+    if queries >= 2 * threads:
         somes = [(cut.start, cut.stop, 0, rows) for cut in cuts(queries)]
-    else:
-        somes = [(query, query + 1, cut.start, cut.stop) for query in range(queries) for cut in cuts(rows)]
+    else:  # few tasks, as each takes time of its own
+        parts = min(threads, -(-2 * threads // queries))
+        somes = [(query, query + 1, cut.start, cut.stop) for query in range(queries) for cut in cuts(rows, parts=parts)]
     who, row = torch.from_numpy(np.concatenate(list(pool.map(work, somes)), axis=1))
     return who, row
 
@@ -159,7 +160,7 @@ class _RoundedScores(Estimates):
         return who.to(self._device), row.to(self._device) + self._first
 
     def _at_least_compiled(self, floor: np.ndarray) -> tuple[Tensor, Tensor]:
-        """`_at_least`, several times as fast on a CPU."""
+        """The pairs that `_at_least` finds, on a CPU."""
         from .kernels import reaching
 
         shape, halves = self._scores.shape, None
@@ -204,7 +205,7 @@ class Bound:
         return 2 * products.float() - self.row_squares[part] - self.squares[:, None]
 
     def _multiply(self, part: slice) -> Tensor:
-        """Products, in memory that all blocks share, as the system takes long to provide it."""
+        """Products, in memory that all blocks share, as allocating it for every block is slow."""
         shape = len(self.queries), part.stop - part.start
         if self._products is None:
             self._products = torch.empty(shape, dtype=self.coarse.dtype, device=self.coarse.device)

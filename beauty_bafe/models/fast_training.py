@@ -13,6 +13,7 @@ from timm.layers import Conv2dSame, get_same_padding, pad_same
 from torch import Tensor, nn
 
 from .folding import find_norms, is_plain
+from .precision import fastest_precision
 
 WIDTH = 3  # the width of depthwise kernels whose bfloat16 gradients oneDNN computes fast
 
@@ -20,26 +21,26 @@ WIDTH = 3  # the width of depthwise kernels whose bfloat16 gradients oneDNN comp
 def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
-    Batch norms scale the weights of their convolution at every step instead of its output. Under bfloat16 autocast on a CPU,
-    the ReLU after a batch norm is applied while its convolution writes the output, and depthwise convolutions compute their
-    gradients in ways that are fast in oneDNN.
+    Batch norms scale the weights of their convolution at every step instead of its output. Under bfloat16 autocast on a CPU
+    that is fast at it, dense and depthwise convolutions clamp their output while they write it if a ReLU follows the norm, so
+    that NaN become 0, and depthwise convolutions compute their gradients in ways that are fast in oneDNN.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
         if is_plain(layer):
             norm = norms.get(layer)
-            layer.forward = partial(_convolve, layer, norm, None if norm is None else _limit(norm))  # type: ignore[arg-type]
+            layer.forward = partial(_convolve, layer, norm, None if norm is None else _relu_limit(norm))  # type: ignore[arg-type]
         elif isinstance(layer, nn.Hardtanh):
             layer.inplace = False  # in place, autograd would copy the input first, which the gradient needs
     for norm in norms.values():
-        rest: Callable[[Tensor], Tensor] = partial(_apply_children, norm) if _limit(norm) is None else _same
+        rest: Callable[[Tensor], Tensor] = partial(_apply_children, norm) if _relu_limit(norm) is None else _unchanged
         norm.forward = rest  # type: ignore[method-assign, assignment]
 
 
-def _limit(norm: nn.Module) -> float | None:
-    """The upper limit of the ReLU inside timm's norms; None if they contain anything else, or nothing."""
+def _relu_limit(norm: nn.Module) -> float | None:
+    """The upper limit of the ReLU inside timm's norms; None if they contain anything else, or nothing, or if it is tapped."""
     parts = [part for part in norm.children() if not isinstance(part, nn.Identity)]
-    if len(parts) != 1:
+    if len(parts) != 1 or parts[0]._forward_hooks:
         return None
     (part,) = parts
     if isinstance(part, nn.Hardtanh):
@@ -54,7 +55,7 @@ def _apply_children(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
     return inputs
 
 
-def _same(inputs: Tensor) -> Tensor:
+def _unchanged(inputs: Tensor) -> Tensor:
     return inputs
 
 
@@ -68,7 +69,7 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, limit: float | None
         shift = -norm.running_mean if bias is None else bias - norm.running_mean
         weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
     halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    quick = halved and inputs.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    quick = halved and inputs.device.type == "cpu" and fastest_precision("cpu").startswith("bf16")
     depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
     if (
         quick
@@ -99,7 +100,8 @@ class _Frame(NamedTuple):
 def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame:
     """`padding`: None for TensorFlow's "same", which can be one wider at the end.
 
-    That takes copying the inputs; leaving out the first of more outputs is copying less.
+    PyTorch pads both ends equally, so that one more zero at the end would mean copying the inputs; computing one more output
+    and dropping the first copies less.
     """
     if padding is not None:
         return _Frame(padding, 0, (length + 2 * padding - kernel) // stride + 1)
@@ -111,10 +113,10 @@ def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame
 class _Convolution(torch.autograd.Function):
     """A convolution in bfloat16, dense or depthwise, that can clamp its output to 0..limit, with fast gradients.
 
-    In bfloat16, oneDNN takes twice as long for the gradient of a depthwise convolution's inputs as for a convolution with the
-    kernel turned around, which is the same for stride 1. For other strides, and for the gradient of weights of kernels wider
-    than 3, it takes up to twenty times as long as in float32, and for that of the bias up to a third of the total time. So the
-    first is computed by such a convolution or in float32, the second by a compiled loop, and the third as a plain sum.
+    For the gradient of a depthwise convolution's inputs, oneDNN takes twice as long in bfloat16 as for a convolution with the
+    kernel turned around, which is the same for stride 1, and for other strides up to twenty times as long as in float32; for
+    that of its weights up to twenty times as long as in float32 if kernels are wider than 3, which a compiled loop halves
+    again; for that of its bias up to a third of the total time, which a plain sum does not take.
     """
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
@@ -18,17 +20,21 @@ def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.
     """Pairs of a convolution and the batch norm applied to its output.
 
     They are found with a forward pass of `example`, not by names. Tapped convolutions are excluded, as their output must
-    not change.
+    not change, and layers that are used more than once.
     """
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    uses: Counter[nn.Module] = Counter()
 
     def remember(layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        uses[layer] += 1
         made[id(output)] = (layer, output)  # type: ignore[assignment]  # keep the output, so that its id is not reused
 
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        uses[norm] += 1
+        # Only once: an optimized norm can pass the convolution's output on as it is, to another norm.
         if id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])][0], norm))  # type: ignore[arg-type]
+            pairs.append((made.pop(id(inputs[0]))[0], norm))  # type: ignore[arg-type]
 
     handles = []
     for module in network.modules():
@@ -39,7 +45,7 @@ def find_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.
     network(example)
     for handle in handles:
         handle.remove()
-    return pairs
+    return [(layer, norm) for layer, norm in pairs if uses[layer] == uses[norm] == 1]
 
 
 @torch.no_grad()

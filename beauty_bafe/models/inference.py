@@ -137,10 +137,12 @@ class Describer(nn.Module):
         return outputs
 
     def _describe_view(self, view: View, pictures: Tensor, whole: Extraction) -> tuple[list[Tensor], Tensor]:
-        """Descriptors of the pictures under the view, and the saliency that it used, float (B, 1, S, S)."""
-        # The network's own size is enough for the window, and half of it for the mask, but not to cut the product out.
-        side, fine = (self.canvas,) * 2 if view.change else (self.extractor.size, max(MASK_SIZE, self.extractor.size // 2))
-        saliency, pad = whole.saliency(side), self.extractor.pad
+        """Descriptors of the pictures under the view, and the saliency that it used, float (B, 1, M, M)."""
+        # The network's own size is enough for the window, and half of it for masks that are stored, but not for a cut-out.
+        whole_side, side = self.extractor.size, max(MASK_SIZE, self.extractor.size // 2)
+        if view.change is not None:
+            whole_side = side = self.canvas
+        saliency, pad = whole.saliency(whole_side), self.extractor.pad
         trusted = view.trusts(saliency)
         seen, known, window = pictures, whole, None
         if view.closer is not None:
@@ -150,7 +152,7 @@ class Describer(nn.Module):
             half = max(self.extractor.size, *self.sides, self.canvas // 2)
             seen = sample_window(pictures, window, None, half if view.change is None else None)
             known = self.extract(resize(seen, self.extractor.size))
-            saliency = known.saliency(fine)
+            saliency = known.saliency(side)
         if self.masks or view.change is not None:
             if view.edges > 0:
                 saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)

@@ -71,6 +71,15 @@ class SaliencyModule(pl.LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(label))
         return loss
 
+    def on_validation_start(self) -> None:
+        """Raise ValueError if training has diverged, before a checkpoint is saved: the loss can stay finite nevertheless."""
+        for name, weight in self.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(
+                    f"training diverged: {name} is not finite after epoch {self.current_epoch + 1}; type a smaller "
+                    f"objective.lr (it is {self.lr})"
+                )
+
     def on_validation_epoch_start(self) -> None:
         self._held_out, self._others = [], []
 

@@ -96,8 +96,8 @@ def guided_filter(saliency: Tensor, pictures: Tensor, radius: float) -> Tensor:
         return near @ torch.cat(values, dim=1) @ near.T  # fifty times as fast as avg_pool2d
 
     guide, mask = F.adaptive_avg_pool2d(colour, cells), resize_mask(saliency, cells) - 0.5
-    squares = [guide[:, channel:] * guide[:, channel : channel + 1] for channel in range(3)]
-    middle, level, *squares, common = mean(guide, mask, *squares, guide * mask).split([3, 1, 3, 2, 1, 3], dim=1)
+    products = [guide[:, channel:] * guide[:, channel : channel + 1] for channel in range(3)]
+    middle, level, *squares, common = mean(guide, mask, *products, guide * mask).split([3, 1, 3, 2, 1, 3], dim=1)
     covariance = [part - middle[:, channel:] * middle[:, channel : channel + 1] for channel, part in enumerate(squares)]
     slope = _solve(covariance, common - middle * level)
     offset = level - (slope * middle).sum(dim=1, keepdim=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from beauty_bafe.index import exact, first_pass
+from beauty_bafe.index import exact, first_pass, kernels
 from beauty_bafe.index.exact import ExactIndex
 
 from .conftest import names, slow, unit
@@ -60,6 +61,26 @@ def test_the_floor_is_below_every_rounded_score_of_its_row(metric: str) -> None:
         assert (rounded >= floors).all()
         if metric != "l1":
             assert (rounded - floors).median() < 0.05 * true.abs().max(), "a floor that lets everything pass proves nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "threads"), [(1, 3), (5, 2), (9, 2), (3, 64)])
+def test_pairs_that_reach_the_floor(queries: int, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several chunks, with NaN and infinities, ordered, and with more pairs than there is room for at first."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(first_pass, "FOUND", 4)
+    rows = 2 * kernels.CHUNK + 13
+    scores = torch.randn(queries, rows, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[:, ::501], scores[:, 1::501], scores[:, 2::501] = torch.nan, torch.inf, -torch.inf
+    floor = scores.float().nan_to_num(0).quantile(0.99, dim=1)
+    floor[0] = -torch.inf if queries > 1 else floor[0]
+    with ThreadPoolExecutor(2) as pool:
+        estimates = first_pass._RoundedScores.__new__(first_pass._RoundedScores)
+        estimates._scores, estimates._pool = scores, pool
+        found = torch.stack(estimates._at_least_compiled(floor.numpy()))
+    assert torch.equal(found, (scores >= floor[:, None]).nonzero().T)
+    twin = first_pass._at_least(scores.where(~scores.isnan(), -torch.inf), floor.clamp(min=-1e30))
+    assert torch.equal(found[:, found[0] > 0], torch.stack(twin)[:, twin[0] > 0])
 
 
 @pytest.mark.parametrize("settings", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('medium')"])

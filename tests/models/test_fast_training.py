@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from beauty_bafe.models.depthwise import weight_gradient
-from beauty_bafe.models.fast_training import _limit, optimize_for_training
+from beauty_bafe.models.fast_training import _relu_limit, optimize_for_training
 
 
 def learn(network: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,10 +41,11 @@ def test_optimized_networks_learn_the_same(lived_in: Callable[[str], Any], name:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stride", [1, 2, (1, 2)])
 @pytest.mark.parametrize("kernel", [3, 5, (3, 5), 7, 8])
+@pytest.mark.parametrize("padding", [2, 7])
 @pytest.mark.parametrize("groups", [1, 4])
-def test_convolutions_under_autocast_against_float32(groups: int, kernel: Any, stride: Any, bias: bool) -> None:
+def test_convolutions_under_autocast_against_float32(groups: int, padding: int, kernel: Any, stride: Any, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(4, 4, kernel, stride, padding=2, groups=groups, bias=bias)
+    layer = nn.Conv2d(4, 4, kernel, stride, padding=padding, groups=groups, bias=bias)
     network, inputs = nn.Sequential(layer), torch.randn(2, 4, 11, 12, requires_grad=True)
     wanted = network(inputs)
     exact = torch.autograd.grad(wanted.square().sum(), [inputs, *network.parameters()])
@@ -131,7 +132,47 @@ def test_an_activation_is_computed_with_its_convolution(monkeypatch: pytest.Monk
 def test_which_activations_are_limits(act: nn.Module, drop: nn.Module, limit: float | None) -> None:
     norm = BatchNormAct2d(4)
     norm.act, norm.drop = act, drop
-    assert _limit(norm) == limit
+    assert _relu_limit(norm) == limit
+    act.register_forward_hook(lambda *_: None)
+    assert _relu_limit(norm) is None, "a tapped module must be called"
+
+
+class Twice(nn.Module):
+    """A convolution and a norm that are used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = block(nn.Conv2d(4, 4, 1), nn.ReLU6)
+        self.again, self.other = block(nn.Conv2d(4, 4, 1), nn.ReLU)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.other(self.again(self.norm(self.layer(inputs)))) + self.norm(self.again(inputs))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Twice,
+        lambda: nn.Sequential(*block(nn.Conv2d(4, 4, 1), nn.ReLU6), block(nn.Conv2d(4, 4, 1), None)[1]),
+        lambda: nn.Sequential(*block(nn.Conv2d(4, 4, 1), nn.ReLU), block(nn.Conv2d(4, 4, 1), None)[1]),
+    ],
+    ids=["layers used twice", "norm after norm, ReLU6", "norm after norm, ReLU"],
+)
+def test_only_the_norm_of_a_convolution_is_joined_to_it(make: Callable[[], nn.Module]) -> None:
+    network, inputs = make().eval(), torch.randn(2, 4, 5, 5)
+    wanted = network(inputs)
+    for _ in range(2):
+        optimize_for_training(network, inputs)
+        torch.testing.assert_close(network(inputs), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_processors_that_are_slow_in_bfloat16_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = block(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6), torch.randn(1, 8, 9, 9)
+    monkeypatch.setattr("beauty_bafe.models.fast_training.fastest_precision", lambda _: "32-true")
+    monkeypatch.setattr("beauty_bafe.models.fast_training._Convolution", None)
+    optimize_for_training(network, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert network(inputs).max() == 6
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1), (3, 2)])

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from beauty_bafe.models.module import SaliencyModule, load_extractor
 
@@ -103,3 +105,25 @@ def test_mask_metrics_are_of_street_views_alone(tiny: dict[str, Any]) -> None:
 def test_only_plain_values_become_hyper_parameters(tiny: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         SaliencyModule(tiny | {"pad": torch.tensor(255)}, lr=1e-3, warmup=0)
+
+
+def test_a_training_that_diverges_ends_before_it_is_saved(tiny: dict[str, Any], tmp_path: Path) -> None:
+    module = SaliencyModule(tiny, lr=1e-3, warmup=0)
+    weight = module.extractor.encoders[0][0].weight
+    pictures = torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8)
+    batch = {"pictures": pictures, "masks": pictures[:, :, :1], "row": torch.arange(2)}
+    checkpoints = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[checkpoints],
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+    loader = DataLoader([batch], batch_size=None)
+    handle = weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(ValueError, match=r"training diverged: extractor.encoders.0.0.weight is not finite after epoch 1; .*lr"):
+        trainer.fit(module, loader, loader)
+    handle.remove()
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.inference import Describer
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.models.views import View, cut_out, resize, sample_window
+from beauty_bafe.models.views import View, cut_out, guided_filter, resize, sample_window
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]
 CUT = partial(cut_out, fill=0.9)
@@ -110,3 +110,22 @@ def test_a_window_is_halved_at_most(
     describer = Describer(extractor, POOLINGS, False, scales, view=View(1.25, detail=detail))
     describer(pictures(describer.canvas))
     assert sampled == [(None, side)]
+
+
+@pytest.mark.parametrize(("size", "side"), [(64, 112), (224, 112), (336, 168)])
+@torch.inference_mode()
+def test_masks_are_filtered_at_half_the_size(
+    size: int, side: int, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filtered = []
+
+    def filter_(saliency: torch.Tensor, seen: torch.Tensor, radius: float) -> torch.Tensor:
+        filtered.append((saliency.shape[-1], seen.shape[-1]))
+        return guided_filter(saliency, seen, radius)
+
+    monkeypatch.setattr("beauty_bafe.models.inference.guided_filter", filter_)
+    extractor = BackgroundAgnosticExtractor(**tiny | {"size": size}).eval()
+    for view, wanted in ((View(1.25, 0.1, detail=2), (side, size)), (View(1.25, 0.1, CUT, detail=2), (2 * size, 2 * size))):
+        describer = Describer(extractor, POOLINGS, True, view=view)
+        assert describer(pictures(describer.canvas))[-1].shape == (3, 112, 112)
+        assert filtered.pop() == wanted

@@ -248,7 +248,8 @@ def guided_slowly(mask: torch.Tensor, guide: torch.Tensor, radius: int, faint: f
 
 def test_a_mask_follows_edges_as_its_slow_twin() -> None:
     generator = torch.Generator().manual_seed(3)
-    small = torch.randint(0, 256, (1, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    mixed = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.5, 0.2, 0.3]])  # channels depend on each other
+    small = (255 * torch.einsum("ij,bjhw->bihw", mixed, torch.rand(1, 3, 12, 12, generator=generator))).to(torch.uint8)
     # Cells of one colour each, so that the coarse grid sees just them.
     picture = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
     mask = torch.rand(1, 1, 12, 12, generator=generator)
