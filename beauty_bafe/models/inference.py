@@ -156,8 +156,8 @@ class Describer(nn.Module):
         if self.masks or view.change is not None:
             if view.edges > 0:
                 saliency = guided_filter(saliency, known.pictures if view.change is None else seen, view.edges)
-            if window is not None:
-                saliency = sample_window(saliency, inverse_window(window), 0)
+            if window is not None:  # at twice the size, as the window shrinks: masks are averaged when they are stored
+                saliency = sample_window(saliency, inverse_window(window), 0, 2 * side if view.change is None else None)
         if view.change is None:
             outputs = self._describe(seen, known)
         else:

@@ -305,5 +305,5 @@ def test_the_mask_that_is_shown_has_followed_edges(extractor: BackgroundAgnostic
     window = clamp_window(product_window(Grey(extractor).extract(resize(picture, 64)).saliency(64), 1.25))
     seen = sample_window(picture, window, None, 64)
     drawn = guided_filter(Grey(extractor).extract(seen).saliency(112), seen, 0.1)
-    wanted = sample_window(drawn, inverse_window(window), 0)[0, 0] * 255
+    wanted = resize_mask(sample_window(drawn, inverse_window(window), 0, 224), 112)[0, 0] * 255
     assert (shown[0].float() - wanted).abs().max() < 1
