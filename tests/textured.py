@@ -1,9 +1,10 @@
-"""Products with many keypoints, and how another camera sees them."""
+"""Products with many keypoints, and how another camera sees them; and a plain one with its mask."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
+import torch
 
 SIZE = 200
 
@@ -25,3 +26,12 @@ HOMOGRAPHY = np.array([[0.8, -0.25, 40], [0.3, 0.75, -5], [2e-4, -3e-4, 1]])
 
 def warped(picture: np.ndarray) -> np.ndarray:
     return cv2.warpPerspective(picture, HOMOGRAPHY, (SIZE, SIZE), borderValue=(255, 255, 255))
+
+
+def scene(size: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grey picture with a product of four differently coloured quarters, and its mask."""
+    picture, mask = torch.full((1, 3, size, size), 90, dtype=torch.uint8), torch.zeros(1, 1, size, size)
+    quarters = torch.tensor([[10, 60], [120, 200]], dtype=torch.uint8).repeat_interleave(height // 2, 0)
+    picture[..., top : top + height, left : left + width] = quarters.repeat_interleave(width // 2, 1)
+    mask[..., top : top + height, left : left + width] = 1
+    return picture, mask
