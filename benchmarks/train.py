@@ -143,7 +143,7 @@ def draw(objectives: dict[str, dict[str, list[dict[str, float]]]], title: str, f
             places = [place + 0.4 * number - 0.2 for place in range(len(results[0]))]
             turns = [[result[part] for result in results] for part in results[0]]
             bars = axes.bar(places, [statistics.median(rates) for rates in turns], 0.36, label=way, alpha=0.6)
-            axes.bar_label(bars, fmt="%.0f", padding=6)
+            axes.bar_label(bars, fmt="%.0f", label_type="center")
             for place, rates in zip(places, turns, strict=True):
                 axes.plot([place] * len(rates), rates, ".", color="black")
         axes.set_xticks(range(len(results[0])), list(results[0]))
