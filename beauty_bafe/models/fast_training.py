@@ -113,10 +113,9 @@ def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame
 class _Convolution(torch.autograd.Function):
     """A convolution in bfloat16, dense or depthwise, that can clamp its output to 0..limit, with fast gradients.
 
-    For the gradient of a depthwise convolution's inputs, oneDNN takes twice as long in bfloat16 as for a convolution with the
-    kernel turned around, which is the same for stride 1, and for other strides up to twenty times as long as in float32; for
-    that of its weights up to twenty times as long as in float32 if kernels are wider than 3, which a compiled loop halves
-    again; for that of its bias up to a third of the total time, which a plain sum does not take.
+    oneDNN is slow at the gradients of depthwise convolutions in bfloat16. That of the inputs is therefore computed as a
+    convolution with the kernel turned around for stride 1 (twice as fast), and in float32 for other strides (up to twenty
+    times as fast); that of weights by a compiled loop for kernels wider than 3; that of the bias as a plain sum.
     """
 
     @staticmethod

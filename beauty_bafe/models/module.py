@@ -77,7 +77,7 @@ class SaliencyModule(pl.LightningModule):
             if not weight.isfinite().all():
                 raise ValueError(
                     f"training diverged: {name} is not finite after epoch {self.current_epoch + 1}; type a smaller "
-                    f"objective.lr (it is {self.lr})"
+                    f"objective.lr (it is {self.lr}), and objective.backbone_lr if the objective has one"
                 )
 
     def on_validation_epoch_start(self) -> None:
