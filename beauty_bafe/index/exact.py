@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.precision import fastest_precision, pick_device
+from ..models.precision import fastest_precision, has_integer_products, pick_device
 from ..process import TemporarySetting
 from .axes import learn_axes
 from .first_pass import FirstPass, Rounded, cuts
@@ -18,8 +18,7 @@ from .leading import Leading
 from .memory_index import MemoryIndex
 
 QUERIES = 1024  # per batch
-LARGE = 20_000  # rows from which it is worth testing whether leading dimensions rule out nearly all of them
-LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave about ten times as many
+LARGE = 20_000  # rows from which learning axes for int8 codes is worth its time
 PAIRS = 1 << 19  # float64 numbers per block of re-scoring
 
 
@@ -36,13 +35,14 @@ class ExactIndex(MemoryIndex):
     so far are scored again in float64; no other row can be among the k best. Scores are these float64 values rounded to
     float32, ties in the gallery's order, whatever the device or batch.
 
-    `first_pass`: bfloat16 or float32 computes all scores from rounded copies (Rounded); int8 reads leading dimensions first
-    (Leading), which is faster for single queries if descriptors are far from uniform, as those of trained networks are; it
-    needs a CPU and metric ip or l2. auto: int8 if a sample of a large gallery shows that it rules out nearly all rows;
-    otherwise bfloat16 if the device is fast at it. `str(index)` says which was chosen. Raises ValueError for other values.
+    `first_pass`: bfloat16 or float32 computes all scores from rounded copies (Rounded). int8 multiplies codes of all
+    dimensions, or of the leading ones first if descriptors are far from uniform, as those of trained networks are (Leading);
+    it needs a CPU and metric ip or l2. auto: int8 for a large gallery if the processor multiplies int8 fast, or if a sample
+    shows that the leading dimensions rule out nearly all rows; otherwise bfloat16 if the device is fast at it. `str(index)`
+    says which was chosen. Raises ValueError for other values.
 
     Memory per row and dimension: 4 bytes for the vectors (after loading they are mapped from disk), and 1 more for int8, 2
-    for bfloat16.
+    for bfloat16, 4 for float32.
     """
 
     def __init__(self, metric: str = "ip", device: str = "auto", first_pass: str = "auto") -> None:
@@ -51,12 +51,12 @@ class ExactIndex(MemoryIndex):
         if first_pass not in ("auto", "bfloat16", "float32", "int8"):
             raise ValueError(f"index.first_pass={first_pass}: type auto, bfloat16, float32 or int8")
         self.first_pass = first_pass
-        self._prunable = self.device == "cpu" and metric != "l1"
-        if first_pass == "int8" and not self._prunable:
+        self._quantizable = self.device == "cpu" and metric != "l1"
+        if first_pass == "int8" and not self._quantizable:
             raise ValueError(
                 "index.first_pass=int8 needs index.device=cpu and index.metric=ip or l2; type index.first_pass=auto"
             )
-        half = fastest_precision(self.device).startswith("bf16") if first_pass in ("auto", "int8") else first_pass == "bfloat16"
+        half = fastest_precision(self.device).startswith("bf16") if first_pass == "auto" else first_pass == "bfloat16"
         # L1 is not computed by a matrix product, so bfloat16 would round it without being faster.
         self.rounded = torch.bfloat16 if half and metric != "l1" else torch.float32
 
@@ -76,10 +76,10 @@ class ExactIndex(MemoryIndex):
 
     def _choose(self) -> FirstPass:
         large = self.first_pass == "auto" and len(self.vectors) >= LARGE
-        if self._prunable and (large or self.first_pass == "int8"):
-            axes, left = learn_axes(self._rows)
-            if self.first_pass == "int8" or left <= LEFT:
-                return Leading(self._rows, self.metric, self.rounded, axes)
+        if self._quantizable and (large or self.first_pass == "int8"):
+            axes = learn_axes(self._rows)
+            if self.first_pass == "int8" or axes.blocks > 1 or has_integer_products():
+                return Leading(self._rows, self.metric, axes)
         return Rounded(self._rows, self.metric, self.device, self.rounded)
 
     def _save(self, folder: Path) -> None:
@@ -92,8 +92,8 @@ class ExactIndex(MemoryIndex):
     def _load(self, folder: Path) -> int:
         self._map(folder)
         saved = None
-        if self._prunable and self.first_pass in ("auto", "int8"):
-            saved = Leading.load(folder, self.vectors, self.metric, self.rounded)
+        if self._quantizable and self.first_pass in ("auto", "int8"):
+            saved = Leading.load(folder, self.vectors, self.metric)
         if saved is None:
             self._build()
         else:

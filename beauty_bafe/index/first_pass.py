@@ -93,7 +93,8 @@ def collect(find: Find, queries: int, rows: int, pool: ThreadPoolExecutor) -> tu
     else:  # few tasks, as each takes time of its own
         parts = min(threads, -(-2 * threads // queries))
         somes = [(query, query + 1, cut.start, cut.stop) for query in range(queries) for cut in cuts(rows, parts=parts)]
-    who, row = torch.from_numpy(np.concatenate(list(pool.map(work, somes)), axis=1))
+    waiting = [pool.submit(work, some) for some in somes[1:]]
+    who, row = torch.from_numpy(np.concatenate([work(somes[0]), *(future.result() for future in waiting)], axis=1))
     return who, row
 
 

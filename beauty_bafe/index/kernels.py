@@ -1,6 +1,6 @@
 """Compiled loops of the exact search (Numba). They release the GIL; callers split the work among threads.
 
-B queries, N rows of D dimensions, W of them in the first block; R rows are compared at a time.
+B queries, N rows of D dimensions; R rows are compared at a time.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import numpy as np
 
 from ..compiled import compiled
 
-ROUNDED = 1.02 / 256  # upper limit of the relative change of a number that is rounded to bfloat16
 CHUNK = 4096  # scores compared at a time: a multiple of 8 that fits a processor's first cache
-GROUP = 64  # rows of which `leading_sums` reports the best
+GROUP = 64  # rows of which `best_of_groups` reports the best
+BOUNDS = 2048  # bounds computed at a time: a multiple of 8 that fits a processor's first cache with the numbers of its rows
 
 
 @compiled
@@ -23,18 +23,27 @@ def _dot(values, codes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def leading_sums(query, codes, scales, sums, best):  # type: ignore[no-untyped-def]
-    """Products of a query, float32 (W,), with codes, int8 (R, W): float32 (R,), written into sums.
+def best_of_groups(products, scales, some, best):  # type: ignore[no-untyped-def]
+    """Of each group of rows, the one whose product, int32 (B, R), times its scale, float32 (R,), is the highest.
 
-    best, int64 (ceil(R / GROUP),): of each group, the row whose product times its scale, float32 (R,), is the highest.
+    some: the range of groups. Written into best, int64 (B, ceil(R / GROUP)).
     """
-    for group in range(best.shape[0]):
-        start, highest = group * GROUP, np.float32(-np.inf)
-        best[group] = start
-        for row in range(start, min(start + GROUP, codes.shape[0])):
-            sums[row] = _dot(query, codes[row])
-            if sums[row] * scales[row] > highest:
-                highest, best[group] = sums[row] * scales[row], row
+    for query in range(products.shape[0]):
+        for group in range(some[0], some[1]):
+            start, highest = group * GROUP, np.float32(-np.inf)
+            best[query, group] = start
+            for row in range(start, min(start + GROUP, scales.shape[0])):
+                score = np.float32(products[query, row]) * scales[row]
+                if score > highest:
+                    highest, best[query, group] = score, row
+
+
+@compiled
+def small_products(values, codes, products):  # type: ignore[no-untyped-def]
+    """Products of a few queries' codes, as float32 (B, W), with those of rows, int8 (R, W): written into int32 (B, R)."""
+    for row in range(codes.shape[0]):
+        for query in range(values.shape[0]):
+            products[query, row] = np.int32(_dot(values[query], codes[row]))
 
 
 @compiled
@@ -77,103 +86,104 @@ def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def
 
 
 @compiled
-def survivors(  # type: ignore[no-untyped-def]
-    sums, halves, done, queries, edges, parts, moved, floor, offsets, codes, numbers, first, some, found
-):
+def _bound(products, done, query, queries, rows, floor, first, start, bounds, flags):  # type: ignore[no-untyped-def]
+    """How far rows can be above the floor, float32 (R,), written into bounds, and whether they are not below it, into flags.
+
+    The rows from `first` + `start` on, whose products are products[:, :, start:]; see survivors.
+    """
+    size = bounds.shape[0]
+    here = slice(first + start, first + start + size)
+    bounds[:] = -floor
+    for block in range(1, done):
+        step, change = queries.steps[query, block], queries.coded[query, block] * rows.errors[block]
+        scales, own = rows.scales[block, here], products[block, query, start : start + size]
+        for column in range(size):
+            bounds[column] += scales[column] * (step * np.float32(own[column]) + change)
+    step, change = queries.steps[query, 0], queries.coded[query, 0] * rows.errors[0]
+    moved, tail = queries.moved[query, done], queries.tails[query, done]
+    scales, own = rows.scales[0, here], products[0, query, start : start + size]
+    lengths, tails, offset = rows.tails[0, here], rows.tails[done % rows.tails.shape[0], here], rows.offsets[here]
+    for column in range(size):
+        known = bounds[column] + scales[column] * (step * np.float32(own[column]) + change)
+        bound = known + moved * lengths[column] + tail * tails[column] - offset[column]
+        bounds[column] = bound
+        flags[column] = not bound < 0  # NaN must not rule out a row
+
+
+@compiled
+def share_left(products, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
+    """The share of pairs of query and row that `done` blocks leave, estimated from each `every`-th query and chunk of rows."""
+    bounds, flags = np.empty(BOUNDS, np.float32), np.empty(BOUNDS, np.uint8)
+    left, compared, number = 0, 0, 0
+    for query in range(products.shape[1]):
+        for start in range(0, products.shape[2], BOUNDS):
+            number += 1
+            if number % every != 1 % every:
+                continue
+            size = min(BOUNDS, products.shape[2] - start)
+            _bound(products, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
+            compared += size
+            for flag in flags[:size]:
+                left += flag
+    return left / max(compared, 1)
+
+
+@compiled
+def survivors(products, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
     """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
 
-    sums: products of the queries with the codes of the first `done` blocks, float32 (B, R). halves: None; or the bits of
-    bfloat16 numbers, uint16 (B, R), the products of rounded queries, which are used instead. queries: float32 (B, D),
-    rotated; edges: int64 (blocks + 1,); parts: float32 (B, blocks), the length of each block; moved, floor: float32 (B,),
-    what rounding the query can change, and the least score. For all N rows, of which those from `first` on are compared:
-    offsets, float32 (N,), added to the floor; codes, int8 (N * D,), block after block; numbers, float32 (2 * blocks + 2, N),
-    see Leading.__init__. some: the ranges of queries and of sums' columns, (start, end, start, end). Writes query and row of
-    each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
+    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known. queries,
+    rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are compared are those from `first` on.
+    some: the ranges of queries and of rows among these, (start, end, start, end). Writes query and row of each pair into
+    found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
-    query_start, query_end, start, end = some
-    count, blocks, rows, size = 0, edges.shape[0] - 1, numbers.shape[1], end - start
-    bits, bounds, left = np.empty(size, np.uint32), np.empty(size, np.float32), np.empty(size, np.int64)
-    scores, rests = bits.view(np.float32), np.empty(size, np.float32)
-    flags = np.zeros(-(-size // 8) * 8, np.uint8)  # one byte each, so that eight are tested as one uint64
+    query_start, query_end, row_start, row_end = some
+    count, blocks, number_of_rows = 0, rows.errors.shape[0], rows.scales.shape[1]
+    bounds, left = np.empty(BOUNDS, np.float32), np.empty(BOUNDS + 1, np.int64)
+    flags = np.zeros(BOUNDS, np.uint8)  # one byte each, so that eight are tested as one uint64
     eights = flags.view(np.uint64)
-    here = slice(first + start, first + end)
-    scales, offset = numbers[0, here], -offsets[here]
-    rests[:] = offset
-    largest = np.zeros(done, np.float32)  # rounding error of each block
-    for block in range(done):
-        for error in numbers[1 + block, here]:
-            if not error <= largest[block]:
-                largest[block] = error if error == error else np.float32(np.inf)
-    change = np.float32(0 if halves is None else ROUNDED)
     for query in range(query_start, query_end):
-        least = floor[query]
-        if halves is None:
-            own = sums[query, start:end]
-            for column in range(size):
-                scores[column] = own[column] * scales[column]
-        else:
-            least -= moved[query]
-            half = halves[query, start:end]
-            for column in range(size):
-                bits[column] = np.uint32(half[column]) << np.uint32(16)
-            for column in range(size):
-                scores[column] *= scales[column]
-        if done < blocks:
-            rests[:] = offset
-        for block in range(done, blocks):
-            part, lengths = parts[query, block], numbers[1 + blocks + block, here]
-            for column in range(size):
-                rests[column] += part * lengths[column]
-        # Most rows fall short of the floor even if the rounding error of each block is the largest of any row.
-        lenient = least
-        for block in range(done):
-            lenient -= parts[query, block] * largest[block]
-        for column in range(size):
-            score = scores[column]
-            flags[column] = not score + change * abs(score) + rests[column] < lenient
-        remaining = 0
-        for eight in range(eights.shape[0]):
-            if eights[eight] == 0:
-                continue
-            for column in range(8 * eight, min(8 * eight + 8, size)):
-                bound = scores[column] + change * abs(scores[column]) - least
-                for block in range(done):
-                    bound += parts[query, block] * numbers[1 + block, first + start + column]
-                bounds[column], left[remaining] = bound, column
-                remaining += not bound + rests[column] < 0
-        # bounds now hold everything but the unread dimensions and the offset; rests hold the most that those can add, and the
-        # offset.
-        for block in range(done, blocks):
-            values, part = queries[query, edges[block] : edges[block + 1]], parts[query, block]
-            width, last = values.shape[0], remaining
-            origin = rows * edges[block] + (first + start) * width
+        for start in range(row_start, row_end, BOUNDS):
+            size = min(BOUNDS, row_end - start)
+            _bound(products, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
+            flags[size:] = 0
             remaining = 0
-            for number in range(last):
-                column = left[number]
-                row, place = first + start + column, origin + column * width
-                product = _dot(values, codes[place : place + width]) * scales[column]
-                bounds[column] += product + part * numbers[1 + block, row]
-                rests[column] = offset[column]
-                for later in range(block + 1, blocks):
-                    rests[column] += parts[query, later] * numbers[1 + blocks + later, row]
-                left[remaining] = column
-                remaining += not bounds[column] + rests[column] < 0
-        for number in range(remaining):
-            column = left[number]
-            row = first + start + column
-            if halves is not None:  # again with sums in float32
-                exact = np.float32(0)
-                for block in range(done):
-                    width = edges[block + 1] - edges[block]
-                    place = rows * edges[block] + row * width
-                    exact += _dot(queries[query, edges[block] : edges[block + 1]], codes[place : place + width])
-                bound = bounds[column] - scores[column] - np.float32(ROUNDED) * abs(scores[column]) - moved[query]
-                if bound + exact * scales[column] + offset[column] < 0:
+            for eight in range(-(-size // 8)):
+                if eights[eight] == 0:
                     continue
-            if count == found.shape[1]:
-                return -1
-            found[0, count], found[1, count] = query, row
-            count += 1
+                for column in range(8 * eight, 8 * eight + 8):
+                    left[remaining] = column
+                    remaining += flags[column]
+            # Then the blocks that are not known yet, and the others again with queries that are not rounded.
+            for number in range(blocks):
+                block = (done + number) % blocks
+                values, norm = queries.values[query, rows.edges[block] : rows.edges[block + 1]], queries.norms[query, block]
+                step, coded, error = queries.steps[query, block], queries.coded[query, block], rows.errors[block]
+                before, after = queries.tails[query, block], queries.tails[query, block + 1]
+                width, last = values.shape[0], remaining
+                origin = number_of_rows * rows.edges[block] + (first + start) * width
+                remaining = 0
+                for place in range(last):
+                    column = left[place]
+                    row, begin = first + start + column, origin + column * width
+                    scale = rows.scales[block, row]
+                    change = scale * (_dot(values, rows.codes[begin : begin + width]) + norm * error)
+                    if block >= done:
+                        change -= before * rows.tails[block, row]
+                        if block + 1 < blocks:
+                            change += after * rows.tails[block + 1, row]
+                    else:
+                        change -= scale * (step * np.float32(products[block, query, start + column]) + coded * error)
+                        if block == 0:
+                            change -= queries.moved[query, done] * rows.tails[0, row]
+                    bounds[column] += change
+                    left[remaining] = column
+                    remaining += not bounds[column] < 0
+            for place in range(remaining):
+                if count == found.shape[1]:
+                    return -1
+                found[0, count], found[1, count] = query, first + start + left[place]
+                count += 1
     return count
 
 

@@ -60,6 +60,11 @@ def fastest_precision(device: str) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+def has_integer_products() -> bool:
+    """Whether the processor multiplies int8 numbers exactly, and faster than others (VNNI)."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:
     """Lightning's `accelerator`, `devices` and `precision` for the setting `device` and a precision that may be auto.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beauty_bafe.index import axes, exact, fastest
+from beauty_bafe.index import exact, fastest
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.fastest import FastestIndex
 
@@ -51,7 +51,7 @@ def test_growth_shrinkage_and_another_process(kind: str, metric: str, tmp_path: 
     assert np.array_equal(before.search(queries, names(20), 7).positions, slow(rows[:800], queries, metric, 7)[0])
 
 
-def test_codes_of_other_vectors_or_blocks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_of_other_vectors_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, queries = gathered(600, 40, 0), gathered(5, 40, 1)
     ExactIndex("ip", "cpu", "int8").fit(rows, names(600)).save(tmp_path, {})
     codes = {file: file.read_bytes() for file in tmp_path.glob("leading_*.npy")}
@@ -63,18 +63,25 @@ def test_codes_of_other_vectors_or_blocks_are_made_again(tmp_path: Path, monkeyp
         index = ExactIndex("ip", "cpu", "int8").load(tmp_path, {})
         asked = queries[:, : other.shape[1]]
         assert np.array_equal(index.search(asked, names(5), 7).positions, slow(other, asked, "ip", 7)[0])
-    monkeypatch.setattr(axes, "EDGES", (16, 24))
-    assert "16 of 30" in str(ExactIndex("ip", "cpu", "int8").load(tmp_path, {}))
 
 
-@pytest.mark.parametrize(("draw", "chosen"), [(gathered, "int8"), (unit, "float")])
-def test_the_first_pass_is_chosen_by_the_rows(draw, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("draw", "integers", "chosen"),
+    [(gathered, True, "int8, 8 of"), (gathered, False, "int8, 8 of"), (unit, True, "int8"), (unit, False, "float")],
+)
+def test_the_first_pass_is_chosen_by_the_rows(  # type: ignore[no-untyped-def]
+    draw, integers: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(exact, "LARGE", 500)
-    assert f"first pass in {chosen}" in str(ExactIndex("ip", "cpu").fit(draw(1000, 40, 0), names(1000))).replace(
-        "bfloat", "float"
-    )
-    assert "float" in str(ExactIndex("l1", "cpu").fit(draw(1000, 40, 0), names(1000)))
-    assert "float" in str(ExactIndex("ip", "cpu").fit(draw(400, 40, 0), names(400)))
+    monkeypatch.setattr(exact, "has_integer_products", lambda: integers)
+
+    def named(metric: str, rows: int) -> str:
+        return str(ExactIndex(metric, "cpu").fit(draw(rows, 40, 0), names(rows))).replace("bfloat", "float")
+
+    assert f"first pass in {chosen}" in named("ip", 1000)
+    assert ("dimensions first" in named("l2", 1000)) == (draw is gathered)
+    assert "float" in named("l1", 1000)
+    assert "float" in named("ip", 400)
 
 
 def test_int8_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:

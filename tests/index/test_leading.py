@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beauty_bafe.index import axes, exact, leading
+from beauty_bafe.index import comparison, leading
 from beauty_bafe.index.axes import Axes, learn_axes
+from beauty_bafe.index.comparison import Comparison, Products
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
 
@@ -33,7 +35,7 @@ def check(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> None
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("draw", [gathered, unit])
 @pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100), (900, 15, 7)])
-@pytest.mark.parametrize("width", [5, 32, 41])
+@pytest.mark.parametrize("width", [1, 5, 32, 41])
 def test_it_is_exact(metric: str, draw, rows: int, queries: int, k: int, width: int) -> None:  # type: ignore[no-untyped-def]
     check(draw(rows, width, 0), draw(queries, width, 1), metric, k)
 
@@ -58,7 +60,7 @@ def test_near_ties_duplicates_zeros_and_lengths_of_any_size(metric: str, queries
 def on_axes(gallery: np.ndarray, metric: str, given: Axes) -> ExactIndex:
     """An index whose first pass has these axes, whatever the gallery's own are."""
     index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
-    index._first = Leading(torch.from_numpy(gallery), metric, torch.bfloat16, given)
+    index._first = Leading(torch.from_numpy(gallery), metric, given)
     return index
 
 
@@ -67,7 +69,8 @@ def on_axes(gallery: np.ndarray, metric: str, given: Axes) -> ExactIndex:
 def test_rows_at_the_bound(metric: str, queries: int) -> None:
     """The best row has nothing in the leading dimensions, and all it has after them points where the query does."""
     gallery, asked = gathered(2000, 32, 0), gathered(queries, 32, 1)
-    learned, _ = learn_axes(torch.from_numpy(gallery))
+    learned = learn_axes(torch.from_numpy(gallery))
+    assert learned.rotation is not None
     rotation, best = learned.rotation.numpy(), (asked.astype(float) @ gallery.T).max(1)
     for number in range(queries):
         tail = np.where(np.arange(32) >= (8, 16, 24)[number % 3], asked[number] @ rotation, 0)
@@ -111,38 +114,38 @@ def test_no_row_is_ruled_out_that_reaches_the_threshold(metric: str, queries: in
 def test_rounding_of_the_sums_rules_out_no_row(metric: str, queries: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of whole numbers, which int8 holds exactly: only the rounding of float32 sums, which cancel, is left."""
     monkeypatch.setattr(leading, "CELLS", 1 << 20)
-    monkeypatch.setattr(axes, "EDGES", (900,))
     rng = np.random.default_rng(0)
     gallery = rng.integers(-127, 128, size=(120, 1000)).astype(np.float32)
     gallery[:, 0] = 127
     asked = rng.normal(size=(queries, 1000))
     asked -= asked @ np.linalg.pinv(gallery[:60]) @ gallery[:60]  # half of the scores are nearly 0
-    one = torch.ones(1000, dtype=torch.float64)
-    check_bound(on_axes(gallery, metric, Axes(torch.diag(one), one)), (length * asked).astype(np.float32))
+    asked = (length * asked).astype(np.float32)
+    check_bound(on_axes(gallery, metric, Axes(torch.eye(1000, dtype=torch.float64), (0, 900, 1000))), asked)
 
 
 def test_rounded_queries_whose_errors_all_point_one_way() -> None:
-    """Every number of the query is rounded by nearly 2^-8 of itself, and the signs of a row make all of it count."""
+    """Every number of the query is rounded by nearly half a step, and the signs of a row make all of it count."""
     signs = np.array([[1.0]])
     while len(signs) < 256:
         signs = np.block([[signs, signs], [signs, -signs]])
-    queries = np.tile(1 + 2.0**-8 + np.where(signs[1] < 0, 2.0**-20, 0), (16, 1)).astype(np.float32)
-    for metric in METRICS:
-        check(signs.astype(np.float32), queries, metric, 256)
+    plain = Axes(torch.eye(256, dtype=torch.float64), (0, 256))
+    for half in (0.499, 0.501):
+        queries = np.tile(1 + half * signs[1], (3, 1)).astype(np.float32)
+        queries[:, 0] = 127
+        for metric in METRICS:
+            ranking = on_axes(signs.astype(np.float32), metric, plain).search(queries, names(3), 256)
+            positions, scores = slow(signs, queries, metric, 256)
+            assert np.array_equal(ranking.positions, positions)
+            assert np.array_equal(ranking.scores, scores)
 
 
-def test_codes_nearly_twice_as_long_as_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All coordinates but the one that sets the scale are rounded up by half a step."""
-    monkeypatch.setattr(axes, "EDGES", (256,))
-    for width in (193, 201):
-        units = torch.ones(width, dtype=torch.float64)
-        units[-1] = 1e-3
-        row, query = np.full((1, width), 0.501, np.float32), np.full(width, -(1 + 2.0**-8 + 2.0**-20), np.float32)
-        row[0, -1], query[-1] = 0.127, 0
-        ranking = on_axes(row, "ip", Axes(torch.eye(width, dtype=torch.float64), units)).search(
-            np.tile(query, (16, 1)), names(16), 1
-        )
-        assert (ranking.positions == 0).all()
+@pytest.mark.parametrize("edges", [(0, 201), (0, 100, 201)])
+def test_codes_much_longer_than_their_row(edges: tuple[int, ...]) -> None:
+    """All coordinates but the one that sets the scale are rounded up by half a step, to twice their size."""
+    row, query = np.full((1, 201), 0.501, np.float32), np.full((3, 201), -0.501, np.float32)
+    row[0, ::100], query[:, ::100] = 127, 0
+    plain = Axes(torch.eye(201, dtype=torch.float64), edges)
+    assert (on_axes(row, "ip", plain).search(query, names(3), 1).positions == 0).all()
 
 
 def test_rounding_errors_of_later_blocks_count() -> None:
@@ -150,9 +153,8 @@ def test_rounding_errors_of_later_blocks_count() -> None:
     rng = np.random.default_rng(0)
     gallery = 0.49 * rng.choice([-1, 1], size=(50, 32)).astype(np.float32)
     queries = np.sign(gallery[:20])
-    gallery[:, :8], queries[:, :8], gallery[:, 0] = 0, 0, 127
-    ones = torch.ones(32, dtype=torch.float64)
-    index = on_axes(gallery, "ip", Axes(torch.diag(ones), ones))
+    gallery[:, :8], queries[:, :8], gallery[:, 8] = 0, 0, 127
+    index = on_axes(gallery, "ip", Axes(torch.eye(32, dtype=torch.float64), (0, 8, 32)))
     assert np.array_equal(index.search(queries, names(20), 1).positions, slow(gallery, queries, "ip", 1)[0])
 
 
@@ -181,8 +183,6 @@ def test_rows_that_are_not_finite_disturb_no_others(width: int) -> None:
     gallery, asked = gathered(60, width, 0), gathered(20, width, 1)
     broken = gallery.copy()
     broken[7, 0], broken[9, 1] = np.nan, -np.inf
-    _, left = learn_axes(torch.from_numpy(broken))
-    assert left > 0, "the sample's other rows show how many remain"
     index = ExactIndex("ip", "cpu", "int8").fit(broken, names(60))
     index.remove(("n7", "n9"))
     kept = np.delete(gallery, [7, 9], axis=0)
@@ -198,11 +198,19 @@ def test_a_row_whose_score_is_infinite_is_not_ruled_out(queries: int) -> None:
         index.search(asked, names(queries), 7)
 
 
-def test_processors_that_are_slow_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "fastest_precision", lambda _: "32-true")
-    index = ExactIndex("ip", "cpu", "int8")
-    assert index.rounded == torch.float32
-    check(gathered(900, 40, 0), gathered(20, 40, 1), "ip", 7)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_processors_without_int8_products(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They find the same whole numbers by float32 products."""
+    gallery, asked = gathered(900, 40, 0), gathered(queries, 40, 1)
+    index = ExactIndex("ip", "cpu", "int8").fit(gallery, names(900))
+    monkeypatch.setattr(comparison, "has_integer_products", lambda: False)
+    with ThreadPoolExecutor(2) as pool:
+        first = index._first
+        compared = Comparison(first.axes.rotate(torch.from_numpy(asked)), first.rows, "ip", first.largest, pool)
+        products = Products(compared, slice(100, 900)).known[0]
+    expected = compared.codes[0].long() @ torch.from_numpy(first.rows.block(0)[100:]).long().T
+    assert torch.equal(products.long(), expected)
+    check(gallery, asked, "ip", 7)
 
 
 def test_where_numba_can_keep_nothing() -> None:

@@ -1,0 +1,189 @@
+"""Comparing queries with the int8 codes of an index's rows: products, and the bound that rules rows out (see leading.py)."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.precision import has_integer_products
+from .first_pass import Estimates, collect, cuts
+
+SAMPLED = 64  # of so many queries and chunks of rows, one shows how many rows are left
+FEW = 8  # queries below which reading the codes takes longest, so that a loop over them is faster than a matrix product
+PAIR = 4000  # deciding on one pair takes as long as this many dimensions of a product for all pairs
+SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
+ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
+
+
+def quantize(exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors, float64 (N, D): their scales, float32 (N,), codes, int8 (N, D), and the lengths of the rest, float64 (N,)."""
+    scale = (exact.abs().amax(1) / 127).float().clamp(min=1e-30)
+    codes = (exact / scale.double()[:, None]).round().clamp(-127, 127)
+    return scale, codes.to(torch.int8), (exact - codes * scale.double()[:, None]).norm(dim=1)
+
+
+class RowCodes(NamedTuple):
+    """What the compiled loops read of N rows of D dimensions. (Numba's cache on disk fails to load if this class is moved.)"""
+
+    codes: np.ndarray  # int8 (N * D,), block after block
+    edges: np.ndarray  # int64 (blocks + 1,)
+    scales: np.ndarray  # float32 (blocks, N)
+    tails: np.ndarray  # float32 (blocks, N), lengths of this block and all later ones together
+    errors: np.ndarray  # float32 (blocks,), largest |y_b - s c_b| / s of any row
+    offsets: np.ndarray  # float32 (N,), subtracted from each product
+
+    def block(self, number: int) -> np.ndarray:
+        """The codes of a block, int8 (N, its dimensions), not copied."""
+        rows, (start, end) = self.scales.shape[1], self.edges[number : number + 2]
+        return self.codes[rows * start : rows * end].reshape(rows, end - start)
+
+
+class QueryCodes(NamedTuple):
+    """What the compiled loops read of B rotated queries."""
+
+    values: np.ndarray  # float32 (B, D), p
+    steps: np.ndarray  # float32 (B, blocks), t
+    coded: np.ndarray  # float32 (B, blocks), |t d_b|
+    norms: np.ndarray  # float32 (B, blocks), |p_b|
+    moved: np.ndarray  # float32 (B, blocks + 1), |p_b - t d_b| of all earlier blocks together
+    tails: np.ndarray  # float32 (B, blocks + 1), |p_b| of this block and all later ones together
+
+
+class Comparison:
+    """Rotated queries, float64 (B, D), quantized, and the memory for their products with the codes of rows.
+
+    `largest`: upper limit of the length of any row, exact or as stored in codes.
+    """
+
+    def __init__(self, queries: Tensor, rows: RowCodes, metric: str, largest: float, pool: ThreadPoolExecutor) -> None:
+        self.rows, self.metric, self.pool = rows, metric, pool
+        self.codes: list[Tensor] = []
+        lengths = queries.norm(dim=1)
+        self.squares = lengths.square()
+        self.blocks = len(rows.errors)
+        steps, coded, norms = np.empty((3, len(queries), self.blocks), np.float32)
+        moved, tails = np.zeros((2, len(queries), self.blocks + 1), np.float32)
+        for block, (start, end) in enumerate(pairwise(rows.edges.tolist())):
+            part = queries[:, start:end]
+            scale, codes, error = quantize(part)
+            self.codes.append(codes)
+            steps[:, block], norms[:, block] = scale, part.norm(dim=1)
+            coded[:, block] = codes.double().norm(dim=1) * scale
+            moved[:, block + 1] = np.hypot(moved[:, block], error)
+            tails[:, block] = queries[:, start:].norm(dim=1)
+        rounded = (array * ROUND_UP for array in (coded, norms, moved, tails))
+        self.queries = QueryCodes(queries.float().numpy(), steps, *rounded)
+        slack = (2 * queries.shape[1] + 64) * 2.0**-24 * lengths * largest + 1e-30
+        # Where float32 sums could overflow or become denormal, all rows are scored.
+        low, high = SAFE_LENGTHS
+        safe = (lengths > low) & (lengths < high) & (low < largest < high) | (lengths == 0)
+        self.slack = torch.where(safe, slack, torch.inf)
+        self._memory = torch.empty(0, dtype=torch.int32)
+
+    def room(self, rows: int) -> Tensor:
+        """Memory for products of all blocks, (blocks, B, R): shared, as allocating it again and again is slow."""
+        shape = self.blocks, len(self.squares), rows
+        if self._memory.numel() < math.prod(shape):
+            self._memory = torch.empty(math.prod(shape), dtype=torch.int32)
+        return self._memory[: math.prod(shape)].view(shape)
+
+    def multiply(self, block: int, part: slice, out: Tensor) -> None:
+        """Products of a block's codes, int32 (B, R)."""
+        queries, rows = self.codes[block], torch.from_numpy(self.rows.block(block)[part])
+        if len(queries) < FEW:
+            self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
+        elif has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
+            torch._int_mm(queries, rows.T, out=out)
+        else:
+            out.copy_(queries.float() @ rows.float().T)
+
+    def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        from .kernels import small_products
+
+        list(self.pool.map(lambda cut: small_products(queries, rows[cut], out[:, cut]), cuts(len(rows))))
+
+    def floor(self, kth: Tensor) -> np.ndarray:
+        """k-th best exact scores, (B,) -> the least upper bound of a row that can still equal or beat them."""
+        kth = kth.double()
+        floor = kth - 2.0**-22 * kth.abs()
+        if self.metric == "l2":  # <q, x> = (score + |q|^2 + |x|^2) / 2
+            floor = (floor + self.squares) / 2 - 2.0**-22 * self.squares
+        return (floor - self.slack).float().numpy()
+
+
+class Products:
+    """Products of the codes of queries and some rows: of the first block, and of others as far as they are asked for."""
+
+    def __init__(self, comparison: Comparison, part: slice) -> None:
+        self._comparison, self.part = comparison, part
+        self.known, self.done = comparison.room(part.stop - part.start), 0
+        self._next()
+
+    def _next(self) -> None:
+        self._comparison.multiply(self.done, self.part, self.known[self.done])
+        self.done += 1
+
+    def best(self, count: int) -> Tensor:
+        """Rows with high products, int64 (B, count); all rows if there are not so many."""
+        from .kernels import GROUP, best_of_groups
+
+        products, scales = self.known[0], self._comparison.rows.scales[0, self.part]
+        groups = -(-products.shape[1] // GROUP)
+        if groups < count:
+            scores = products * torch.from_numpy(scales)
+            return scores.topk(min(count, scores.shape[1])).indices + self.part.start
+        best = torch.empty(len(products), groups, dtype=torch.int64)
+
+        def work(cut: slice) -> None:
+            best_of_groups(products.numpy(), scales, (cut.start, cut.stop), best.numpy())
+
+        list(self._comparison.pool.map(work, cuts(groups)))
+        scores = products.gather(1, best) * torch.from_numpy(scales)[best]
+        return best.gather(1, scores.topk(count).indices) + self.part.start
+
+    def reaching(self, floor: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pairs of query and row whose upper bound reaches the floor, int64 (P,) each."""
+        from .kernels import share_left, survivors
+
+        queries, rows, products = self._comparison.queries, self._comparison.rows, self.known.numpy()
+        widths, first = np.diff(rows.edges), self.part.start
+        while self.done < len(widths):
+            if share_left(products, self.done, queries, rows, floor, first, SAMPLED) * PAIR < 2 * widths[self.done]:
+                break
+            self._next()
+
+        def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
+            return int(survivors(products, self.done, queries, rows, floor, first, some, found))
+
+        _, asked, compared = products.shape
+        return collect(find, asked, compared, self._comparison.pool)
+
+
+class LeadingScores(Estimates):
+    """The rows of a part are compared in blocks whose products fit the processor's caches."""
+
+    def __init__(self, comparison: Comparison, part: slice, size: int) -> None:
+        self._comparison = comparison
+        self._parts = [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+        self._first: Products | None = None
+
+    def likely(self, k: int) -> Tensor:
+        self._first = Products(self._comparison, self._parts[0])
+        return self._first.best(4 * k)
+
+    def reaching(self, kth: Tensor) -> tuple[Tensor, Tensor]:
+        floor, pairs = self._comparison.floor(kth), []
+        for number, part in enumerate(self._parts):
+            known = self._first if number == 0 and self._first is not None else Products(self._comparison, part)
+            pairs.append(known.reaching(floor))
+        who, row = (torch.cat(column) for column in zip(*pairs, strict=True))
+        if len(pairs) > 1:
+            order = who.argsort(stable=True)
+            who, row = who[order], row[order]
+        return who, row
