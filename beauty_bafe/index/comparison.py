@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,17 +16,33 @@ from ..models.precision import has_integer_products
 from .first_pass import Estimates, collect, cuts
 
 SAMPLED = 64  # of so many queries and chunks of rows, one shows how many rows are left
-FEW = 8  # queries below which reading the codes takes longest, so that a loop over them is faster than a matrix product
+FEW = 8  # queries below which a loop over the codes is faster than a matrix product
+MANY = 128  # queries from which one product of the leading blocks that share a scale is faster than one of each
+JOINED = 2  # these blocks
 PAIR = 4000  # deciding on one pair takes as long as this many dimensions of a product for all pairs
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
 
-def quantize(exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors, float64 (N, D): their scales, float32 (N,), codes, int8 (N, D), and the lengths of the rest, float64 (N,)."""
-    scale = (exact.abs().amax(1) / 127).float().clamp(min=1e-30)
-    codes = (exact / scale.double()[:, None]).round().clamp(-127, 127)
-    return scale, codes.to(torch.int8), (exact - codes * scale.double()[:, None]).norm(dim=1)
+class Block(NamedTuple):
+    """A block of dimensions of N vectors in int8."""
+
+    scale: Tensor  # float32 (N,)
+    codes: Tensor  # int8 (N, W)
+    error: Tensor  # float64 (N,), length of what rounding leaves over
+
+
+def quantize(exact: Tensor, edges: Sequence[int]) -> list[Block]:
+    """Quantize vectors, float64 (N, D), block by block. The first JOINED blocks share a scale."""
+    parts = [exact[:, start:end] for start, end in pairwise(edges)]
+    largest = [part.abs().amax(1) for part in parts]
+    largest[:JOINED] = [torch.stack(largest[:JOINED]).amax(0)] * len(largest[:JOINED])
+    blocks = []
+    for part, most in zip(parts, largest, strict=True):
+        scale = (most / 127).float().clamp(min=1e-30)
+        codes = (part / scale.double()[:, None]).round().clamp(-127, 127)
+        blocks.append(Block(scale, codes.to(torch.int8), (part - codes * scale.double()[:, None]).norm(dim=1)))
+    return blocks
 
 
 class RowCodes(NamedTuple):
@@ -63,20 +80,22 @@ class Comparison:
 
     def __init__(self, queries: Tensor, rows: RowCodes, metric: str, largest: float, pool: ThreadPoolExecutor) -> None:
         self.rows, self.metric, self.pool = rows, metric, pool
-        self.codes: list[Tensor] = []
         lengths = queries.norm(dim=1)
         self.squares = lengths.square()
         self.blocks = len(rows.errors)
         steps, coded, norms = np.empty((3, len(queries), self.blocks), np.float32)
         moved, tails = np.zeros((2, len(queries), self.blocks + 1), np.float32)
-        for block, (start, end) in enumerate(pairwise(rows.edges.tolist())):
-            part = queries[:, start:end]
-            scale, codes, error = quantize(part)
-            self.codes.append(codes)
-            steps[:, block], norms[:, block] = scale, part.norm(dim=1)
+        edges = rows.edges.tolist()
+        quantized = quantize(queries, edges)
+        for block, (scale, codes, error) in enumerate(quantized):
+            start, end = edges[block : block + 2]
+            steps[:, block], norms[:, block] = scale, queries[:, start:end].norm(dim=1)
             coded[:, block] = codes.double().norm(dim=1) * scale
             moved[:, block + 1] = np.hypot(moved[:, block], error)
             tails[:, block] = queries[:, start:].norm(dim=1)
+        self.joined = 1 if len(queries) < MANY else min(JOINED, self.blocks)
+        self.codes = [torch.cat([block.codes for block in quantized[: self.joined]], dim=1)]
+        self.codes += [block.codes for block in quantized[self.joined :]]
         rounded = (array * ROUND_UP for array in (coded, norms, moved, tails))
         self.queries = QueryCodes(queries.float().numpy(), steps, *rounded)
         slack = (2 * queries.shape[1] + 64) * 2.0**-24 * lengths * largest + 1e-30
@@ -93,15 +112,18 @@ class Comparison:
             self._memory = torch.empty(math.prod(shape), dtype=torch.int32)
         return self._memory[: math.prod(shape)].view(shape)
 
-    def multiply(self, block: int, part: slice, out: Tensor) -> None:
-        """Products of a block's codes, int32 (B, R)."""
-        queries, rows = self.codes[block], torch.from_numpy(self.rows.block(block)[part])
+    def multiply(self, done: int, part: slice, out: Tensor) -> int:
+        """Products of the codes of the next block, or of the joined ones, int32 (B, R). Returns how many blocks are done."""
+        ahead = self.joined if done == 0 else done + 1
+        blocks = [torch.from_numpy(self.rows.block(block)[part]) for block in range(done, ahead)]
+        queries, rows = self.codes[max(0, ahead - self.joined)], torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
         if len(queries) < FEW:
             self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
         elif has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
             torch._int_mm(queries, rows.T, out=out)
         else:
             out.copy_(queries.float() @ rows.float().T)
+        return ahead
 
     def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
         from .kernels import small_products
@@ -118,7 +140,10 @@ class Comparison:
 
 
 class Products:
-    """Products of the codes of queries and some rows: of the first block, and of others as far as they are asked for."""
+    """Products of the codes of queries and some rows: of the first blocks, and of others while many rows are left.
+
+    `known`, int32 (blocks, B, R): that of the joined blocks together comes first; of others, each where its number says.
+    """
 
     def __init__(self, comparison: Comparison, part: slice) -> None:
         self._comparison, self.part = comparison, part
@@ -126,8 +151,7 @@ class Products:
         self._next()
 
     def _next(self) -> None:
-        self._comparison.multiply(self.done, self.part, self.known[self.done])
-        self.done += 1
+        self.done = self._comparison.multiply(self.done, self.part, self.known[self.done])
 
     def best(self, count: int) -> Tensor:
         """Rows with high products, int64 (B, count); all rows if there are not so many."""
@@ -152,14 +176,15 @@ class Products:
         from .kernels import share_left, survivors
 
         queries, rows, products = self._comparison.queries, self._comparison.rows, self.known.numpy()
-        widths, first = np.diff(rows.edges), self.part.start
+        widths, first, joined = np.diff(rows.edges), self.part.start, self._comparison.joined
         while self.done < len(widths):
-            if share_left(products, self.done, queries, rows, floor, first, SAMPLED) * PAIR < 2 * widths[self.done]:
+            left = share_left(products, joined, self.done, queries, rows, floor, first, SAMPLED)
+            if left * PAIR < 2 * widths[self.done]:
                 break
             self._next()
 
         def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
-            return int(survivors(products, self.done, queries, rows, floor, first, some, found))
+            return int(survivors(products, joined, self.done, queries, rows, floor, first, some, found))
 
         _, asked, compared = products.shape
         return collect(find, asked, compared, self._comparison.pool)

@@ -20,6 +20,7 @@ from .memory_index import MemoryIndex
 QUERIES = 1024  # per batch
 LARGE = 20_000  # rows from which learning axes for int8 codes is worth its time
 PAIRS = 1 << 19  # float64 numbers per block of re-scoring
+INLINE = 256  # pairs up to which starting threads takes longer than re-scoring
 
 
 def search_device(device: str) -> str:
@@ -168,8 +169,11 @@ class ExactIndex(MemoryIndex):
         def work(cut: slice) -> None:
             pair_scores(batch, rows, np.ascontiguousarray(pairs[:, cut]), self.metric == "l2", scores[cut])
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(work, cuts(len(scores))))
+        if len(scores) < INLINE:
+            work(slice(0, len(scores)))
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(work, cuts(len(scores))))
         return torch.from_numpy(scores)
 
 

@@ -86,7 +86,7 @@ def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def
 
 
 @compiled
-def _bound(products, done, query, queries, rows, floor, first, start, bounds, flags):  # type: ignore[no-untyped-def]
+def _bound(products, joined, done, query, queries, rows, floor, first, start, bounds, flags):  # type: ignore[no-untyped-def]
     """How far rows can be above the floor, float32 (R,), written into bounds, and whether they are not below it, into flags.
 
     The rows from `first` + `start` on, whose products are products[:, :, start:]; see survivors.
@@ -94,12 +94,14 @@ def _bound(products, done, query, queries, rows, floor, first, start, bounds, fl
     size = bounds.shape[0]
     here = slice(first + start, first + start + size)
     bounds[:] = -floor
-    for block in range(1, done):
+    for block in range(joined, done):
         step, change = queries.steps[query, block], queries.coded[query, block] * rows.errors[block]
         scales, own = rows.scales[block, here], products[block, query, start : start + size]
         for column in range(size):
             bounds[column] += scales[column] * (step * np.float32(own[column]) + change)
-    step, change = queries.steps[query, 0], queries.coded[query, 0] * rows.errors[0]
+    step, change = queries.steps[query, 0], np.float32(0)
+    for block in range(joined):
+        change += queries.coded[query, block] * rows.errors[block]
     moved, tail = queries.moved[query, done], queries.tails[query, done]
     scales, own = rows.scales[0, here], products[0, query, start : start + size]
     lengths, tails, offset = rows.tails[0, here], rows.tails[done % rows.tails.shape[0], here], rows.offsets[here]
@@ -111,7 +113,7 @@ def _bound(products, done, query, queries, rows, floor, first, start, bounds, fl
 
 
 @compiled
-def share_left(products, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
+def share_left(products, joined, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
     """The share of pairs of query and row that `done` blocks leave, estimated from each `every`-th query and chunk of rows."""
     bounds, flags = np.empty(BOUNDS, np.float32), np.empty(BOUNDS, np.uint8)
     left, compared, number = 0, 0, 0
@@ -121,7 +123,7 @@ def share_left(products, done, queries, rows, floor, first, every):  # type: ign
             if number % every != 1 % every:
                 continue
             size = min(BOUNDS, products.shape[2] - start)
-            _bound(products, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
+            _bound(products, joined, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
             compared += size
             for flag in flags[:size]:
                 left += flag
@@ -129,13 +131,13 @@ def share_left(products, done, queries, rows, floor, first, every):  # type: ign
 
 
 @compiled
-def survivors(products, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
+def survivors(products, joined, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
     """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
 
-    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known. queries,
-    rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are compared are those from `first` on.
-    some: the ranges of queries and of rows among these, (start, end, start, end). Writes query and row of each pair into
-    found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
+    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known, that of the first
+    `joined` blocks together. queries, rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are
+    compared are those from `first` on. some: the ranges of queries and of rows among these, (start, end, start, end). Writes
+    query and row of each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, row_start, row_end = some
     count, blocks, number_of_rows = 0, rows.errors.shape[0], rows.scales.shape[1]
@@ -145,7 +147,7 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
     for query in range(query_start, query_end):
         for start in range(row_start, row_end, BOUNDS):
             size = min(BOUNDS, row_end - start)
-            _bound(products, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
+            _bound(products, joined, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
             flags[size:] = 0
             remaining = 0
             for eight in range(-(-size // 8)):
@@ -173,12 +175,15 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
                         if block + 1 < blocks:
                             change += after * rows.tails[block + 1, row]
                     else:
-                        change -= scale * (step * np.float32(products[block, query, start + column]) + coded * error)
-                        if block == 0:
+                        change -= scale * coded * error
+                        if block == 0 or block >= joined:
+                            change -= scale * step * np.float32(products[block, query, start + column])
+                        if block + 1 == done:  # moved is for all known blocks together
                             change -= queries.moved[query, done] * rows.tails[0, row]
                     bounds[column] += change
                     left[remaining] = column
-                    remaining += not bounds[column] < 0
+                    # Of joined blocks, the bound is valid once all of them are replaced.
+                    remaining += block + 1 < joined or not bounds[column] < 0
             for place in range(remaining):
                 if count == found.shape[1]:
                     return -1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +25,7 @@ CHECKED_ROWS = 64  # rows that are compared with the saved ones
 
 
 class Leading(FirstPass):
-    """Codes of all rows: blocks of dimensions in int8, with one scale per row and block.
+    """Codes of all rows: blocks of dimensions in int8, with one scale per row and block, or for some blocks together.
 
     With an orthogonal matrix R, <q, x> is the sum of <p_b, y_b> over the blocks b of p = R q and y = R x. If these are stored
     as whole numbers c_b and d_b times a scale each, y_b ~ s c_b and p_b ~ t d_b, then after some blocks, by Cauchy and Schwarz,
@@ -62,10 +61,9 @@ class Leading(FirstPass):
     def _encode(self, part: slice, rows: Tensor) -> None:
         rotated, own = self.axes.rotate(rows[part]), self.rows
         with np.errstate(over="ignore"):  # a length beyond float32 is infinite
-            for block, (start, end) in enumerate(pairwise(self.axes.edges)):
-                scale, codes, error = quantize(rotated[:, start:end])
+            for block, (scale, codes, error) in enumerate(quantize(rotated, self.axes.edges)):
                 own.block(block)[part], own.scales[block, part] = codes.numpy(), scale.numpy()
-                own.tails[block, part] = rotated[:, start:].norm(dim=1).numpy() * ROUND_UP
+                own.tails[block, part] = rotated[:, self.axes.edges[block] :].norm(dim=1).numpy() * ROUND_UP
                 largest = (error / scale.double()).nan_to_num(0, 0).max().item()
                 own.errors[block] = max(own.errors[block], np.float32(largest) * ROUND_UP)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from beauty_bafe.index import comparison, leading
 from beauty_bafe.index.axes import Axes, learn_axes
-from beauty_bafe.index.comparison import Comparison, Products
+from beauty_bafe.index.comparison import Comparison, Products, quantize
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
 
@@ -34,7 +34,9 @@ def check(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> None
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("draw", [gathered, unit])
-@pytest.mark.parametrize(("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100), (900, 15, 7)])
+@pytest.mark.parametrize(
+    ("rows", "queries", "k"), [(1, 1, 1), (50, 3, 50), (777, 40, 7), (3000, 1, 100), (900, 15, 7), (400, 130, 7)]
+)
 @pytest.mark.parametrize("width", [1, 5, 32, 41])
 def test_it_is_exact(metric: str, draw, rows: int, queries: int, k: int, width: int) -> None:  # type: ignore[no-untyped-def]
     check(draw(rows, width, 0), draw(queries, width, 1), metric, k)
@@ -123,18 +125,20 @@ def test_rounding_of_the_sums_rules_out_no_row(metric: str, queries: int, length
     check_bound(on_axes(gallery, metric, Axes(torch.eye(1000, dtype=torch.float64), (0, 900, 1000))), asked)
 
 
-def test_rounded_queries_whose_errors_all_point_one_way() -> None:
+@pytest.mark.parametrize("queries", [3, 20, 130])
+@pytest.mark.parametrize("edges", [(0, 256), (0, 100, 256), (0, 64, 128, 256)])
+def test_rounded_queries_whose_errors_all_point_one_way(queries: int, edges: tuple[int, ...]) -> None:
     """Every number of the query is rounded by nearly half a step, and the signs of a row make all of it count."""
     signs = np.array([[1.0]])
     while len(signs) < 256:
         signs = np.block([[signs, signs], [signs, -signs]])
-    plain = Axes(torch.eye(256, dtype=torch.float64), (0, 256))
+    plain = Axes(torch.eye(256, dtype=torch.float64), edges)
     for half in (0.499, 0.501):
-        queries = np.tile(1 + half * signs[1], (3, 1)).astype(np.float32)
-        queries[:, 0] = 127
+        asked = np.tile(1 + half * signs[1], (queries, 1)).astype(np.float32)
+        asked[:, edges[:-1]] = 127
         for metric in METRICS:
-            ranking = on_axes(signs.astype(np.float32), metric, plain).search(queries, names(3), 256)
-            positions, scores = slow(signs, queries, metric, 256)
+            ranking = on_axes(signs.astype(np.float32), metric, plain).search(asked, names(queries), 256)
+            positions, scores = slow(signs, asked, metric, 256)
             assert np.array_equal(ranking.positions, positions)
             assert np.array_equal(ranking.scores, scores)
 
@@ -198,18 +202,24 @@ def test_a_row_whose_score_is_infinite_is_not_ruled_out(queries: int) -> None:
         index.search(asked, names(queries), 7)
 
 
-@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("queries", [1, 20, 130])
 def test_processors_without_int8_products(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They find the same whole numbers by float32 products."""
     gallery, asked = gathered(900, 40, 0), gathered(queries, 40, 1)
-    index = ExactIndex("ip", "cpu", "int8").fit(gallery, names(900))
-    monkeypatch.setattr(comparison, "has_integer_products", lambda: False)
-    with ThreadPoolExecutor(2) as pool:
-        first = index._first
-        compared = Comparison(first.axes.rotate(torch.from_numpy(asked)), first.rows, "ip", first.largest, pool)
-        products = Products(compared, slice(100, 900)).known[0]
-    expected = compared.codes[0].long() @ torch.from_numpy(first.rows.block(0)[100:]).long().T
-    assert torch.equal(products.long(), expected)
+    first = Leading(torch.from_numpy(gallery), "ip")
+    rotated = first.axes.rotate(torch.from_numpy(asked))
+    blocks = quantize(rotated, first.axes.edges)
+    each = [block.codes.long() @ torch.from_numpy(first.rows.block(n)[100:]).long().T for n, block in enumerate(blocks)]
+    joined = queries >= comparison.MANY
+    for integers in (True, False):
+        monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
+        with ThreadPoolExecutor(2) as pool:
+            products = Products(Comparison(rotated, first.rows, "ip", first.largest, pool), slice(100, 900))
+            while products.done < len(each):
+                products._next()
+        assert torch.equal(products.known[0].long(), each[0] + each[1] if joined else each[0])
+        assert torch.equal(products.known[2].long(), each[2])
+        assert joined or torch.equal(products.known[1].long(), each[1])
     check(gallery, asked, "ip", 7)
 
 
