@@ -12,11 +12,11 @@ from torch import Tensor
 EDGES = (256, 512, 768)  # where blocks of dimensions end, except the last block
 SAMPLE = 1 << 14  # rows from which the axes are learned
 QUERIES, NEIGHBOURS = 64, 7  # rows of the sample that serve as queries, and for how many neighbours
-LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave about ten times as many
+LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave several times that share
 
 
 class Axes(NamedTuple):
-    """`rotation`: float64 (D, D), orthogonal, or None for the axes as they are; `edges`: where blocks of dimensions start, and
+    """`rotation`: float64 (D, D), orthogonal, or None: no rotation; `edges`: where blocks of dimensions start, and
     where the last one ends."""
 
     rotation: Tensor | None
@@ -39,7 +39,7 @@ def block_edges(width: int) -> tuple[int, ...]:
 def learn_axes(rows: Tensor) -> Axes:
     """The principal axes of float32 (N, D) about 0 in blocks, the longest first, each turned within itself by `mixing`.
 
-    The axes as they are, in one block, if the first block of the principal ones would leave more than LEFT of the rows. That
+    No rotation, and one block, if the first block of the principal ones would leave more than LEFT of the rows. That
     is estimated from a sample of which some rows serve as queries. The bound is Leading's for inner products without rounding.
     """
     picked = torch.from_numpy(np.random.default_rng(0).permutation(len(rows))[:SAMPLE])

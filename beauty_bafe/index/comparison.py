@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 from ..models.precision import has_integer_products
 from .first_pass import Estimates, collect, cuts
 
-SAMPLED = 64  # of so many queries and chunks of rows, one shows how many rows are left
+SAMPLED = 64  # each SAMPLED-th query and chunk of rows shows how many rows are left
 FEW = 8  # queries below which a loop over the codes is faster than a matrix product
-MANY = 128  # queries from which one product of the leading blocks that share a scale is faster than one of each
-JOINED = 2  # these blocks
-PAIR = 4000  # deciding on one pair takes as long as this many dimensions of a product for all pairs
+JOINED = 2  # leading blocks that share a scale, so that one product of both serves many queries
+PAIR = 4000  # deciding on one pair takes as long as multiplying so many more dimensions of a pair, on average
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
@@ -35,30 +34,43 @@ class Block(NamedTuple):
 def quantize(exact: Tensor, edges: Sequence[int]) -> list[Block]:
     """Quantize vectors, float64 (N, D), block by block. The first JOINED blocks share a scale."""
     parts = [exact[:, start:end] for start, end in pairwise(edges)]
-    largest = [part.abs().amax(1) for part in parts]
-    largest[:JOINED] = [torch.stack(largest[:JOINED]).amax(0)] * len(largest[:JOINED])
+    peaks = [part.abs().amax(1) for part in parts]
+    peaks[:JOINED] = [torch.stack(peaks[:JOINED]).amax(0)] * len(peaks[:JOINED])
     blocks = []
-    for part, most in zip(parts, largest, strict=True):
-        scale = (most / 127).float().clamp(min=1e-30)
+    for part, peak in zip(parts, peaks, strict=True):
+        scale = (peak / 127).float().clamp(min=1e-30)
         codes = (part / scale.double()[:, None]).round().clamp(-127, 127)
         blocks.append(Block(scale, codes.to(torch.int8), (part - codes * scale.double()[:, None]).norm(dim=1)))
     return blocks
 
 
 class RowCodes(NamedTuple):
-    """What the compiled loops read of N rows of D dimensions. (Numba's cache on disk fails to load if this class is moved.)"""
+    """What the compiled loops read of N rows of D dimensions.
 
-    codes: np.ndarray  # int8 (N * D,), block after block
+    If this class or the next is renamed or moved, delete Numba's cache (*.nbi in __pycache__), which fails to load then.
+    """
+
+    codes: np.ndarray  # int8 (N * D,): row by row those of the joined blocks, then those of the next block, and so on
     edges: np.ndarray  # int64 (blocks + 1,)
+    starts: np.ndarray  # int64 (blocks,), where the codes of the first row are
+    strides: np.ndarray  # int64 (blocks,), and how far those of the next row are from them
     scales: np.ndarray  # float32 (blocks, N)
     tails: np.ndarray  # float32 (blocks, N), lengths of this block and all later ones together
     errors: np.ndarray  # float32 (blocks,), largest |y_b - s c_b| / s of any row
     offsets: np.ndarray  # float32 (N,), subtracted from each product
 
-    def block(self, number: int) -> np.ndarray:
-        """The codes of a block, int8 (N, its dimensions), not copied."""
-        rows, (start, end) = self.scales.shape[1], self.edges[number : number + 2]
-        return self.codes[rows * start : rows * end].reshape(rows, end - start)
+    @classmethod
+    def of(cls, codes: np.ndarray, edges: Sequence[int], scales: np.ndarray, tails: np.ndarray, errors: np.ndarray) -> Self:
+        """With offsets of 0."""
+        rows, joined = scales.shape[1], edges[: JOINED + 1][-1]
+        starts = np.array([start if start < joined else rows * start for start in edges[:-1]])
+        strides = np.array([joined if start < joined else end - start for start, end in pairwise(edges)])
+        return cls(codes, np.array(edges), starts, strides, scales, tails, errors, np.zeros(rows, np.float32))
+
+    def matrices(self) -> list[np.ndarray]:
+        """The codes of the joined blocks together and of each other block, int8 (N, their dimensions), not copied."""
+        rows, places = len(self.offsets), [0, *self.edges[JOINED:-1].tolist(), int(self.edges[-1])]
+        return [self.codes[rows * start : rows * end].reshape(rows, end - start) for start, end in pairwise(places)]
 
 
 class QueryCodes(NamedTuple):
@@ -93,7 +105,8 @@ class Comparison:
             coded[:, block] = codes.double().norm(dim=1) * scale
             moved[:, block + 1] = np.hypot(moved[:, block], error)
             tails[:, block] = queries[:, start:].norm(dim=1)
-        self.joined = 1 if len(queries) < MANY else min(JOINED, self.blocks)
+        self.few = len(queries) < FEW
+        self.joined = 1 if self.few else min(JOINED, self.blocks)
         self.codes = [torch.cat([block.codes for block in quantized[: self.joined]], dim=1)]
         self.codes += [block.codes for block in quantized[self.joined :]]
         rounded = (array * ROUND_UP for array in (coded, norms, moved, tails))
@@ -115,20 +128,26 @@ class Comparison:
     def multiply(self, done: int, part: slice, out: Tensor) -> int:
         """Products of the codes of the next block, or of the joined ones, int32 (B, R). Returns how many blocks are done."""
         ahead = self.joined if done == 0 else done + 1
-        blocks = [torch.from_numpy(self.rows.block(block)[part]) for block in range(done, ahead)]
-        queries, rows = self.codes[max(0, ahead - self.joined)], torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
-        if len(queries) < FEW:
-            self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
-        elif has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
+        if self.few:
+            self._multiply_few(done, part, out.numpy())
+            return ahead
+        number = ahead - self.joined
+        queries, rows = self.codes[number], torch.from_numpy(self.rows.matrices()[number][part])
+        if has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
             torch._int_mm(queries, rows.T, out=out)
         else:
             out.copy_(queries.float() @ rows.float().T)
         return ahead
 
-    def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    def _multiply_few(self, block: int, part: slice, out: np.ndarray) -> None:
         from .kernels import small_products
 
-        list(self.pool.map(lambda cut: small_products(queries, rows[cut], out[:, cut]), cuts(len(rows))))
+        queries, start, stride = self.codes[block].float().numpy(), self.rows.starts[block], self.rows.strides[block]
+
+        def work(cut: slice) -> None:
+            small_products(queries, self.rows.codes, start + stride * part.start, stride, (cut.start, cut.stop), out)
+
+        list(self.pool.map(work, cuts(part.stop - part.start)))
 
     def floor(self, kth: Tensor) -> np.ndarray:
         """k-th best exact scores, (B,) -> the least upper bound of a row that can still equal or beat them."""
@@ -142,7 +161,7 @@ class Comparison:
 class Products:
     """Products of the codes of queries and some rows: of the first blocks, and of others while many rows are left.
 
-    `known`, int32 (blocks, B, R): that of the joined blocks together comes first; of others, each where its number says.
+    `known`, int32 (blocks, B, R): known[0] is the sum of the joined blocks, known[b] block b; those between are not used.
     """
 
     def __init__(self, comparison: Comparison, part: slice) -> None:
@@ -173,13 +192,13 @@ class Products:
 
     def reaching(self, floor: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pairs of query and row whose upper bound reaches the floor, int64 (P,) each."""
-        from .kernels import share_left, survivors
+        from .kernels import surviving_share, survivors
 
         queries, rows, products = self._comparison.queries, self._comparison.rows, self.known.numpy()
         widths, first, joined = np.diff(rows.edges), self.part.start, self._comparison.joined
         while self.done < len(widths):
-            left = share_left(products, joined, self.done, queries, rows, floor, first, SAMPLED)
-            if left * PAIR < 2 * widths[self.done]:
+            left = surviving_share(products, joined, self.done, queries, rows, floor, first, SAMPLED)
+            if left * PAIR < 2 * widths[self.done]:  # another block would rule out about half of them
                 break
             self._next()
 
@@ -191,7 +210,7 @@ class Products:
 
 
 class LeadingScores(Estimates):
-    """The rows of a part are compared in blocks whose products fit the processor's caches."""
+    """Of consecutive rows, compared in parts of `size` so that their products stay small."""
 
     def __init__(self, comparison: Comparison, part: slice, size: int) -> None:
         self._comparison = comparison
@@ -204,9 +223,10 @@ class LeadingScores(Estimates):
 
     def reaching(self, kth: Tensor) -> tuple[Tensor, Tensor]:
         floor, pairs = self._comparison.floor(kth), []
-        for number, part in enumerate(self._parts):
-            known = self._first if number == 0 and self._first is not None else Products(self._comparison, part)
-            pairs.append(known.reaching(floor))
+        known, self._first = self._first, None  # the products of the next part are written over these
+        for part in self._parts:
+            pairs.append((known or Products(self._comparison, part)).reaching(floor))
+            known = None
         who, row = (torch.cat(column) for column in zip(*pairs, strict=True))
         if len(pairs) > 1:
             order = who.argsort(stable=True)

@@ -39,11 +39,15 @@ def best_of_groups(products, scales, some, best):  # type: ignore[no-untyped-def
 
 
 @compiled
-def small_products(values, codes, products):  # type: ignore[no-untyped-def]
-    """Products of a few queries' codes, as float32 (B, W), with those of rows, int8 (R, W): written into int32 (B, R)."""
-    for row in range(codes.shape[0]):
+def small_products(values, codes, origin, stride, some, products):  # type: ignore[no-untyped-def]
+    """Products of a few queries' codes, as float32 (B, W), with those of rows: written into int32 (B, R).
+
+    codes: int8, flat; those of a row are at origin + stride * row. some: the range of rows.
+    """
+    for row in range(some[0], some[1]):
+        begin = origin + stride * row
         for query in range(values.shape[0]):
-            products[query, row] = np.int32(_dot(values[query], codes[row]))
+            products[query, row] = np.int32(_dot(values[query], codes[begin : begin + values.shape[1]]))
 
 
 @compiled
@@ -87,7 +91,7 @@ def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def
 
 @compiled
 def _bound(products, joined, done, query, queries, rows, floor, first, start, bounds, flags):  # type: ignore[no-untyped-def]
-    """How far rows can be above the floor, float32 (R,), written into bounds, and whether they are not below it, into flags.
+    """Upper bounds minus the floor, float32 (R,), written into bounds, and whether these are not negative, into flags.
 
     The rows from `first` + `start` on, whose products are products[:, :, start:]; see survivors.
     """
@@ -113,7 +117,7 @@ def _bound(products, joined, done, query, queries, rows, floor, first, start, bo
 
 
 @compiled
-def share_left(products, joined, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
+def surviving_share(products, joined, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
     """The share of pairs of query and row that `done` blocks leave, estimated from each `every`-th query and chunk of rows."""
     bounds, flags = np.empty(BOUNDS, np.float32), np.empty(BOUNDS, np.uint8)
     left, compared, number = 0, 0, 0
@@ -134,13 +138,13 @@ def share_left(products, joined, done, queries, rows, floor, first, every):  # t
 def survivors(products, joined, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
     """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
 
-    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known, that of the first
-    `joined` blocks together. queries, rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are
+    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known; the first
+    is the sum of `joined` blocks. queries, rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are
     compared are those from `first` on. some: the ranges of queries and of rows among these, (start, end, start, end). Writes
     query and row of each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, row_start, row_end = some
-    count, blocks, number_of_rows = 0, rows.errors.shape[0], rows.scales.shape[1]
+    count, blocks = 0, rows.errors.shape[0]
     bounds, left = np.empty(BOUNDS, np.float32), np.empty(BOUNDS + 1, np.int64)
     flags = np.zeros(BOUNDS, np.uint8)  # one byte each, so that eight are tested as one uint64
     eights = flags.view(np.uint64)
@@ -163,11 +167,12 @@ def survivors(products, joined, done, queries, rows, floor, first, some, found):
                 step, coded, error = queries.steps[query, block], queries.coded[query, block], rows.errors[block]
                 before, after = queries.tails[query, block], queries.tails[query, block + 1]
                 width, last = values.shape[0], remaining
-                origin = number_of_rows * rows.edges[block] + (first + start) * width
+                stride = rows.strides[block]
+                origin = rows.starts[block] + (first + start) * stride
                 remaining = 0
                 for place in range(last):
                     column = left[place]
-                    row, begin = first + start + column, origin + column * width
+                    row, begin = first + start + column, origin + column * stride
                     scale = rows.scales[block, row]
                     change = scale * (_dot(values, rows.codes[begin : begin + width]) + norm * error)
                     if block >= done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -60,9 +61,14 @@ def fastest_precision(device: str) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+@functools.cache
 def has_integer_products() -> bool:
-    """Whether the processor multiplies int8 numbers exactly, and faster than others (VNNI)."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    """Whether the processor multiplies int8 numbers exactly, and faster than floating-point numbers (VNNI)."""
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+        return False
+    # Limited to older instructions (ONEDNN_MAX_CPU_ISA), oneDNN adds up pairs of products in 16 bits, which overflow.
+    largest = torch.full((16, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.T) == 256 * 127**2).all())
 
 
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe.index import axes, leading
+from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.milvus_index import MilvusIndex
 
 NUMBERS = count()
@@ -52,6 +53,15 @@ def gathered(rows: int, dims: int, seed: int) -> np.ndarray:
     directions = np.random.default_rng(77).normal(size=(40, dims)) * np.geomspace(8, 0.05, 40)[:, None]
     vectors = rng.normal(size=(rows, 40)) @ directions + 0.1 * rng.normal(size=(rows, dims))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def check(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> None:
+    """An int8 index finds what the slow search finds."""
+    index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
+    ranking = index.search(queries, names(len(queries)), k)
+    positions, scores = slow(gallery, queries, metric, k)
+    assert np.array_equal(ranking.positions, positions)
+    assert np.array_equal(ranking.scores, scores)
 
 
 @pytest.fixture

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
@@ -14,22 +10,13 @@ from hypothesis import strategies as st
 
 from beauty_bafe.index import comparison, leading
 from beauty_bafe.index.axes import Axes, learn_axes
-from beauty_bafe.index.comparison import Comparison, Products, quantize
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
 
-from .conftest import gathered, names, slow, unit
+from .conftest import check, gathered, names, slow, unit
 
 METRICS = ["ip", "l2"]
 pytestmark = pytest.mark.usefixtures("small_blocks")
-
-
-def check(gallery: np.ndarray, queries: np.ndarray, metric: str, k: int) -> None:
-    index = ExactIndex(metric, "cpu", "int8").fit(gallery, names(len(gallery)))
-    ranking = index.search(queries, names(len(queries)), k)
-    positions, scores = slow(gallery, queries, metric, k)
-    assert np.array_equal(ranking.positions, positions)
-    assert np.array_equal(ranking.scores, scores)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -152,14 +139,42 @@ def test_codes_much_longer_than_their_row(edges: tuple[int, ...]) -> None:
     assert (on_axes(row, "ip", plain).search(query, names(3), 1).positions == 0).all()
 
 
-def test_rounding_errors_of_later_blocks_count() -> None:
+@pytest.mark.parametrize("queries", [20, 130])
+def test_rounding_errors_of_later_blocks_count(queries: int) -> None:
     """Rows whose rounding errors all lie after the first block, and queries that are 0 in it."""
     rng = np.random.default_rng(0)
     gallery = 0.49 * rng.choice([-1, 1], size=(50, 32)).astype(np.float32)
-    queries = np.sign(gallery[:20])
-    gallery[:, :8], queries[:, :8], gallery[:, 8] = 0, 0, 127
+    asked = np.sign(gallery[np.arange(queries) % 50])
+    gallery[:, :8], asked[:, :8], gallery[:, 8] = 0, 0, 127
     index = on_axes(gallery, "ip", Axes(torch.eye(32, dtype=torch.float64), (0, 8, 32)))
-    assert np.array_equal(index.search(queries, names(20), 1).positions, slow(gallery, queries, "ip", 1)[0])
+    assert np.array_equal(index.search(asked, names(queries), 1).positions, slow(gallery, asked, "ip", 1)[0])
+
+
+def test_rounding_errors_of_a_query_add_up_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best row points where the query is rounded, in two blocks; all blocks are multiplied before any row is looked at."""
+    monkeypatch.setattr(comparison, "PAIR", 1e12)
+    asked, gallery = np.zeros((3, 192), np.float32), np.zeros((200, 192), np.float32)
+    asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
+    gallery[1:, 0] = 0.2 * np.linspace(0.5, 1, 199)
+    gallery[0, 1:64] = gallery[0, 65:128] = 1
+    index = on_axes(gallery, "ip", Axes(torch.eye(192, dtype=torch.float64), (0, 64, 128, 192)))
+    assert np.array_equal(index.search(asked, names(3), 1).positions, slow(gallery, asked, "ip", 1)[0])
+
+
+@pytest.mark.parametrize("rounded", [slice(0, 40), slice(40, 80)])
+def test_rounding_errors_count_when_the_gallery_grows(rounded: slice) -> None:
+    """Only the rows before, or only the new ones, are rounded."""
+    gallery = np.random.default_rng(0).choice([-1, 1], size=(80, 32)).astype(np.float32)
+    asked = gallery[rounded][:20].copy()
+    gallery[rounded] *= 0.49
+    gallery[:, 0], asked[:, 0] = 127, 0
+    exact = np.ones(80, bool)
+    exact[rounded] = False
+    gallery[exact, 1:] = 0
+    gallery[exact, 1] = 5
+    index = on_axes(gallery[:40], "ip", Axes(None, (0, 32)))
+    index.add(gallery[40:], names(80)[40:])
+    assert np.array_equal(index.search(asked, names(20), 1).positions, slow(gallery, asked, "ip", 1)[0])
 
 
 def test_lengths_beyond_float32() -> None:
@@ -173,6 +188,22 @@ def test_lengths_beyond_float32() -> None:
         queries = (query * rng.uniform(1, 1 + 2.0**-9) * rng.uniform(0.5, 2, (16, 1))).astype(np.float32)
         for k in range(1, 6):
             check(gallery, queries, "ip", k)
+
+
+@pytest.mark.parametrize("queries", [3, 20, 130])
+def test_a_finite_length_near_the_end_of_float32(queries: int) -> None:
+    """Its length and rounding errors together are beyond it, and so is its product with the first block of a query."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(20, 32))
+    gallery = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    asked = np.tile(gallery[5], (queries, 1))
+    for part, factor in ((slice(0, 8), -1.3), (slice(8, 32), 0.8)):
+        asked[:, part] *= factor / (gallery[5, part] @ gallery[5, part])
+    asked += 0.001 * rng.normal(size=asked.shape)
+    gallery[5] *= 0.9995 * float(np.finfo(np.float32).max)
+    gallery, asked = gallery.astype(np.float32), asked.astype(np.float32)
+    index = on_axes(gallery, "ip", Axes(torch.eye(32, dtype=torch.float64), (0, 8, 32)))
+    assert np.array_equal(index.search(asked, names(queries), 20).positions, slow(gallery, asked, "ip", 20)[0])
 
 
 @pytest.mark.parametrize("queries", [3, 20])
@@ -200,41 +231,6 @@ def test_a_row_whose_score_is_infinite_is_not_ruled_out(queries: int) -> None:
     index = ExactIndex("ip", "cpu", "int8").fit(gallery, names(60))
     with pytest.raises(ValueError, match=r"not finite: \[inf"):
         index.search(asked, names(queries), 7)
-
-
-@pytest.mark.parametrize("queries", [1, 20, 130])
-def test_processors_without_int8_products(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They find the same whole numbers by float32 products."""
-    gallery, asked = gathered(900, 40, 0), gathered(queries, 40, 1)
-    first = Leading(torch.from_numpy(gallery), "ip")
-    rotated = first.axes.rotate(torch.from_numpy(asked))
-    blocks = quantize(rotated, first.axes.edges)
-    each = [block.codes.long() @ torch.from_numpy(first.rows.block(n)[100:]).long().T for n, block in enumerate(blocks)]
-    joined = queries >= comparison.MANY
-    for integers in (True, False):
-        monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
-        with ThreadPoolExecutor(2) as pool:
-            products = Products(Comparison(rotated, first.rows, "ip", first.largest, pool), slice(100, 900))
-            while products.done < len(each):
-                products._next()
-        assert torch.equal(products.known[0].long(), each[0] + each[1] if joined else each[0])
-        assert torch.equal(products.known[2].long(), each[2])
-        assert joined or torch.equal(products.known[1].long(), each[1])
-    check(gallery, asked, "ip", 7)
-
-
-def test_where_numba_can_keep_nothing() -> None:
-    lines = """
-import numba.core.caching as caching
-caching.FunctionCache._impl_class._locator_classes = []
-from beauty_bafe.index.kernels import pair_scores
-import numpy as np
-scores = np.empty(1, np.float32)
-pair_scores(np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), np.zeros((2, 1), np.int64), False, scores)
-assert scores[0] == 3
-"""
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @given(

@@ -1,0 +1,95 @@
+"""How the exact index multiplies int8 codes: on which processors, for how many queries, rows and blocks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from beauty_bafe.index import comparison, leading
+from beauty_bafe.index.comparison import Comparison, Products, quantize
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.leading import Leading
+
+from .conftest import check, gathered, names
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+@pytest.mark.parametrize("queries", [3, 20, 130])
+def test_more_rows_than_are_compared_at_a_time(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leading, "CELLS", 1 << 20)
+    check(gathered(5003, 32, 0), gathered(queries, 32, 1), "ip", 7)
+
+
+def test_few_rows_are_scored_after_changes(tmp_path: Path) -> None:
+    """The bound still rules rows out in an index that has grown, shrunk and been loaded."""
+    gallery, asked = gathered(900, 40, 0), torch.from_numpy(gathered(20, 40, 1))
+    index = ExactIndex("ip", "cpu", "int8").fit(gallery[:500], names(900)[:500])
+    index.add(gallery[500:], names(900)[500:])
+    index.remove(names(900)[:100])
+    index.save(tmp_path, {})
+    for kept in (index, ExactIndex("ip", "cpu", "int8").load(tmp_path, {})):
+        kth = (asked @ torch.from_numpy(gallery[100:]).T).topk(7).values[:, -1]
+        found = [estimates.reaching(kth)[0] for estimates in kept._first.compare(asked, 7)]
+        assert 7 * 20 <= len(torch.cat(found)) < 20 * 20
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_instructions_that_overflow_are_not_used(instructions: str) -> None:
+    """oneDNN, limited to older instructions, adds up int8 products in 16 bits."""
+    lines = """
+import numpy as np
+from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.models.precision import has_integer_products
+rows = np.random.default_rng(0).normal(size=(2000, 200)).astype(np.float32)
+index = ExactIndex("ip", "cpu", "int8").fit(rows, tuple(map(str, range(2000))))
+found = index.search(rows[:200], tuple(map(str, range(200))), 1).positions[:, 0]
+assert (found == (rows[:200].astype(float) @ rows.T).argmax(1)).all()
+print(has_integer_products())
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("queries", [1, 20, 130])
+def test_processors_without_int8_products(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They find the same whole numbers by float32 products."""
+    gallery, asked = gathered(900, 40, 0), gathered(queries, 40, 1)
+    first = Leading(torch.from_numpy(gallery), "ip")
+    rotated = first.axes.rotate(torch.from_numpy(asked))
+    blocks = quantize(rotated, first.axes.edges)
+    codes = torch.from_numpy(np.concatenate(first.rows.matrices(), axis=1)[100:]).long().split([8, 8, 8, 16], dim=1)
+    each = [block.codes.long() @ other.T for block, other in zip(blocks, codes, strict=True)]
+    joined = queries >= comparison.FEW
+    for integers in (True, False):
+        monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
+        with ThreadPoolExecutor(2) as pool:
+            products = Products(Comparison(rotated, first.rows, "ip", first.largest, pool), slice(100, 900))
+            while products.done < len(each):
+                products._next()
+        assert torch.equal(products.known[0].long(), each[0] + each[1] if joined else each[0])
+        assert torch.equal(products.known[2].long(), each[2])
+        assert joined or torch.equal(products.known[1].long(), each[1])
+    check(gallery, asked, "ip", 7)
+
+
+def test_where_numba_can_keep_nothing() -> None:
+    lines = """
+import numba.core.caching as caching
+caching.FunctionCache._impl_class._locator_classes = []
+from beauty_bafe.index.kernels import pair_scores
+import numpy as np
+scores = np.empty(1, np.float32)
+pair_scores(np.ones((1, 3), np.float32), np.ones((1, 3), np.float32), np.zeros((2, 1), np.int64), False, scores)
+assert scores[0] == 3
+"""
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
