@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from .first_pass import Estimates, collect, cuts
 
 SAMPLED = 64  # each SAMPLED-th query and chunk of rows shows how many rows are left
 FEW = 8  # queries below which a loop over the codes is faster than a matrix product
-JOINED = 2  # leading blocks that share a scale, so that one product of both serves many queries
+JOINED = 2  # leading blocks that share a scale
+MANY = 128  # queries from which one product of these is faster than one of each
 PAIR = 4000  # deciding on one pair takes as long as multiplying so many more dimensions of a pair, on average
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
@@ -50,27 +51,17 @@ class RowCodes(NamedTuple):
     If this class or the next is renamed or moved, delete Numba's cache (*.nbi in __pycache__), which fails to load then.
     """
 
-    codes: np.ndarray  # int8 (N * D,): row by row those of the joined blocks, then those of the next block, and so on
+    codes: np.ndarray  # int8 (N * D,), block after block
     edges: np.ndarray  # int64 (blocks + 1,)
-    starts: np.ndarray  # int64 (blocks,), where the codes of the first row are
-    strides: np.ndarray  # int64 (blocks,), and how far those of the next row are from them
     scales: np.ndarray  # float32 (blocks, N)
     tails: np.ndarray  # float32 (blocks, N), lengths of this block and all later ones together
     errors: np.ndarray  # float32 (blocks,), largest |y_b - s c_b| / s of any row
     offsets: np.ndarray  # float32 (N,), subtracted from each product
 
-    @classmethod
-    def of(cls, codes: np.ndarray, edges: Sequence[int], scales: np.ndarray, tails: np.ndarray, errors: np.ndarray) -> Self:
-        """With offsets of 0."""
-        rows, joined = scales.shape[1], edges[: JOINED + 1][-1]
-        starts = np.array([start if start < joined else rows * start for start in edges[:-1]])
-        strides = np.array([joined if start < joined else end - start for start, end in pairwise(edges)])
-        return cls(codes, np.array(edges), starts, strides, scales, tails, errors, np.zeros(rows, np.float32))
-
-    def matrices(self) -> list[np.ndarray]:
-        """The codes of the joined blocks together and of each other block, int8 (N, their dimensions), not copied."""
-        rows, places = len(self.offsets), [0, *self.edges[JOINED:-1].tolist(), int(self.edges[-1])]
-        return [self.codes[rows * start : rows * end].reshape(rows, end - start) for start, end in pairwise(places)]
+    def block(self, number: int) -> np.ndarray:
+        """The codes of a block, int8 (N, its dimensions), not copied."""
+        rows, (start, end) = len(self.offsets), self.edges[number : number + 2]
+        return self.codes[rows * start : rows * end].reshape(rows, end - start)
 
 
 class QueryCodes(NamedTuple):
@@ -105,8 +96,7 @@ class Comparison:
             coded[:, block] = codes.double().norm(dim=1) * scale
             moved[:, block + 1] = np.hypot(moved[:, block], error)
             tails[:, block] = queries[:, start:].norm(dim=1)
-        self.few = len(queries) < FEW
-        self.joined = 1 if self.few else min(JOINED, self.blocks)
+        self.joined = 1 if len(queries) < MANY else min(JOINED, self.blocks)
         self.codes = [torch.cat([block.codes for block in quantized[: self.joined]], dim=1)]
         self.codes += [block.codes for block in quantized[self.joined :]]
         rounded = (array * ROUND_UP for array in (coded, norms, moved, tails))
@@ -128,26 +118,21 @@ class Comparison:
     def multiply(self, done: int, part: slice, out: Tensor) -> int:
         """Products of the codes of the next block, or of the joined ones, int32 (B, R). Returns how many blocks are done."""
         ahead = self.joined if done == 0 else done + 1
-        if self.few:
-            self._multiply_few(done, part, out.numpy())
-            return ahead
-        number = ahead - self.joined
-        queries, rows = self.codes[number], torch.from_numpy(self.rows.matrices()[number][part])
-        if has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
+        queries = self.codes[ahead - self.joined]
+        blocks = [torch.from_numpy(self.rows.block(block)[part]) for block in range(done, ahead)]
+        rows = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+        if len(queries) < FEW:
+            self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
+        elif has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
             torch._int_mm(queries, rows.T, out=out)
         else:
             out.copy_(queries.float() @ rows.float().T)
         return ahead
 
-    def _multiply_few(self, block: int, part: slice, out: np.ndarray) -> None:
+    def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
         from .kernels import small_products
 
-        queries, start, stride = self.codes[block].float().numpy(), self.rows.starts[block], self.rows.strides[block]
-
-        def work(cut: slice) -> None:
-            small_products(queries, self.rows.codes, start + stride * part.start, stride, (cut.start, cut.stop), out)
-
-        list(self.pool.map(work, cuts(part.stop - part.start)))
+        list(self.pool.map(lambda cut: small_products(queries, rows[cut], out[:, cut]), cuts(len(rows))))
 
     def floor(self, kth: Tensor) -> np.ndarray:
         """k-th best exact scores, (B,) -> the least upper bound of a row that can still equal or beat them."""

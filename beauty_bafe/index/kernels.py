@@ -39,15 +39,11 @@ def best_of_groups(products, scales, some, best):  # type: ignore[no-untyped-def
 
 
 @compiled
-def small_products(values, codes, origin, stride, some, products):  # type: ignore[no-untyped-def]
-    """Products of a few queries' codes, as float32 (B, W), with those of rows: written into int32 (B, R).
-
-    codes: int8, flat; those of a row are at origin + stride * row. some: the range of rows.
-    """
-    for row in range(some[0], some[1]):
-        begin = origin + stride * row
+def small_products(values, codes, products):  # type: ignore[no-untyped-def]
+    """Products of a few queries' codes, as float32 (B, W), with those of rows, int8 (R, W): written into int32 (B, R)."""
+    for row in range(codes.shape[0]):
         for query in range(values.shape[0]):
-            products[query, row] = np.int32(_dot(values[query], codes[begin : begin + values.shape[1]]))
+            products[query, row] = np.int32(_dot(values[query], codes[row]))
 
 
 @compiled
@@ -144,7 +140,7 @@ def survivors(products, joined, done, queries, rows, floor, first, some, found):
     query and row of each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, row_start, row_end = some
-    count, blocks = 0, rows.errors.shape[0]
+    count, blocks, number_of_rows = 0, rows.errors.shape[0], rows.scales.shape[1]
     bounds, left = np.empty(BOUNDS, np.float32), np.empty(BOUNDS + 1, np.int64)
     flags = np.zeros(BOUNDS, np.uint8)  # one byte each, so that eight are tested as one uint64
     eights = flags.view(np.uint64)
@@ -167,12 +163,11 @@ def survivors(products, joined, done, queries, rows, floor, first, some, found):
                 step, coded, error = queries.steps[query, block], queries.coded[query, block], rows.errors[block]
                 before, after = queries.tails[query, block], queries.tails[query, block + 1]
                 width, last = values.shape[0], remaining
-                stride = rows.strides[block]
-                origin = rows.starts[block] + (first + start) * stride
+                origin = number_of_rows * rows.edges[block] + (first + start) * width
                 remaining = 0
                 for place in range(last):
                     column = left[place]
-                    row, begin = first + start + column, origin + column * stride
+                    row, begin = first + start + column, origin + column * width
                     scale = rows.scales[block, row]
                     change = scale * (_dot(values, rows.codes[begin : begin + width]) + norm * error)
                     if block >= done:

@@ -51,26 +51,22 @@ class Leading(FirstPass):
         self.metric = metric
         self.axes = learn_axes(rows) if axes is None else axes
         count, shape = len(rows), (self.axes.blocks, len(rows))
-        codes, errors = np.empty(rows.numel(), np.int8), np.zeros(self.axes.blocks, np.float32)
-        self.rows = RowCodes.of(codes, self.axes.edges, np.empty(shape, np.float32), np.empty(shape, np.float32), errors)
+        # Block after block, so that reading one block of all rows, or of the few that are left, is fast.
+        codes, edges = np.empty(rows.numel(), np.int8), np.array(self.axes.edges)
+        errors, offsets = np.zeros(self.axes.blocks, np.float32), np.zeros(count, np.float32)
+        self.rows = RowCodes(codes, edges, np.empty(shape, np.float32), np.empty(shape, np.float32), errors, offsets)
         for start in range(0, count, CHUNK):
             self._encode(slice(start, min(start + CHUNK, count)), rows)
         self._measure()
 
     def _encode(self, part: slice, rows: Tensor) -> None:
         rotated, own = self.axes.rotate(rows[part]), self.rows
-        blocks = quantize(rotated, self.axes.edges)
         with np.errstate(over="ignore"):  # a length beyond float32 is infinite
-            for number, block in enumerate(blocks):
-                own.scales[number, part] = block.scale.numpy()
-                own.tails[number, part] = rotated[:, self.axes.edges[number] :].norm(dim=1).numpy() * ROUND_UP
-                largest = (block.error / block.scale.double()).nan_to_num(0, 0).max().item()
-                own.errors[number] = max(own.errors[number], np.float32(largest) * ROUND_UP)
-        codes = torch.cat([block.codes for block in blocks], dim=1).numpy()
-        at = 0
-        for matrix in own.matrices():
-            matrix[part] = codes[:, at : at + matrix.shape[1]]
-            at += matrix.shape[1]
+            for block, (scale, codes, error) in enumerate(quantize(rotated, self.axes.edges)):
+                own.block(block)[part], own.scales[block, part] = codes.numpy(), scale.numpy()
+                own.tails[block, part] = rotated[:, self.axes.edges[block] :].norm(dim=1).numpy() * ROUND_UP
+                largest = (error / scale.double()).nan_to_num(0, 0).max().item()
+                own.errors[block] = max(own.errors[block], np.float32(largest) * ROUND_UP)
 
     def _measure(self) -> None:
         lengths = self.rows.tails[0]
@@ -102,12 +98,12 @@ class Leading(FirstPass):
 
     def grown(self, rows: Tensor, before: int) -> Self:
         old, new = self.rows, type(self)(rows[before:], self.metric, self.axes).rows
-        codes = [part.ravel() for pair in zip(old.matrices(), new.matrices(), strict=True) for part in pair]
+        codes = [part.block(block).ravel() for block in range(self.axes.blocks) for part in (old, new)]
         scales, tails = (np.concatenate(pair, axis=1) for pair in ((old.scales, new.scales), (old.tails, new.tails)))
         return self._with(np.concatenate(codes), scales, tails, np.maximum(old.errors, new.errors))
 
     def shrunk(self, keep: np.ndarray) -> Self:
-        codes = [matrix[keep].ravel() for matrix in self.rows.matrices()]
+        codes = [self.rows.block(block)[keep].ravel() for block in range(self.axes.blocks)]
         return self._with(np.concatenate(codes), self.rows.scales[:, keep], self.rows.tails[:, keep], self.rows.errors)
 
     def save(self, folder: Path) -> None:
@@ -142,6 +138,7 @@ class Leading(FirstPass):
     def _with(self, codes: np.ndarray, scales: np.ndarray, tails: np.ndarray, errors: np.ndarray) -> Self:
         twin = type(self)(torch.empty(0, self.axes.edges[-1]), self.metric, self.axes)
         scales, tails = np.ascontiguousarray(scales), np.ascontiguousarray(tails)
-        twin.rows = RowCodes.of(codes, self.axes.edges, scales, tails, errors)
+        offsets = np.zeros(scales.shape[1], np.float32)
+        twin.rows = RowCodes(codes, np.array(self.axes.edges), scales, tails, errors, offsets)
         twin._measure()
         return twin

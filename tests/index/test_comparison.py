@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,9 +65,8 @@ def test_processors_without_int8_products(queries: int, monkeypatch: pytest.Monk
     first = Leading(torch.from_numpy(gallery), "ip")
     rotated = first.axes.rotate(torch.from_numpy(asked))
     blocks = quantize(rotated, first.axes.edges)
-    codes = torch.from_numpy(np.concatenate(first.rows.matrices(), axis=1)[100:]).long().split([8, 8, 8, 16], dim=1)
-    each = [block.codes.long() @ other.T for block, other in zip(blocks, codes, strict=True)]
-    joined = queries >= comparison.FEW
+    each = [block.codes.long() @ torch.from_numpy(first.rows.block(n)[100:]).long().T for n, block in enumerate(blocks)]
+    joined = queries >= comparison.MANY
     for integers in (True, False):
         monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
         with ThreadPoolExecutor(2) as pool:
