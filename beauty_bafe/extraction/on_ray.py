@@ -70,7 +70,10 @@ class RayExtraction(FeatureExtraction):
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts; it would send usage statistics
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors that request no GPU still see the GPUs
-        local: dict[str, Any] = {"include_dashboard": False} if self.address is None else {}
+        local: dict[str, Any] = {}
+        if self.address is None:
+            local["include_dashboard"] = False
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # on a busy machine its 30 can be too few
         address = "local" if self.address is None else self.address
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
