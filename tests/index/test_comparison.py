@@ -15,6 +15,7 @@ from beauty_bafe.index import comparison, leading
 from beauty_bafe.index.comparison import Comparison, Products, quantize
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
+from beauty_bafe.models.precision import has_integer_products
 
 from .conftest import check, gathered, names
 
@@ -67,7 +68,7 @@ def test_processors_without_int8_products(queries: int, monkeypatch: pytest.Monk
     blocks = quantize(rotated, first.axes.edges)
     each = [block.codes.long() @ torch.from_numpy(first.rows.block(n)[100:]).long().T for n, block in enumerate(blocks)]
     joined = queries >= comparison.MANY
-    for integers in (True, False):
+    for integers in (has_integer_products(), False):
         monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
         with ThreadPoolExecutor(2) as pool:
             products = Products(Comparison(rotated, first.rows, "ip", first.largest, pool), slice(100, 900))
