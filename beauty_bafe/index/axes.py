@@ -12,7 +12,7 @@ from torch import Tensor
 EDGES = (256, 512, 768)  # where blocks of dimensions end, except the last block
 SAMPLE = 1 << 14  # rows from which the axes are learned
 QUERIES, NEIGHBOURS = 64, 7  # rows of the sample that serve as queries, and for how many neighbours
-LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave several times that share
+LEFT = 0.05  # largest share of rows that may remain, with rows as queries; photos in shops leave more
 
 
 class Axes(NamedTuple):

@@ -28,6 +28,16 @@ def test_more_rows_than_are_compared_at_a_time(queries: int, monkeypatch: pytest
     check(gathered(5003, 32, 0), gathered(queries, 32, 1), "ip", 7)
 
 
+@pytest.mark.parametrize("queries", [3, 130])
+def test_every_row_that_reaches_the_threshold_is_found_once(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows do; their number is no multiple of any that are compared at a time."""
+    monkeypatch.setattr(leading, "CELLS", 1 << 20)
+    first, asked = Leading(torch.from_numpy(gathered(5003, 32, 0)), "ip"), torch.from_numpy(gathered(queries, 32, 1))
+    found = [torch.stack(part.reaching(torch.full((queries,), -5.0))) for part in first.compare(asked, 7)]
+    who, row = torch.cat(found, dim=1)
+    assert torch.equal((who * 5003 + row).sort().values, torch.arange(queries * 5003))
+
+
 def test_few_rows_are_scored_after_changes(tmp_path: Path) -> None:
     """The bound still rules rows out in an index that has grown, shrunk and been loaded."""
     gallery, asked = gathered(900, 40, 0), torch.from_numpy(gathered(20, 40, 1))
