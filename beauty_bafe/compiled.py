@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # Sums may be reordered and fused, which every bound of the exact search allows for. NaN and infinities keep their meaning: a
 # comparison with them must not rule out a row. Loops run over slices, as an index that could be negative keeps them from
@@ -19,3 +22,25 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(nogil=True, fastmath=FAST, cache=True)(function)
     except RuntimeError:  # no folder that Numba could write to: compiled again in every process
         return njit(nogil=True, fastmath=FAST)(function)
+
+
+@intrinsic
+def prefetch(_typing, array, row, column):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """In a compiled loop: request an element of an array, (N, W), from memory before it is needed.
+
+    Processors guess such requests themselves, but not across pages, nor for places that depend on data. Never fails, even
+    beyond the end of the array.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        layout = context.make_array(signature.args[0])(context, builder, arguments[0])
+        steps = cgutils.unpack_tuple(builder, layout.strides)
+        offset = builder.add(*(builder.mul(step, place) for step, place in zip(steps, arguments[1:], strict=True)))
+        address, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        request = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        element = builder.gep(builder.bitcast(layout.data, address), [offset])
+        builder.call(request, [element, number(0), number(3), number(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate

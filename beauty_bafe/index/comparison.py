@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.precision import has_integer_products
+from ..models.precision import has_integer_products, has_tile_products
 from .first_pass import Estimates, collect, cuts
 
 SAMPLED = 64  # each SAMPLED-th query and chunk of rows shows how many rows are left
 FEW = 8  # queries below which a loop over the codes is faster than a matrix product
-JOINED = 2  # leading blocks that share a scale
-MANY = 128  # queries from which one product of these is faster than one of each
-PAIR = 4000  # deciding on one pair takes as long as multiplying so many more dimensions of a pair, on average
+JOINED = 2  # leading blocks that are multiplied at once for so many queries
+MANY = 32  # queries from which all blocks are on processors that multiply tiles
+PAIR = 2500  # deciding on one pair takes as long as multiplying so many more dimensions of a pair, on average
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
 
-class Block(NamedTuple):
-    """A block of dimensions of N vectors in int8."""
+class Codes(NamedTuple):
+    """N vectors of D dimensions in int8."""
 
-    scale: Tensor  # float32 (N,)
-    codes: Tensor  # int8 (N, W)
-    error: Tensor  # float64 (N,), length of what rounding leaves over
+    scales: Tensor  # float32 (N,)
+    codes: Tensor  # int8 (N, D)
+    errors: Tensor  # float64 (N, blocks + 1), length of what rounding leaves over in all earlier blocks together
 
 
-def quantize(exact: Tensor, edges: Sequence[int]) -> list[Block]:
-    """Quantize vectors, float64 (N, D), block by block. The first JOINED blocks share a scale."""
-    parts = [exact[:, start:end] for start, end in pairwise(edges)]
-    peaks = [part.abs().amax(1) for part in parts]
-    peaks[:JOINED] = [torch.stack(peaks[:JOINED]).amax(0)] * len(peaks[:JOINED])
-    blocks = []
-    for part, peak in zip(parts, peaks, strict=True):
-        scale = (peak / 127).float().clamp(min=1e-30)
-        codes = (part / scale.double()[:, None]).round().clamp(-127, 127)
-        blocks.append(Block(scale, codes.to(torch.int8), (part - codes * scale.double()[:, None]).norm(dim=1)))
-    return blocks
+def quantize(exact: Tensor, edges: Sequence[int]) -> Codes:
+    """Round vectors, float64 (N, D), to whole multiples of a scale each."""
+    scales = (exact.abs().amax(1) / 127).float().clamp(min=1e-30)
+    codes = (exact / scales.double()[:, None]).round().clamp(-127, 127)
+    return Codes(scales, codes.to(torch.int8), lengths_before(exact - codes * scales.double()[:, None], edges))
+
+
+def lengths_before(vectors: Tensor, edges: Sequence[int]) -> Tensor:
+    """Lengths of the first blocks of float64 (N, D) together: float64 (N, blocks + 1), of none to all."""
+    return torch.stack([vectors[:, :edge].norm(dim=1) for edge in edges], dim=1)
+
+
+def lengths_after(vectors: Tensor, edges: Sequence[int]) -> Tensor:
+    """Lengths of the last blocks of float64 (N, D) together: float64 (N, blocks + 1), of all to none."""
+    return torch.stack([vectors[:, edge:].norm(dim=1) for edge in edges], dim=1)
 
 
 class RowCodes(NamedTuple):
@@ -51,28 +53,23 @@ class RowCodes(NamedTuple):
     If this class or the next is renamed or moved, delete Numba's cache (*.nbi in __pycache__), which fails to load then.
     """
 
-    codes: np.ndarray  # int8 (N * D,), block after block
+    codes: np.ndarray  # int8 (N, D)
+    lead: np.ndarray  # int8 (N, W), a copy of the first block, as reading part of each row is slow; or codes
     edges: np.ndarray  # int64 (blocks + 1,)
-    scales: np.ndarray  # float32 (blocks, N)
+    scales: np.ndarray  # float32 (N,), s
     tails: np.ndarray  # float32 (blocks, N), lengths of this block and all later ones together
-    errors: np.ndarray  # float32 (blocks,), largest |y_b - s c_b| / s of any row
+    errors: np.ndarray  # float32 (blocks + 1,), largest |y - s c| / s of any row, in all earlier blocks together
     offsets: np.ndarray  # float32 (N,), subtracted from each product
-
-    def block(self, number: int) -> np.ndarray:
-        """The codes of a block, int8 (N, its dimensions), not copied."""
-        rows, (start, end) = len(self.offsets), self.edges[number : number + 2]
-        return self.codes[rows * start : rows * end].reshape(rows, end - start)
 
 
 class QueryCodes(NamedTuple):
-    """What the compiled loops read of B rotated queries."""
+    """What the compiled loops read of B rotated queries. Lengths are of all earlier blocks, but tails of all others."""
 
     values: np.ndarray  # float32 (B, D), p
-    steps: np.ndarray  # float32 (B, blocks), t
-    coded: np.ndarray  # float32 (B, blocks), |t d_b|
-    norms: np.ndarray  # float32 (B, blocks), |p_b|
-    moved: np.ndarray  # float32 (B, blocks + 1), |p_b - t d_b| of all earlier blocks together
-    tails: np.ndarray  # float32 (B, blocks + 1), |p_b| of this block and all later ones together
+    steps: np.ndarray  # float32 (B,), t
+    reach: np.ndarray  # float32 (B, blocks + 1), at least |t d|, |p|, and that of blocks of either kind
+    moved: np.ndarray  # float32 (B, blocks + 1), |p - t d|
+    tails: np.ndarray  # float32 (B, blocks + 1), |p|
 
 
 class Comparison:
@@ -85,49 +82,43 @@ class Comparison:
         self.rows, self.metric, self.pool = rows, metric, pool
         lengths = queries.norm(dim=1)
         self.squares = lengths.square()
-        self.blocks = len(rows.errors)
-        steps, coded, norms = np.empty((3, len(queries), self.blocks), np.float32)
-        moved, tails = np.zeros((2, len(queries), self.blocks + 1), np.float32)
         edges = rows.edges.tolist()
-        quantized = quantize(queries, edges)
-        for block, (scale, codes, error) in enumerate(quantized):
-            start, end = edges[block : block + 2]
-            steps[:, block], norms[:, block] = scale, queries[:, start:end].norm(dim=1)
-            coded[:, block] = codes.double().norm(dim=1) * scale
-            moved[:, block + 1] = np.hypot(moved[:, block], error)
-            tails[:, block] = queries[:, start:].norm(dim=1)
-        self.joined = 1 if len(queries) < MANY else min(JOINED, self.blocks)
-        self.codes = [torch.cat([block.codes for block in quantized[: self.joined]], dim=1)]
-        self.codes += [block.codes for block in quantized[self.joined :]]
-        rounded = (array * ROUND_UP for array in (coded, norms, moved, tails))
-        self.queries = QueryCodes(queries.float().numpy(), steps, *rounded)
+        steps, self.codes, moved = quantize(queries, edges)
+        longer = torch.stack([lengths_before(one, edges) for one in (queries, self.codes * steps.double()[:, None])])
+        # In each block the longer of the two, so that any choice of them is covered.
+        reach = longer.square().diff(dim=2).amax(0).cumsum(1).sqrt()
+        reach = torch.nn.functional.pad(reach, (1, 0))
+        rounded = (array.float().numpy() * ROUND_UP for array in (reach, moved, lengths_after(queries, edges)))
+        self.queries = QueryCodes(queries.float().numpy(), steps.numpy(), *rounded)
         slack = (2 * queries.shape[1] + 64) * 2.0**-24 * lengths * largest + 1e-30
         # Where float32 sums could overflow or become denormal, all rows are scored.
         low, high = SAFE_LENGTHS
         safe = (lengths > low) & (lengths < high) & (low < largest < high) | (lengths == 0)
         self.slack = torch.where(safe, slack, torch.inf)
-        self._memory = torch.empty(0, dtype=torch.int32)
+        blocks = len(edges) - 1
+        self.first = 1 if len(queries) < FEW else min(JOINED, blocks)
+        if len(queries) >= MANY and has_tile_products():
+            self.first = blocks
+        self._memory: dict[str, Tensor] = {}
 
-    def room(self, rows: int) -> Tensor:
-        """Memory for products of all blocks, (blocks, B, R): shared, as allocating it again and again is slow."""
-        shape = self.blocks, len(self.squares), rows
-        if self._memory.numel() < math.prod(shape):
-            self._memory = torch.empty(math.prod(shape), dtype=torch.int32)
-        return self._memory[: math.prod(shape)].view(shape)
+    def room(self, name: str, rows: int) -> Tensor:
+        """Memory for products, int32 (B, R): the same in each call, as allocating it again and again is slow."""
+        size, memory = len(self.codes) * rows, self._memory.get(name)
+        if memory is None or len(memory) < size:
+            memory = self._memory[name] = torch.empty(size, dtype=torch.int32)
+        return memory[:size].view(-1, rows)
 
-    def multiply(self, done: int, part: slice, out: Tensor) -> int:
-        """Products of the codes of the next block, or of the joined ones, int32 (B, R). Returns how many blocks are done."""
-        ahead = self.joined if done == 0 else done + 1
-        queries = self.codes[ahead - self.joined]
-        blocks = [torch.from_numpy(self.rows.block(block)[part]) for block in range(done, ahead)]
-        rows = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+    def multiply(self, blocks: range, part: slice, out: Tensor) -> None:
+        """Products of the codes of queries and rows in consecutive blocks, written into int32 (B, R)."""
+        start, end = self.rows.edges[[blocks.start, blocks.stop]]
+        queries, whole = self.codes[:, start:end], self.rows.lead if blocks == range(1) else self.rows.codes[:, start:end]
+        rows = torch.from_numpy(whole[part])
         if len(queries) < FEW:
             self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
-        elif has_integer_products() and queries.shape[1] > 1:  # torch._int_mm writes nothing if there is one dimension
+        elif has_integer_products() and end > start + 1:  # torch._int_mm writes nothing if there is one dimension
             torch._int_mm(queries, rows.T, out=out)
         else:
             out.copy_(queries.float() @ rows.float().T)
-        return ahead
 
     def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
         from .kernels import small_products
@@ -146,22 +137,28 @@ class Comparison:
 class Products:
     """Products of the codes of queries and some rows: of the first blocks, and of others while many rows are left.
 
-    `known`, int32 (blocks, B, R): known[0] is the sum of the joined blocks, known[b] block b; those between are not used.
+    `known`, int32 (B, R): the sum over the first `done` blocks.
     """
 
     def __init__(self, comparison: Comparison, part: slice) -> None:
-        self._comparison, self.part = comparison, part
-        self.known, self.done = comparison.room(part.stop - part.start), 0
-        self._next()
+        self._comparison, self.part, self.done = comparison, part, comparison.first
+        self.known = self._room("products")
+        comparison.multiply(range(self.done), part, self.known)
+
+    def _room(self, name: str) -> Tensor:
+        return self._comparison.room(name, self.part.stop - self.part.start)
 
     def _next(self) -> None:
-        self.done = self._comparison.multiply(self.done, self.part, self.known[self.done])
+        added = self._room("added")
+        self._comparison.multiply(range(self.done, self.done + 1), self.part, added)
+        self.known += added
+        self.done += 1
 
     def best(self, count: int) -> Tensor:
         """Rows with high products, int64 (B, count); all rows if there are not so many."""
         from .kernels import GROUP, best_of_groups
 
-        products, scales = self.known[0], self._comparison.rows.scales[0, self.part]
+        products, scales = self.known, self._comparison.rows.scales[self.part]
         groups = -(-products.shape[1] // GROUP)
         if groups < count:
             scores = products * torch.from_numpy(scales)
@@ -180,17 +177,17 @@ class Products:
         from .kernels import surviving_share, survivors
 
         queries, rows, products = self._comparison.queries, self._comparison.rows, self.known.numpy()
-        widths, first, joined = np.diff(rows.edges), self.part.start, self._comparison.joined
-        while self.done < len(widths):
-            left = surviving_share(products, joined, self.done, queries, rows, floor, first, SAMPLED)
+        widths, first = np.diff(rows.edges), self.part.start
+        while len(products) >= FEW and self.done < len(widths):
+            left = surviving_share(products, self.done, queries, rows, floor, first, SAMPLED)
             if left * PAIR < 2 * widths[self.done]:  # another block would rule out about half of them
                 break
             self._next()
 
         def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
-            return int(survivors(products, joined, self.done, queries, rows, floor, first, some, found))
+            return int(survivors(products, self.done, queries, rows, floor, first, some, found))
 
-        _, asked, compared = products.shape
+        asked, compared = products.shape
         return collect(find, asked, compared, self._comparison.pool)
 
 

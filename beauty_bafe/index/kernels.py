@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import compiled
+from ..compiled import compiled, prefetch
 
 CHUNK = 4096  # scores compared at a time: a multiple of 8 that fits a processor's first cache
 GROUP = 64  # rows of which `best_of_groups` reports the best
 BOUNDS = 2048  # bounds computed at a time: a multiple of 8 that fits a processor's first cache with the numbers of its rows
+AHEAD = 8  # rows whose codes are requested from memory before they are needed
 
 
 @compiled
@@ -24,26 +25,41 @@ def _dot(values, codes):  # type: ignore[no-untyped-def]
 
 @compiled
 def best_of_groups(products, scales, some, best):  # type: ignore[no-untyped-def]
-    """Of each group of rows, the one whose product, int32 (B, R), times its scale, float32 (R,), is the highest.
+    """Of each group of rows, the first whose product, int32 (B, R), times its scale, float32 (R,), is the highest.
 
     some: the range of groups. Written into best, int64 (B, ceil(R / GROUP)).
     """
+    orders = np.empty(GROUP, np.int32)  # the bits of scores, in the order of these: maxima of whole numbers are vectorised
+    scores = orders.view(np.float32)
     for query in range(products.shape[0]):
         for group in range(some[0], some[1]):
-            start, highest = group * GROUP, np.float32(-np.inf)
-            best[query, group] = start
-            for row in range(start, min(start + GROUP, scales.shape[0])):
-                score = np.float32(products[query, row]) * scales[row]
-                if score > highest:
-                    highest, best[query, group] = score, row
+            start = group * GROUP
+            own, factors = products[query, start : start + GROUP], scales[start : start + GROUP]
+            size, highest = own.shape[0], np.int32(-(1 << 31))
+            for row in range(size):
+                score = np.float32(own[row]) * factors[row]
+                scores[row] = score if score > -np.inf else -np.inf
+            for row in range(size):
+                orders[row] ^= (orders[row] >> np.int32(31)) & np.int32(0x7FFFFFFF)
+                highest = max(highest, orders[row])
+            first = np.int32(size)
+            for row in range(size):
+                first = min(first, np.int32(row) if orders[row] == highest else np.int32(size))
+            best[query, group] = start + first
 
 
 @compiled
 def small_products(values, codes, products):  # type: ignore[no-untyped-def]
     """Products of a few queries' codes, as float32 (B, W), with those of rows, int8 (R, W): written into int32 (B, R)."""
-    for row in range(codes.shape[0]):
+    width = codes.shape[1]
+    for start in range(0, codes.shape[0], GROUP):
+        some = codes[start : start + GROUP]
         for query in range(values.shape[0]):
-            products[query, row] = np.int32(_dot(values[query], codes[row]))
+            own, out = values[query], products[query, start : start + GROUP]
+            for row in range(some.shape[0]):
+                for line in range(0, width, 64):
+                    prefetch(some, row + AHEAD, line)
+                out[row] = np.int32(_dot(own, some[row]))
 
 
 @compiled
@@ -86,108 +102,108 @@ def reaching(scores, halves, floor, some, found):  # type: ignore[no-untyped-def
 
 
 @compiled
-def _bound(products, joined, done, query, queries, rows, floor, first, start, bounds, flags):  # type: ignore[no-untyped-def]
-    """Upper bounds minus the floor, float32 (R,), written into bounds, and whether these are not negative, into flags.
-
-    The rows from `first` + `start` on, whose products are products[:, :, start:]; see survivors.
-    """
-    size = bounds.shape[0]
-    here = slice(first + start, first + start + size)
-    bounds[:] = -floor
-    for block in range(joined, done):
-        step, change = queries.steps[query, block], queries.coded[query, block] * rows.errors[block]
-        scales, own = rows.scales[block, here], products[block, query, start : start + size]
-        for column in range(size):
-            bounds[column] += scales[column] * (step * np.float32(own[column]) + change)
-    step, change = queries.steps[query, 0], np.float32(0)
-    for block in range(joined):
-        change += queries.coded[query, block] * rows.errors[block]
-    moved, tail = queries.moved[query, done], queries.tails[query, done]
-    scales, own = rows.scales[0, here], products[0, query, start : start + size]
-    lengths, tails, offset = rows.tails[0, here], rows.tails[done % rows.tails.shape[0], here], rows.offsets[here]
-    for column in range(size):
-        known = bounds[column] + scales[column] * (step * np.float32(own[column]) + change)
-        bound = known + moved * lengths[column] + tail * tails[column] - offset[column]
-        bounds[column] = bound
-        flags[column] = not bound < 0  # NaN must not rule out a row
+def _flag(products, done, query, queries, rows, floor, first, flags):  # type: ignore[no-untyped-def]
+    """Whether the upper bounds of rows from `first` on, whose products are int32 (R,), reach the floor: uint8 (R,)."""
+    here = slice(first, first + products.shape[0])
+    step, change = queries.steps[query], queries.reach[query, done] * rows.errors[done]
+    moved, tail, blocks = queries.moved[query, done], queries.tails[query, done], rows.tails.shape[0]
+    scales, offsets = rows.scales[here], rows.offsets[here]
+    lengths, tails = rows.tails[0, here], rows.tails[done % blocks, here]
+    for column in range(products.shape[0]):
+        known = scales[column] * (step * np.float32(products[column]) + change)
+        bound = known + moved * lengths[column] + tail * tails[column] - offsets[column]
+        flags[column] = not bound < floor  # NaN must not rule out a row
 
 
 @compiled
-def surviving_share(products, joined, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
+def surviving_share(products, done, queries, rows, floor, first, every):  # type: ignore[no-untyped-def]
     """The share of pairs of query and row that `done` blocks leave, estimated from each `every`-th query and chunk of rows."""
-    bounds, flags = np.empty(BOUNDS, np.float32), np.empty(BOUNDS, np.uint8)
+    flags = np.empty(BOUNDS, np.uint8)
     left, compared, number = 0, 0, 0
-    for query in range(products.shape[1]):
-        for start in range(0, products.shape[2], BOUNDS):
+    for query in range(products.shape[0]):
+        for start in range(0, products.shape[1], BOUNDS):
             number += 1
             if number % every != 1 % every:
                 continue
-            size = min(BOUNDS, products.shape[2] - start)
-            _bound(products, joined, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
-            compared += size
-            for flag in flags[:size]:
+            own = products[query, start : start + BOUNDS]
+            _flag(own, done, query, queries, rows, floor[query], first + start, flags[: own.shape[0]])
+            compared += own.shape[0]
+            for flag in flags[: own.shape[0]]:
                 left += flag
     return left / max(compared, 1)
 
 
 @compiled
-def survivors(products, joined, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
+def _flagged(flags, groups, columns):  # type: ignore[no-untyped-def]
+    """Writes where flags, uint8 (64 * G,), are set into columns, int64 (64 * G + 1,), and returns their number.
+
+    groups: int64 (2, 8 * G + 1), room for the groups of 64 and of 8 in which a flag is set. No branch depends on a flag, as
+    processors would guess it wrong.
+    """
+    eights, sixty_fours, few, count = flags.view(np.uint64), 0, 0, 0
+    for group in range(eights.shape[0] // 8):
+        some = np.uint64(0)
+        for eight in eights[8 * group : 8 * group + 8]:
+            some |= eight
+        groups[0, sixty_fours] = group
+        sixty_fours += some != 0
+    for group in groups[0, :sixty_fours]:
+        for eight in range(8 * group, 8 * group + 8):
+            groups[1, few] = eight
+            few += eights[eight] != 0
+    for eight in groups[1, :few]:
+        for column in range(8 * eight, 8 * eight + 8):
+            columns[count] = column
+            count += flags[column]
+    return count
+
+
+@compiled
+def survivors(products, done, queries, rows, floor, first, some, found):  # type: ignore[no-untyped-def]
     """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
 
-    products: of the codes of queries and rows, int32 (blocks, B, R), of which the first `done` are known; the first
-    is the sum of `joined` blocks. queries, rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are
-    compared are those from `first` on. some: the ranges of queries and of rows among these, (start, end, start, end). Writes
-    query and row of each pair into found, int64 (2, P), ordered; returns their number, or -1 if found is too small.
+    products: of the codes of queries and rows in the first `done` blocks, int32 (B, R). queries, rows: see
+    comparison.QueryCodes and RowCodes; floor: float32 (B,). The rows that are compared are those from `first` on. some: the
+    ranges of queries and of rows among these, (start, end, start, end). Writes query and row of each pair into found, int64
+    (2, P), ordered; returns their number, or -1 if found is too small.
     """
     query_start, query_end, row_start, row_end = some
-    count, blocks, number_of_rows = 0, rows.errors.shape[0], rows.scales.shape[1]
-    bounds, left = np.empty(BOUNDS, np.float32), np.empty(BOUNDS + 1, np.int64)
-    flags = np.zeros(BOUNDS, np.uint8)  # one byte each, so that eight are tested as one uint64
-    eights = flags.view(np.uint64)
+    count, blocks = 0, rows.tails.shape[0]
+    flags, groups = np.zeros(BOUNDS, np.uint8), np.empty((2, BOUNDS // 8 + 1), np.int64)
+    left, sums = np.zeros(BOUNDS + AHEAD, np.int64), np.empty(BOUNDS, np.float32)
     for query in range(query_start, query_end):
+        step, least = queries.steps[query], floor[query]
         for start in range(row_start, row_end, BOUNDS):
-            size = min(BOUNDS, row_end - start)
-            _bound(products, joined, done, query, queries, rows, floor[query], first, start, bounds[:size], flags[:size])
-            flags[size:] = 0
-            remaining = 0
-            for eight in range(-(-size // 8)):
-                if eights[eight] == 0:
-                    continue
-                for column in range(8 * eight, 8 * eight + 8):
-                    left[remaining] = column
-                    remaining += flags[column]
+            own, top = products[query, start : min(start + BOUNDS, row_end)], first + start
+            _flag(own, done, query, queries, rows, least, top, flags[: own.shape[0]])
+            flags[own.shape[0] :] = 0
+            remaining = _flagged(flags[: -(-own.shape[0] // 64) * 64], groups, left)
+            sums[:remaining] = 0
             # Then the blocks that are not known yet, and the others again with queries that are not rounded.
             for number in range(blocks):
                 block = (done + number) % blocks
-                values, norm = queries.values[query, rows.edges[block] : rows.edges[block + 1]], queries.norms[query, block]
-                step, coded, error = queries.steps[query, block], queries.coded[query, block], rows.errors[block]
-                before, after = queries.tails[query, block], queries.tails[query, block + 1]
-                width, last = values.shape[0], remaining
-                origin = number_of_rows * rows.edges[block] + (first + start) * width
-                remaining = 0
+                begin, end = rows.edges[block], rows.edges[block + 1]
+                values, codes = queries.values[query, begin:end], rows.codes
+                rounded, through = (1, block + 1) if block >= done else (0, blocks)
+                coded, moved = rounded * step, rounded * queries.moved[query, done]
+                change = queries.reach[query, through] * rows.errors[through]
+                tail, tails = queries.tails[query, through], rows.tails[through % blocks]
+                last, remaining = remaining, 0
                 for place in range(last):
+                    for column in range(begin, end, 64):
+                        prefetch(codes, top + left[place + AHEAD], column)
                     column = left[place]
-                    row, begin = first + start + column, origin + column * width
-                    scale = rows.scales[block, row]
-                    change = scale * (_dot(values, rows.codes[begin : begin + width]) + norm * error)
-                    if block >= done:
-                        change -= before * rows.tails[block, row]
-                        if block + 1 < blocks:
-                            change += after * rows.tails[block + 1, row]
-                    else:
-                        change -= scale * coded * error
-                        if block == 0 or block >= joined:
-                            change -= scale * step * np.float32(products[block, query, start + column])
-                        if block + 1 == done:  # moved is for all known blocks together
-                            change -= queries.moved[query, done] * rows.tails[0, row]
-                    bounds[column] += change
-                    left[remaining] = column
-                    # Of joined blocks, the bound is valid once all of them are replaced.
-                    remaining += block + 1 < joined or not bounds[column] < 0
+                    row = top + column
+                    total = sums[place] + _dot(values, codes[row, begin:end])
+                    known = rows.scales[row] * (total + coded * np.float32(own[column]) + change)
+                    bound = known + moved * rows.tails[0, row] + tail * tails[row] - rows.offsets[row]
+                    left[remaining], sums[remaining] = column, total
+                    # Of the blocks that were known, the bound is valid once all of them are replaced.
+                    remaining += block + 1 < done or not bound < least
             for place in range(remaining):
                 if count == found.shape[1]:
                     return -1
-                found[0, count], found[1, count] = query, first + start + left[place]
+                found[0, count], found[1, count] = query, top + left[place]
                 count += 1
     return count
 

@@ -71,6 +71,11 @@ def has_integer_products() -> bool:
     return bool((torch._int_mm(largest, largest.T) == 256 * 127**2).all())
 
 
+def has_tile_products() -> bool:
+    """Whether the processor multiplies tiles of int8 numbers (AMX), so fast that writing the products takes the most time."""
+    return has_integer_products() and torch.cpu._is_amx_tile_supported()
+
+
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:
     """Lightning's `accelerator`, `devices` and `precision` for the setting `device` and a precision that may be auto.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -75,19 +76,22 @@ def test_processors_without_int8_products(queries: int, monkeypatch: pytest.Monk
     gallery, asked = gathered(900, 40, 0), gathered(queries, 40, 1)
     first = Leading(torch.from_numpy(gallery), "ip")
     rotated = first.axes.rotate(torch.from_numpy(asked))
-    blocks = quantize(rotated, first.axes.edges)
-    each = [block.codes.long() @ torch.from_numpy(first.rows.block(n)[100:]).long().T for n, block in enumerate(blocks)]
-    joined = queries >= comparison.MANY
-    for integers in (has_integer_products(), False):
+    edges = first.axes.edges
+    codes = quantize(rotated, edges).codes.long()
+    for integers, tiles in itertools.product((has_integer_products(), False), (True, False)):
         monkeypatch.setattr(comparison, "has_integer_products", lambda integers=integers: integers)
+        monkeypatch.setattr(comparison, "has_tile_products", lambda tiles=tiles: tiles)
         with ThreadPoolExecutor(2) as pool:
             products = Products(Comparison(rotated, first.rows, "ip", first.largest, pool), slice(100, 900))
-            while products.done < len(each):
+            assert products.done == (1 if queries == 1 else first.axes.blocks if tiles and queries == 130 else 2)
+            while True:
+                end = edges[products.done]
+                expected = codes[:, :end] @ torch.from_numpy(first.rows.codes[100:, :end]).long().T
+                assert torch.equal(products.known.long(), expected)
+                if products.done == first.axes.blocks:
+                    break
                 products._next()
-        assert torch.equal(products.known[0].long(), each[0] + each[1] if joined else each[0])
-        assert torch.equal(products.known[2].long(), each[2])
-        assert joined or torch.equal(products.known[1].long(), each[1])
-    check(gallery, asked, "ip", 7)
+        check(gallery, asked, "ip", 7)
 
 
 def test_where_numba_can_keep_nothing() -> None:
