@@ -178,13 +178,16 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
             _flag(own, done, query, queries, rows, least, top, flags[: own.shape[0]])
             flags[own.shape[0] :] = 0
             remaining = _flagged(flags[: -(-own.shape[0] // 64) * 64], groups, left)
+            if remaining == 0:
+                continue
             sums[:remaining] = 0
-            # Then the blocks that are not known yet, and the others again with queries that are not rounded.
-            for number in range(blocks):
-                block = (done + number) % blocks
-                begin, end = rows.edges[block], rows.edges[block + 1]
+            # Then the blocks that are not known yet, and at last all others, with queries that are not rounded.
+            for block in range(done, blocks + 1):
+                if block < blocks:
+                    begin, end, through, rounded = rows.edges[block], rows.edges[block + 1], block + 1, 1
+                else:
+                    begin, end, through, rounded = 0, rows.edges[done], blocks, 0
                 values, codes = queries.values[query, begin:end], rows.codes
-                rounded, through = (1, block + 1) if block >= done else (0, blocks)
                 coded, moved = rounded * step, rounded * queries.moved[query, done]
                 change = queries.reach[query, through] * rows.errors[through]
                 tail, tails = queries.tails[query, through], rows.tails[through % blocks]
@@ -198,8 +201,7 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
                     known = rows.scales[row] * (total + coded * np.float32(own[column]) + change)
                     bound = known + moved * rows.tails[0, row] + tail * tails[row] - rows.offsets[row]
                     left[remaining], sums[remaining] = column, total
-                    # Of the blocks that were known, the bound is valid once all of them are replaced.
-                    remaining += block + 1 < done or not bound < least
+                    remaining += not bound < least
             for place in range(remaining):
                 if count == found.shape[1]:
                     return -1
