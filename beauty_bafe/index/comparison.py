@@ -15,9 +15,9 @@ from .first_pass import Estimates, collect, cuts
 
 SAMPLED = 64  # each SAMPLED-th query and chunk of rows shows how many rows are left
 FEW = 8  # queries below which a loop over the codes is faster than a matrix product
-JOINED = 2  # leading blocks that are multiplied at once for so many queries
-MANY = 32  # queries from which all blocks are on processors that multiply tiles
-PAIR = 2500  # deciding on one pair takes as long as multiplying so many more dimensions of a pair, on average
+JOINED = 2  # leading blocks that are multiplied at once from FEW queries on
+MANY = 32  # queries from which all blocks are multiplied at once, if the processor multiplies tiles
+PAIR = 2500  # finishing one pair that is left takes as long as multiplying so many dimensions of a pair in the matrix product
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
@@ -27,7 +27,7 @@ class Codes(NamedTuple):
 
     scales: Tensor  # float32 (N,)
     codes: Tensor  # int8 (N, D)
-    errors: Tensor  # float64 (N, blocks + 1), length of what rounding leaves over in all earlier blocks together
+    errors: Tensor  # float64 (N, blocks + 1), length of the rounding error in the blocks before each edge
 
 
 def quantize(exact: Tensor, edges: Sequence[int]) -> Codes:
@@ -38,12 +38,12 @@ def quantize(exact: Tensor, edges: Sequence[int]) -> Codes:
 
 
 def lengths_before(vectors: Tensor, edges: Sequence[int]) -> Tensor:
-    """Lengths of the first blocks of float64 (N, D) together: float64 (N, blocks + 1), of none to all."""
+    """Lengths of float64 (N, D) before each of E edges: float64 (N, E)."""
     return torch.stack([vectors[:, :edge].norm(dim=1) for edge in edges], dim=1)
 
 
 def lengths_after(vectors: Tensor, edges: Sequence[int]) -> Tensor:
-    """Lengths of the last blocks of float64 (N, D) together: float64 (N, blocks + 1), of all to none."""
+    """Lengths of float64 (N, D) from each of E edges on: float64 (N, E)."""
     return torch.stack([vectors[:, edge:].norm(dim=1) for edge in edges], dim=1)
 
 
@@ -58,16 +58,16 @@ class RowCodes(NamedTuple):
     edges: np.ndarray  # int64 (blocks + 1,)
     scales: np.ndarray  # float32 (N,), s
     tails: np.ndarray  # float32 (blocks, N), lengths of this block and all later ones together
-    errors: np.ndarray  # float32 (blocks + 1,), largest |y - s c| / s of any row, in all earlier blocks together
+    errors: np.ndarray  # float32 (blocks + 1,), largest |y - s c| / s of any row, before each edge
     offsets: np.ndarray  # float32 (N,), subtracted from each product
 
 
 class QueryCodes(NamedTuple):
-    """What the compiled loops read of B rotated queries. Lengths are of all earlier blocks, but tails of all others."""
+    """What the compiled loops read of B rotated queries: lengths before each edge, in `tails` from it on."""
 
     values: np.ndarray  # float32 (B, D), p
     steps: np.ndarray  # float32 (B,), t
-    reach: np.ndarray  # float32 (B, blocks + 1), at least |t d|, |p|, and that of blocks of either kind
+    reach: np.ndarray  # float32 (B, blocks + 1), at least the length of vectors with t d or p in each block
     moved: np.ndarray  # float32 (B, blocks + 1), |p - t d|
     tails: np.ndarray  # float32 (B, blocks + 1), |p|
 

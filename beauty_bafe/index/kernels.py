@@ -12,7 +12,7 @@ from ..compiled import compiled, prefetch
 CHUNK = 4096  # scores compared at a time: a multiple of 8 that fits a processor's first cache
 GROUP = 64  # rows of which `best_of_groups` reports the best
 BOUNDS = 2048  # bounds computed at a time: a multiple of 8 that fits a processor's first cache with the numbers of its rows
-AHEAD = 8  # rows whose codes are requested from memory before they are needed
+AHEAD = 8  # how many rows ahead codes are requested from memory
 
 
 @compiled
@@ -135,7 +135,7 @@ def surviving_share(products, done, queries, rows, floor, first, every):  # type
 
 @compiled
 def _flagged(flags, groups, columns):  # type: ignore[no-untyped-def]
-    """Writes where flags, uint8 (64 * G,), are set into columns, int64 (64 * G + 1,), and returns their number.
+    """Writes where flags, uint8 (64 * G,), are set into columns, int64 (at least 64 * G + 1,), and returns their number.
 
     groups: int64 (2, 8 * G + 1), room for the groups of 64 and of 8 in which a flag is set. No branch depends on a flag, as
     processors would guess it wrong.
@@ -181,14 +181,15 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
             if remaining == 0:
                 continue
             sums[:remaining] = 0
-            # Then the blocks that are not known yet, and at last all others, with queries that are not rounded.
+            # First the blocks that are not known yet, then the known ones again; both with queries that are not rounded.
             for block in range(done, blocks + 1):
+                # The bound covers the blocks before `through`, the known ones with rounded queries if `coded`.
                 if block < blocks:
-                    begin, end, through, rounded = rows.edges[block], rows.edges[block + 1], block + 1, 1
+                    begin, end, through, coded = rows.edges[block], rows.edges[block + 1], block + 1, 1
                 else:
-                    begin, end, through, rounded = 0, rows.edges[done], blocks, 0
+                    begin, end, through, coded = 0, rows.edges[done], blocks, 0
                 values, codes = queries.values[query, begin:end], rows.codes
-                coded, moved = rounded * step, rounded * queries.moved[query, done]
+                factor, moved = coded * step, coded * queries.moved[query, done]
                 change = queries.reach[query, through] * rows.errors[through]
                 tail, tails = queries.tails[query, through], rows.tails[through % blocks]
                 last, remaining = remaining, 0
@@ -198,7 +199,7 @@ def survivors(products, done, queries, rows, floor, first, some, found):  # type
                     column = left[place]
                     row = top + column
                     total = sums[place] + _dot(values, codes[row, begin:end])
-                    known = rows.scales[row] * (total + coded * np.float32(own[column]) + change)
+                    known = rows.scales[row] * (total + factor * np.float32(own[column]) + change)
                     bound = known + moved * rows.tails[0, row] + tail * tails[row] - rows.offsets[row]
                     left[remaining], sums[remaining] = column, total
                     remaining += not bound < least

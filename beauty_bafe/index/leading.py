@@ -25,26 +25,27 @@ CHECKED_ROWS = 64  # rows that are compared with the saved ones
 
 
 class Leading(FirstPass):
-    """Codes of all rows: whole numbers of 8 bits times one scale per row, in blocks of dimensions.
+    """Codes of all rows: 8-bit integers times one scale per row, in blocks of dimensions.
 
-    With an orthogonal matrix R, <q, x> = <p, y> for p = R q and y = R x. These are rounded to t d and s c. Where p', y', c' and
-    d' are the first blocks, and p'' and y'' all others, by Cauchy and Schwarz,
+    With an orthogonal matrix R, <q, x> = <p, y> for p = R q and y = R x. p is rounded to t d and y to s c, where d and c are
+    integers. Let p', y', c' and d' be the first blocks of dimensions and p'' and y'' the rest; then, by Cauchy and Schwarz,
 
         <q, x> <= s t <c', d'> + |t d'| |y' - s c'| + |p' - t d'| |y'| + |p''| |y''|.
 
-    A row whose right side is below the k-th best score so far is ruled out. Products are computed for all rows, of one block
-    or more, as long as many are left; then block by block for the rows that are left, and in the end again, with p instead of
-    t d. R turns the rows to their principal axes, sorted by mean square, so that later blocks are short if descriptors are far
-    from uniform, as those of trained networks are; otherwise R is the identity and all dimensions are one block. Within a
-    block the rotation is free, and chosen so that coordinates are alike in size, which keeps rounding errors small.
-    |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
+    A row whose right side is below the k-th best score so far is ruled out. Products of the first block or blocks are computed
+    for all rows, and of further blocks while many rows are left. The rows that remain are finished one by one, first block by
+    block, at last with p instead of t d. R turns the rows to their principal axes, sorted by mean square, so that later blocks
+    are short if descriptors are far from uniform, as those of trained networks are; otherwise R is the identity and all
+    dimensions are one block. Within a block the rotation is free, and chosen so that coordinates are alike in size, which
+    keeps rounding errors small. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
 
     Products of codes are exact, or rounded to float32 for a few queries and on processors without int8 products. p and y are
     computed in float64, whose rounding errors (1e-15) are covered by the allowance for float32: summing D products adds at
     most D 2^-24 times the sum of their sizes, which |p| |y| bounds; doubled for any order of summation and for the lengths'
     own rounding, and 64 roundings more for the bound itself.
 
-    Memory per row: D bytes, those of the first block again if there are several, 4 per block and 8 more. metric: ip or l2.
+    Memory per row: D bytes, plus the first block's again if there are several blocks, plus 4 per block, plus 8. D is at most
+    133,000 (2^31 / 127^2), so that products do not overflow. metric: ip or l2.
     """
 
     def __init__(self, rows: Tensor, metric: str, axes: Axes | None = None) -> None:
@@ -74,7 +75,8 @@ class Leading(FirstPass):
     def _measure(self) -> None:
         lengths = self.rows.tails[0]
         if self.metric == "l2":  # half of |x|^2, rounded down
-            np.multiply(lengths, lengths * np.float32(0.5 * (1 - 4e-6)), out=self.rows.offsets)
+            with np.errstate(over="ignore"):
+                np.multiply(lengths, lengths * np.float32(0.5 * (1 - 4e-6)), out=self.rows.offsets)
         # Upper limit of the length of any row, exact or as stored in codes: the length plus the rounding errors. Rows whose
         # length is not finite need none, as their bounds rule nothing out.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -148,6 +150,10 @@ class Leading(FirstPass):
         if [array.shape for array in (codes, lead, scales, tails, errors)] != shapes or axes.edges[-1] != width:
             return None
         some = cls(torch.from_numpy(vectors[picked]), metric, axes)
+        # Where the rotation is computed in another order, a number between two codes can be rounded to the other one.
+        far = np.abs(some.rows.codes.astype(np.int16) - codes[picked]).max(initial=0) > 1
+        if far or not np.array_equal(lead[picked], codes[picked, : axes.edges[1]]):
+            return None
         for own, saved in ((some.rows.scales, scales), (some.rows.tails, tails)):
             if not np.allclose(own, saved[..., picked], rtol=1e-3, atol=1e-6 * some.largest, equal_nan=True):
                 return None

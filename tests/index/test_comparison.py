@@ -9,16 +9,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from beauty_bafe.index import comparison, leading
 from beauty_bafe.index.comparison import Comparison, Products, quantize
 from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.kernels import survivors
 from beauty_bafe.index.leading import Leading
 from beauty_bafe.models.precision import has_integer_products
 
-from .conftest import check, gathered, names
+from .conftest import check, gathered, names, slow
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -52,12 +54,46 @@ def test_few_rows_are_scored_after_changes(tmp_path: Path) -> None:
         assert 7 * 20 <= len(torch.cat(found)) < 20 * 20
 
 
+def test_changes_of_an_index_with_several_blocks(tmp_path: Path) -> None:
+    gallery = (np.random.default_rng(0).normal(size=(900, 40)) * np.exp(-0.2 * np.arange(40))).astype(np.float32)
+    asked = gallery[::90] + 0.01
+    index = ExactIndex("ip", "cpu", "int8").fit(gallery[:500], names(900)[:500])
+    assert isinstance(index._first, Leading)
+    assert index._first.axes.blocks > 1
+    for change in (lambda: index.add(gallery[500:], names(900)[500:]), lambda: index.remove(names(900)[:100])):
+        change()
+        found = index.search(asked, names(10), 7).positions
+        assert np.array_equal(found, slow(index.vectors, asked, "ip", 7)[0])
+    index.save(tmp_path, {})
+    assert Leading.load(tmp_path, index.vectors, "ip") is not None
+    for wrong in ("lead", "codes"):
+        kept = np.load(tmp_path / f"leading_{wrong}.npy")
+        np.save(tmp_path / f"leading_{wrong}.npy", -kept)
+        assert Leading.load(tmp_path, index.vectors, "ip") is None
+        np.save(tmp_path / f"leading_{wrong}.npy", kept)
+
+
+def test_room_for_pairs() -> None:
+    """As many as there are fit; with one place less, nothing is written beyond it."""
+    first, asked = Leading(torch.from_numpy(gathered(70, 32, 0)), "ip"), torch.from_numpy(gathered(3, 32, 1))
+    floor, memory = np.full(3, -5, np.float32), np.empty(2 * 211, np.int64)
+    with ThreadPoolExecutor(2) as pool:
+        compared = Comparison(first.axes.rotate(asked), first.rows, "ip", first.largest, pool)
+        known = Products(compared, slice(0, 70))
+    for room, number in ((210, 210), (209, -1)):
+        memory[:] = -7
+        found = memory[: 2 * room].reshape(2, room)
+        assert survivors(known.known.numpy(), 1, compared.queries, first.rows, floor, 0, (0, 3, 0, 70), found) == number
+        assert (memory[2 * room :] == -7).all()
+
+
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
 def test_instructions_that_overflow_are_not_used(instructions: str) -> None:
     """oneDNN, limited to older instructions, adds up int8 products in 16 bits."""
     lines = """
 import numpy as np
 from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.kernels import survivors
 from beauty_bafe.models.precision import has_integer_products
 rows = np.random.default_rng(0).normal(size=(2000, 200)).astype(np.float32)
 index = ExactIndex("ip", "cpu", "int8").fit(rows, tuple(map(str, range(2000))))

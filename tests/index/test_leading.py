@@ -155,9 +155,18 @@ def test_rounding_errors_of_a_query_add_up_over_blocks(monkeypatch: pytest.Monke
     monkeypatch.setattr(comparison, "PAIR", 1e12)
     asked, gallery = np.zeros((3, 192), np.float32), np.zeros((200, 192), np.float32)
     asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
-    gallery[1:, 0] = 0.2 * np.linspace(0.5, 1, 199)
     gallery[0, 1:64] = gallery[0, 65:128] = 1
-    index = on_axes(gallery, "ip", Axes(torch.eye(192, dtype=torch.float64), (0, 64, 128, 192)))
+    for others in (0.2, 0.35):
+        gallery[1:, 0] = others * np.linspace(0.5, 1, 199)
+        index = on_axes(gallery, "ip", Axes(torch.eye(192, dtype=torch.float64), (0, 64, 128, 192)))
+        assert np.array_equal(index.search(asked, names(3), 1).positions, slow(gallery, asked, "ip", 1)[0])
+
+
+def test_rounding_errors_of_a_query_count_for_rows_that_lie_in_its_first_block() -> None:
+    asked, gallery = np.zeros((3, 192), np.float32), np.zeros((200, 192), np.float32)
+    asked[:, 0], asked[:, 1:64] = 127, 0.49
+    gallery[1:, 0], gallery[0, 1:64] = 0.2 * np.linspace(0.5, 1, 199), 1
+    index = on_axes(gallery, "ip", Axes(None, (0, 64, 192)))
     assert np.array_equal(index.search(asked, names(3), 1).positions, slow(gallery, asked, "ip", 1)[0])
 
 
