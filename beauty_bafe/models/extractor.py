@@ -37,7 +37,8 @@ class Extraction(NamedTuple):
         """
         if self.logits is not None:
             return resize_mask(self.logits[0], size).sigmoid()  # in this order edges stay sharp
-        logits = [resize_mask(mask, size).clamp(EPSILON, 1 - EPSILON).logit() for mask in self.masks]
+        masks = [resize_mask(mask, size).clamp(EPSILON, 1 - EPSILON) for mask in self.masks]
+        logits = [(mask / (1 - mask)).log() for mask in masks]
         return torch.stack(logits).sum(dim=0).sigmoid()
 
 

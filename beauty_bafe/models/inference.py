@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import pooling as pooling_functions
+from . import views
 from .descriptor import Pooling
 from .extractor import BackgroundAgnosticExtractor, Extraction, check_pictures, resize_mask
 from .folding import fold_norms
-from .runtime import OpenVinoExtractor
+from .runtime import OpenVinoExtractor, OpenVinoModule
 from .views import View, clamp_window, guided_filter, inverse_window, product_window, resize, sample_window
 
 log = logging.getLogger("beauty_bafe")
@@ -26,6 +28,7 @@ GPU_BATCH = 256  # pictures
 # The maps of four pictures of 224 px fit into a CPU's caches: 1.7 times as fast as 16, 2 times as 64 (EfficientNet-Lite0).
 CPU_PIXELS = 4 * 224**2
 COMPILE_ABOVE = 60.0  # seconds of eager execution per network and size; compiling takes 12 to 30 and halves the rest
+OWN = (pooling_functions.__name__, views.__name__)  # modules whose functions decide nothing in Python that depends on values
 PLAN_ABOVE = 500  # pictures; for fewer, a forecast is not worth its time
 
 
@@ -123,6 +126,14 @@ class Describer(nn.Module):
         seen = remaining if self.view.change is None else described
         return 1 + (self.view.closer is not None) + seen + (remaining if self.view.whole > 0 else 0)
 
+    @property
+    def traceable(self) -> bool:
+        """Whether a trace of it is right for all pictures, as far as is known: not with functions from elsewhere."""
+        functions = [pooling.function for pooling in self.poolings]
+        if self.view is not None and self.view.change is not None:
+            functions.append(self.view.change)
+        return all(getattr(function, "func", function).__module__ in OWN for function in functions)
+
     def forward(self, pictures: Tensor) -> list[Tensor]:
         check_pictures(pictures)
         if self.canvas != self.extractor.size:
@@ -198,7 +209,10 @@ class Engine:
         if not describer.masks and describer.view is None:
             taps = len(describer.extractor.backbone.channels)
             describer.extractor.shallowest = min(pooling.shallowest(taps) for pooling in describer.poolings)
-        if runtime == "openvino":
+        self._run: Callable[[Tensor], list[Tensor]] = describer
+        if runtime == "openvino" and precision == "32-true" and describer.traceable:
+            self._run = OpenVinoModule(describer, precision)
+        elif runtime == "openvino":  # windows and masks would suffer from bfloat16
             describer.extract = OpenVinoExtractor(describer.extractor, precision)
         elif precision == "bf16-mixed":
             size = describer.extractor.size
@@ -206,7 +220,6 @@ class Engine:
             to_bfloat16(describer.extractor)
             describer.extractor.to(memory_format=torch.channels_last)
         self.describer.to(device)
-        self._run: Callable[[Tensor], list[Tensor]] = self.describer
         self.seconds = 0.0
 
     def plan(self, pictures: int) -> float:

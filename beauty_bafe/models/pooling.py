@@ -150,7 +150,8 @@ def _activation(maps: Tensor, weight: Tensor | None) -> Tensor:
 
 def _or_all(chosen: Tensor) -> Tensor:
     """bool (B, 1, H, W): `chosen`, or all cells of a map in which none is chosen, as rounding can cause in a constant map."""
-    return chosen | ~chosen.any(dim=(2, 3), keepdim=True)
+    some = chosen.flatten(2).any(dim=2)  # OpenVINO converts `any` over two dimensions wrongly
+    return chosen | ~some[..., None, None]
 
 
 def regions(height: int, width: int, levels: int) -> list[tuple[int, int, int]]:
@@ -182,7 +183,7 @@ def _regional(maps: Tensor, weight: Tensor | None, attended: Tensor | None, leve
     weighted = maps if weight is None else maps * weight
     places = [
         (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
-        for top, left, side in regions(maps.shape[2], maps.shape[3], levels)
+        for top, left, side in regions(int(maps.shape[2]), int(maps.shape[3]), levels)
     ]
     vectors = torch.stack([F.normalize(weighted[place].amax(dim=(2, 3))) for place in places], dim=1)
     importance = maps.new_ones(vectors.shape[:2])
@@ -197,7 +198,7 @@ def _regional(maps: Tensor, weight: Tensor | None, attended: Tensor | None, leve
 
 def _largest_part(chosen: Tensor) -> Tensor:
     """The largest 8-connected component of bool (B, 1, H, W); of several equally large ones, the last in reading order."""
-    height, width = chosen.shape[2:]
+    height, width = map(int, chosen.shape[2:])
     labels = torch.arange(1, height * width + 1, device=chosen.device, dtype=torch.float32).view(1, 1, height, width) * chosen
     # A label crosses a component in at most half as many steps as there are cells; a fixed number can be compiled.
     for _ in range((height * width + 1) // 2):

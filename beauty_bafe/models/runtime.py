@@ -60,50 +60,74 @@ class _Flat(nn.Module):
 
 
 class OpenVinoExtractor:
-    """`BackgroundAgnosticExtractor.extract` run by OpenVINO on the CPU, in as many threads as torch has. Thread-safe.
-
-    `precision`: 32-true or bf16-mixed, which rounds all layers. The network is converted at the first use of each input
-    shape, which takes a few seconds. Raises RuntimeError for a network that OpenVINO cannot convert, and in a
-    process forked from one that has used it.
-    """
+    """`BackgroundAgnosticExtractor.extract` as an OpenVinoModule."""
 
     def __init__(self, extractor: BackgroundAgnosticExtractor, precision: str) -> None:
         self._network = _Flat(extractor).eval()
+        self._run = OpenVinoModule(self._network, precision)
+
+    def __call__(self, pictures: Tensor) -> Extraction:
+        """(B, 3, S, S), uint8 or float in 0..255 -> Extraction."""
+        outputs = self._run(pictures.float())
+        masks, taps, logits = self._network.counts
+        found = outputs[masks + taps + 1 :] if logits is not None else None
+        return Extraction(outputs[:masks], outputs[masks : masks + taps], outputs[masks + taps], pictures, found)
+
+
+class _Tuple(nn.Module):
+    """A module with a tuple as its output, as tracing requires."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.module(pictures))
+
+
+class OpenVinoModule:
+    """A module, from a batch of pictures to tensors, run by OpenVINO on the CPU in as many threads as torch has. Thread-safe.
+
+    `precision`: 32-true or bf16-mixed, which rounds all layers. The module must not decide in Python what depends on values,
+    as it is traced, at the first use of each input shape, which takes a few seconds. Raises RuntimeError for a module that
+    OpenVINO cannot convert, and in a process forked from one that has used it.
+    """
+
+    def __init__(self, module: nn.Module, precision: str) -> None:
+        self._module = _Tuple(module).eval()
         self._hint = "bf16" if precision == "bf16-mixed" else "f32"
         self._models: dict[tuple[int, ...], CompiledModel] = {}
         # A request owns the buffers of one inference, so each thread needs its own.
         self._free: dict[tuple[int, ...], queue.SimpleQueue[InferRequest]] = {}
 
-    def __call__(self, pictures: Tensor) -> Extraction:
-        """(B, 3, S, S), uint8 or float in 0..255 -> Extraction."""
+    def __call__(self, pictures: Tensor) -> list[Tensor]:
+        """(B, ...), of the same dtype in all calls -> what the module returns."""
         core = open_core()
         shape = tuple(pictures.shape)
         with _LOCK:
             if shape not in self._models:
-                self._models[shape], self._free[shape] = self._convert(core, shape), queue.SimpleQueue()
+                self._models[shape], self._free[shape] = self._convert(core, pictures), queue.SimpleQueue()
         try:
             request = self._free[shape].get_nowait()
         except queue.Empty:
             request = self._models[shape].create_infer_request()
-        results = request.infer([pictures.float().contiguous().numpy()], share_inputs=True)
+        results = request.infer([pictures.contiguous().numpy()], share_inputs=True)
         outputs = [torch.from_numpy(result) for result in results.to_tuple()]
         self._free[shape].put(request)
-        masks, taps, logits = self._network.counts
-        found = outputs[masks + taps + 1 :] if logits is not None else None
-        return Extraction(outputs[:masks], outputs[masks : masks + taps], outputs[masks + taps], pictures, found)
+        return outputs
 
-    def _convert(self, core: Core, shape: tuple[int, ...]) -> CompiledModel:
+    def _convert(self, core: Core, pictures: Tensor) -> CompiledModel:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # that tracing makes sizes constant, which is intended here
-                traced: Any = torch.jit.trace(self._network, torch.zeros(shape), check_trace=False)
+                traced: Any = torch.jit.trace(self._module, torch.zeros_like(pictures), check_trace=False)
                 frontend = FrontEndManager().load_by_framework("pytorch")
                 decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
                 model = frontend.convert(frontend.load(decoder))
-                model.reshape({model.inputs[0]: list(shape)})
+                model.reshape({model.inputs[0]: list(pictures.shape)})
         except Exception as error:  # the tracer and the converter have their own exceptions
             raise RuntimeError(
                 f"OpenVINO cannot run this network ({str(error).strip().splitlines()[0][:200]}); type extraction.runtime=torch"

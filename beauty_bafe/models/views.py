@@ -66,7 +66,8 @@ class View:
     def trusts(self, saliency: Tensor) -> Tensor:
         """Which masks, float (B, 1, S, S), are plausible: bool (B, 1, 1, 1)."""
         share = (saliency > 0.5).float().mean(dim=(1, 2, 3), keepdim=True)
-        return ((share > self.least) & (share < MAX_SHARE)) | (self.least == 0)
+        plausible = (share > self.least) & (share < MAX_SHARE)
+        return plausible if self.least > 0 else torch.ones_like(plausible)
 
 
 def resize(pictures: Tensor, side: int) -> Tensor:
@@ -87,7 +88,7 @@ def guided_filter(saliency: Tensor, pictures: Tensor, radius: float) -> Tensor:
     (B, 1, M, M), 0..1.
     """
     # Centred on 0, where float32 is most precise: below are small differences of means of squares.
-    colour, cells = resize(pictures, saliency.shape[-1]) / 255 - 0.5, max(1, pictures.shape[-1] // EDGE_STRIDE)
+    colour, cells = resize(pictures, saliency.shape[-1]) / 255 - 0.5, max(1, int(pictures.shape[-1]) // EDGE_STRIDE)
     at = torch.arange(cells, device=pictures.device)
     near = ((at[:, None] - at).abs() <= round(radius * cells)).to(colour.dtype)
     near = near / near.sum(dim=1, keepdim=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beauty_bafe.models import runtime
+from beauty_bafe.models import pooling, runtime
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor, Extraction
 from beauty_bafe.models.inference import Describer, Engine
 from beauty_bafe.models.pooling import gem
-from beauty_bafe.models.runtime import OpenVinoExtractor, pick_precision, pick_runtime
+from beauty_bafe.models.runtime import OpenVinoExtractor, OpenVinoModule, pick_precision, pick_runtime
+from beauty_bafe.models.views import View, cut_out, whiten
 
 TOPDOWN = {"_target_": "beauty_bafe.models.decoder.TopDownDecoder", "width": 8}
 
@@ -59,6 +61,55 @@ def test_a_transformer_runs() -> None:
         "vit_tiny_patch16_224", ["blocks.0", "blocks.1"], "norm", 64, pretrained=False, options=options
     )
     check(extractor.eval(), pictures(2))
+
+
+FUNCTIONS = [pooling.spoc, pooling.mac, pooling.gem, pooling.rmac, pooling.ramac, pooling.grmac, pooling.amac, pooling.crow]
+VIEWS = [
+    None,
+    View(closer=1.3, edges=0.05, least=0.01),
+    View(closer=1.3, whole=0.5, edges=0.05, detail=2.0),
+    View(closer=1.3, edges=0.05, change=partial(cut_out, fill=0.8), detail=1.5),
+    View(change=partial(whiten, threshold=0.5)),
+]
+
+
+@pytest.mark.parametrize("decoder", [None, TOPDOWN])
+@pytest.mark.parametrize("view", VIEWS)
+def test_descriptors_are_those_of_pytorch(tiny: dict[str, Any], decoder: dict[str, Any] | None, view: View | None) -> None:
+    torch.manual_seed(0)
+    every = [Pooling(function, saliency) for function in (*FUNCTIONS, pooling.scda) for saliency in (False, True)]
+    poolings = every if view is None and decoder is None else [Pooling(pooling.gem, saliency=True)]
+    scales = (0.5, 1.0) if view is None else (1.0,)
+    extractor = BackgroundAgnosticExtractor(**tiny, decoder=decoder).eval()
+    describer = Describer(extractor, poolings, masks=True, scales=scales, flip=decoder is not None, view=view).eval()
+    seen = pictures(3, describer.canvas)
+    engine = Engine(describer, "cpu", "32-true", 3, "openvino")
+    assert isinstance(engine._run, OpenVinoModule)
+    *found, masks = engine(seen)
+    with torch.inference_mode():
+        *expected, wanted = describer(seen)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert (masks.int() - wanted.int()).abs().max() <= 1
+
+
+def brightest(maps: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Decides in Python, which a trace would do only once."""
+    return torch.stack([one.mean(dim=(1, 2)) if one.std() < LIMIT else one.amax(dim=(1, 2)) for one in maps])
+
+
+LIMIT = 0.0
+
+
+def test_functions_from_elsewhere_stay_in_pytorch(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    describer = Describer(BackgroundAgnosticExtractor(**tiny).eval(), [Pooling(brightest, saliency=False)], masks=False).eval()
+    seen = torch.cat([torch.zeros(1, 3, 64, 64, dtype=torch.uint8), pictures(1)])
+    spread = [float(describer.extractor.extract(one[None]).last.std()) for one in seen]
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", sum(spread) / 2)
+    engine = Engine(describer, "cpu", "32-true", 1, "openvino")
+    with torch.inference_mode():
+        torch.testing.assert_close(engine(seen)[0], describer(seen)[0], atol=1e-5, rtol=0)
 
 
 def test_threads_get_their_own_maps(tiny: dict[str, Any]) -> None:
