@@ -10,7 +10,8 @@ from torch import nn
 from beauty_bafe.models import inference
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision, to_bfloat16
+from beauty_bafe.models.half_precision import HalfPrecision, to_bfloat16
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine
 from beauty_bafe.models.pooling import gem, spoc
 
 POOLINGS = [Pooling(spoc, saliency=True), Pooling(gem, saliency=False)]

@@ -19,7 +19,8 @@ from timm.models import get_pretrained_cfg
 from beauty_bafe.models.backbones import Backbone
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine, HalfPrecision
+from beauty_bafe.models.half_precision import HalfPrecision
+from beauty_bafe.models.inference import MASK_SIZE, Describer, Engine
 from beauty_bafe.models.module import load_extractor
 from beauty_bafe.models.pooling import spoc
 
