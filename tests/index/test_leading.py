@@ -150,16 +150,17 @@ def test_rounding_errors_of_later_blocks_count(queries: int) -> None:
     assert np.array_equal(index.search(asked, names(queries), 1).positions, slow(gallery, asked, "ip", 1)[0])
 
 
-def test_rounding_errors_of_a_query_add_up_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best row points where the query is rounded, in two blocks; all blocks are multiplied before any row is looked at."""
+@pytest.mark.parametrize("queries", [3, 20])
+def test_rounding_errors_of_a_query_add_up_over_blocks(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best row points where the query is rounded, in two blocks; for 20 queries all blocks are multiplied at first."""
     monkeypatch.setattr(comparison, "PAIR", 1e12)
-    asked, gallery = np.zeros((3, 192), np.float32), np.zeros((200, 192), np.float32)
+    asked, gallery = np.zeros((queries, 192), np.float32), np.zeros((200, 192), np.float32)
     asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
     gallery[0, 1:64] = gallery[0, 65:128] = 1
     for others in (0.2, 0.35):
         gallery[1:, 0] = others * np.linspace(0.5, 1, 199)
         index = on_axes(gallery, "ip", Axes(torch.eye(192, dtype=torch.float64), (0, 64, 128, 192)))
-        assert np.array_equal(index.search(asked, names(3), 1).positions, slow(gallery, asked, "ip", 1)[0])
+        assert np.array_equal(index.search(asked, names(queries), 1).positions, slow(gallery, asked, "ip", 1)[0])
 
 
 def test_rounding_errors_of_a_query_count_for_rows_that_lie_in_its_first_block() -> None:
