@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.precision import has_integer_products, has_tile_products
 from .first_pass import Estimates, collect, cuts
 
-SAMPLED = 64  # each SAMPLED-th query and chunk of rows shows how many rows are left
-FEW = 8  # queries below which a loop over the codes is faster than a matrix product
-JOINED = 2  # leading blocks that are multiplied at once from FEW queries on
-MANY = 32  # queries from which all blocks are multiplied at once, if the processor multiplies tiles
-PAIR = 2500  # finishing one pair that is left takes as long as multiplying so many dimensions of a pair in the matrix product
+FEW = 8  # queries below which packing codes costs more than it saves
+FINER = 64  # largest ratio of a query's coarse and fine scales
 SAFE_LENGTHS = (1e-12, 1e12)  # lengths for which float32 sums neither overflow nor become denormal
 ROUND_UP = np.float32(1 + 1e-6)  # so that a length rounded to float32 is never too small
 
@@ -65,67 +62,114 @@ class RowCodes(NamedTuple):
 class QueryCodes(NamedTuple):
     """What the compiled loops read of B rotated queries: lengths before each edge, in `tails` from it on."""
 
-    values: np.ndarray  # float32 (B, D), p
+    codes: np.ndarray  # int8 (B, D + STEP), d
+    wide: np.ndarray  # int16 (B, D), d as well, as single rows are multiplied faster with this
+    shifts: np.ndarray  # int32 (B, blocks), the product of d with a vector of SHIFT in each block
+    fine: np.ndarray  # int16 (B, D), e
     steps: np.ndarray  # float32 (B,), t
-    reach: np.ndarray  # float32 (B, blocks + 1), at least the length of vectors with t d or p in each block
+    fine_steps: np.ndarray  # float32 (B,), u
+    reach: np.ndarray  # float32 (B, blocks + 1), at least the length of vectors with t d or u e in each block
     moved: np.ndarray  # float32 (B, blocks + 1), |p - t d|
+    missed: np.ndarray  # float32 (B,), |p - u e|
     tails: np.ndarray  # float32 (B, blocks + 1), |p|
 
 
 class Comparison:
-    """Rotated queries, float64 (B, D), quantized, and the memory for their products with the codes of rows.
+    """Rotated queries, float64 (B, D), quantized, to be compared with the codes of rows.
 
     `largest`: upper limit of the length of any row, exact or as stored in codes.
     """
 
     def __init__(self, queries: Tensor, rows: RowCodes, metric: str, largest: float, pool: ThreadPoolExecutor) -> None:
+        from .vectors import SHIFT, STEP, has_vnni
+
         self.rows, self.metric, self.pool = rows, metric, pool
         lengths = queries.norm(dim=1)
         self.squares = lengths.square()
-        edges = rows.edges.tolist()
-        steps, self.codes, moved = quantize(queries, edges)
-        longer = torch.stack([lengths_before(one, edges) for one in (queries, self.codes * steps.double()[:, None])])
+        edges, width = rows.edges.tolist(), queries.shape[1]
+        steps, codes, moved = quantize(queries, edges)
+        finer = min(FINER, (2**31 - 1) // (127 * 127 * width))  # so that products fit int32
+        fine_steps = steps / finer
+        fine = (queries / fine_steps.double()[:, None]).round().clamp(-127 * finer, 127 * finer)
+        rounded = [codes * steps.double()[:, None], fine * fine_steps.double()[:, None]]
         # In each block the longer of the two, so that any choice of them is covered.
-        reach = longer.square().diff(dim=2).amax(0).cumsum(1).sqrt()
-        reach = torch.nn.functional.pad(reach, (1, 0))
-        rounded = (array.float().numpy() * ROUND_UP for array in (reach, moved, lengths_after(queries, edges)))
-        self.queries = QueryCodes(queries.float().numpy(), steps.numpy(), *rounded)
-        slack = (2 * queries.shape[1] + 64) * 2.0**-24 * lengths * largest + 1e-30
+        squares = torch.stack([lengths_before(one, edges).square() for one in rounded])
+        reach = torch.nn.functional.pad(squares.diff(dim=2).amax(0).cumsum(1).sqrt(), (1, 0))
+        shifts = torch.stack([SHIFT * codes[:, start:end].sum(1) for start, end in pairwise(edges)], dim=1)
+        lengths_up = (reach, moved, (queries - rounded[1]).norm(dim=1), lengths_after(queries, edges))
+        self._vnni = has_vnni()
+        self._packs = self._vnni and len(queries) >= FEW
+        self.queries = QueryCodes(
+            torch.nn.functional.pad(codes, (0, STEP)).numpy(),
+            codes.short().numpy(),
+            shifts.int().numpy(),
+            fine.short().numpy(),
+            steps.numpy(),
+            fine_steps.numpy(),
+            *(array.float().numpy() * ROUND_UP for array in lengths_up),
+        )
+        slack = (2 * width + 64) * 2.0**-24 * lengths * largest + 1e-30
         # Where float32 sums could overflow or become denormal, all rows are scored.
         low, high = SAFE_LENGTHS
         safe = (lengths > low) & (lengths < high) & (low < largest < high) | (lengths == 0)
         self.slack = torch.where(safe, slack, torch.inf)
-        blocks = len(edges) - 1
-        self.first = 1 if len(queries) < FEW else min(JOINED, blocks)
-        if len(queries) >= MANY and has_tile_products():
-            self.first = blocks
-        self._memory: dict[str, Tensor] = {}
 
-    def room(self, name: str, rows: int) -> Tensor:
-        """Memory for products, int32 (B, R): the same in each call, as allocating it again and again is slow."""
-        size, memory = len(self.codes) * rows, self._memory.get(name)
-        if memory is None or len(memory) < size:
-            memory = self._memory[name] = torch.empty(size, dtype=torch.int32)
-        return memory[:size].view(-1, rows)
+    def room(self) -> np.ndarray:
+        """Room for the packed codes of a tile of rows, of length 0 if they are not packed: uint32."""
+        from .survivors import ROWS
+        from .vectors import STEP
 
-    def multiply(self, blocks: range, part: slice, out: Tensor) -> None:
-        """Products of the codes of queries and rows in consecutive blocks, written into int32 (B, R)."""
-        start, end = self.rows.edges[[blocks.start, blocks.stop]]
-        queries, whole = self.codes[:, start:end], self.rows.lead if blocks == range(1) else self.rows.codes[:, start:end]
-        rows = torch.from_numpy(whole[part])
-        if len(queries) < FEW:
-            self._multiply_few(queries.float().numpy(), rows.numpy(), out.numpy())
-        elif has_integer_products() and end > start + 1:  # torch._int_mm writes nothing if there is one dimension
-            torch._int_mm(queries, rows.T, out=out)
-        else:
-            out.copy_(queries.float() @ rows.float().T)
+        edges = self.rows.edges
+        return np.empty(ROWS * (edges[-1] // STEP + len(edges)) if self._packs else 0, np.uint32)
 
-    def _multiply_few(self, queries: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-        from .kernels import small_products
+    def products(self, part: slice) -> np.ndarray:
+        """Products of the codes of all queries and consecutive rows in the first block: int32 (B, R)."""
+        from .survivors import ROWS, products
 
-        list(self.pool.map(lambda cut: small_products(queries, rows[cut], out[:, cut]), cuts(len(rows))))
+        some = part.stop - part.start
+        found = np.empty((len(self.squares), some), np.int32)
 
-    def floor(self, kth: Tensor) -> np.ndarray:
+        def work(cut: slice) -> None:
+            ends = part.start + cut.start, part.start + cut.stop, part.start
+            products(self.queries, self.rows, ends, found, self.room())
+
+        list(self.pool.map(work, cuts(some, ROWS)))
+        return found
+
+    def best(self, products: np.ndarray, part: slice, count: int) -> Tensor:
+        """Rows with high products, int64 (B, count); all rows if there are not so many."""
+        from .kernels import GROUP, best_of_groups
+
+        scales = self.rows.scales[part]
+        groups = -(-len(scales) // GROUP)
+        if groups < count:
+            scores = torch.from_numpy(products * scales)
+            return scores.topk(min(count, scores.shape[1])).indices + part.start
+        best = torch.empty(len(products), groups, dtype=torch.int64)
+
+        def work(cut: slice) -> None:
+            best_of_groups(products, scales, (cut.start, cut.stop), best.numpy())
+
+        list(self.pool.map(work, cuts(groups)))
+        scores = torch.from_numpy(products).gather(1, best) * torch.from_numpy(scales)[best]
+        return best.gather(1, scores.topk(count).indices) + part.start
+
+    def reaching(self, part: slice, kth: Tensor, known: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pairs of query and row whose upper bound reaches the k-th best exact scores, (B,): int64 (P,) each.
+
+        known: what `products` returned for these rows, or an array without columns.
+        """
+        from .survivors import ROWS, survivors
+
+        floor = self._floor(kth)
+
+        def find(cut: slice, found: np.ndarray) -> int:
+            some = part.start + cut.start, part.start + cut.stop, part.start
+            return int(survivors(self.queries, self.rows, floor, some, known, self.room(), self._vnni, found))
+
+        return collect(find, cuts(part.stop - part.start, ROWS), self.pool)
+
+    def _floor(self, kth: Tensor) -> np.ndarray:
         """k-th best exact scores, (B,) -> the least upper bound of a row that can still equal or beat them."""
         kth = kth.double()
         floor = kth - 2.0**-22 * kth.abs()
@@ -134,83 +178,16 @@ class Comparison:
         return (floor - self.slack).float().numpy()
 
 
-class Products:
-    """Products of the codes of queries and some rows: of the first blocks, and of others while many rows are left.
-
-    `known`, int32 (B, R): the sum over the first `done` blocks.
-    """
+class LeadingScores(Estimates):
+    """Of consecutive rows."""
 
     def __init__(self, comparison: Comparison, part: slice) -> None:
-        self._comparison, self.part, self.done = comparison, part, comparison.first
-        self.known = self._room("products")
-        comparison.multiply(range(self.done), part, self.known)
-
-    def _room(self, name: str) -> Tensor:
-        return self._comparison.room(name, self.part.stop - self.part.start)
-
-    def _next(self) -> None:
-        added = self._room("added")
-        self._comparison.multiply(range(self.done, self.done + 1), self.part, added)
-        self.known += added
-        self.done += 1
-
-    def best(self, count: int) -> Tensor:
-        """Rows with high products, int64 (B, count); all rows if there are not so many."""
-        from .kernels import GROUP, best_of_groups
-
-        products, scales = self.known, self._comparison.rows.scales[self.part]
-        groups = -(-products.shape[1] // GROUP)
-        if groups < count:
-            scores = products * torch.from_numpy(scales)
-            return scores.topk(min(count, scores.shape[1])).indices + self.part.start
-        best = torch.empty(len(products), groups, dtype=torch.int64)
-
-        def work(cut: slice) -> None:
-            best_of_groups(products.numpy(), scales, (cut.start, cut.stop), best.numpy())
-
-        list(self._comparison.pool.map(work, cuts(groups)))
-        scores = products.gather(1, best) * torch.from_numpy(scales)[best]
-        return best.gather(1, scores.topk(count).indices) + self.part.start
-
-    def reaching(self, floor: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pairs of query and row whose upper bound reaches the floor, int64 (P,) each."""
-        from .kernels import surviving_share, survivors
-
-        queries, rows, products = self._comparison.queries, self._comparison.rows, self.known.numpy()
-        widths, first = np.diff(rows.edges), self.part.start
-        while len(products) >= FEW and self.done < len(widths):
-            left = surviving_share(products, self.done, queries, rows, floor, first, SAMPLED)
-            if left * PAIR < 2 * widths[self.done]:  # another block would rule out about half of them
-                break
-            self._next()
-
-        def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
-            return int(survivors(products, self.done, queries, rows, floor, first, some, found))
-
-        asked, compared = products.shape
-        return collect(find, asked, compared, self._comparison.pool)
-
-
-class LeadingScores(Estimates):
-    """Of consecutive rows, compared in parts of `size` so that their products stay small."""
-
-    def __init__(self, comparison: Comparison, part: slice, size: int) -> None:
-        self._comparison = comparison
-        self._parts = [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
-        self._first: Products | None = None
+        self._comparison, self._part = comparison, part
+        self._known = np.empty((0, 0), np.int32)
 
     def likely(self, k: int) -> Tensor:
-        self._first = Products(self._comparison, self._parts[0])
-        return self._first.best(4 * k)
+        self._known = self._comparison.products(self._part)
+        return self._comparison.best(self._known, self._part, 4 * k)
 
     def reaching(self, kth: Tensor) -> tuple[Tensor, Tensor]:
-        floor, pairs = self._comparison.floor(kth), []
-        known, self._first = self._first, None  # the products of the next part are written over these
-        for part in self._parts:
-            pairs.append((known or Products(self._comparison, part)).reaching(floor))
-            known = None
-        who, row = (torch.cat(column) for column in zip(*pairs, strict=True))
-        if len(pairs) > 1:
-            order = who.argsort(stable=True)
-            who, row = who[order], row[order]
-        return who, row
+        return self._comparison.reaching(self._part, kth, self._known)

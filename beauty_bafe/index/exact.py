@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.precision import fastest_precision, has_integer_products, pick_device
+from ..models.precision import fastest_precision, pick_device
 from ..process import TemporarySetting
 from .axes import learn_axes
 from .first_pass import FirstPass, Rounded, cuts
@@ -78,8 +78,10 @@ class ExactIndex(MemoryIndex):
     def _choose(self) -> FirstPass:
         large = self.first_pass == "auto" and len(self.vectors) >= LARGE
         if self._quantizable and (large or self.first_pass == "int8"):
+            from .vectors import has_vnni
+
             axes = learn_axes(self._rows)
-            if self.first_pass == "int8" or axes.blocks > 1 or has_integer_products():
+            if self.first_pass == "int8" or axes.blocks > 1 or has_vnni():
                 return Leading(self._rows, self.metric, axes)
         return Rounded(self._rows, self.metric, self.device, self.rounded)
 

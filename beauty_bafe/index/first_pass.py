@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -68,33 +68,27 @@ def cuts(length: int, multiple: int = 1, parts: int | None = None) -> list[slice
     return [slice(start, end) for start, end in pairwise(edges) if end > start]
 
 
-Find = Callable[[tuple[int, int, int, int], np.ndarray], int]
+Task = TypeVar("Task")
 
 
-def collect(find: Find, queries: int, rows: int, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
-    """All pairs of query and row that the compiled loop `find` reports, int64 (P,) each, ordered by query, then row.
+def collect(find: Callable[[Task, np.ndarray], int], tasks: Sequence[Task], pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
+    """All pairs of query and row that the compiled loop `find` reports, int64 (P,) each, ordered by query.
 
-    `find(some, found)` writes the pairs of a range of queries and rows, `some`, into int64 (2, P) and returns their number, or
-    -1 if there is no room for them.
+    `find(task, found)` writes the pairs of a task into int64 (2, P) and returns their number, or -1 if there is no room. Pairs
+    of the same query stay in the order of the tasks.
     """
 
-    def work(some: tuple[int, int, int, int]) -> np.ndarray:
+    def work(task: Task) -> np.ndarray:
         size = FOUND
         while True:
             found = np.empty((2, size), np.int64)
-            number = find(some, found)
+            number = find(task, found)
             if number >= 0:
                 return found[:, :number]
             size *= 8
 
-    threads = torch.get_num_threads()
-    if queries >= 2 * threads:
-        somes = [(cut.start, cut.stop, 0, rows) for cut in cuts(queries)]
-    else:  # few tasks, as each takes time of its own
-        parts = min(threads, -(-2 * threads // queries))
-        somes = [(query, query + 1, cut.start, cut.stop) for query in range(queries) for cut in cuts(rows, parts=parts)]
-    waiting = [pool.submit(work, some) for some in somes[1:]]
-    who, row = torch.from_numpy(np.concatenate([work(somes[0]), *(future.result() for future in waiting)], axis=1))
+    pairs = torch.from_numpy(np.concatenate(list(pool.map(work, tasks)), axis=1))
+    who, row = pairs[:, pairs[0].argsort(stable=True)]
     return who, row
 
 
@@ -174,7 +168,14 @@ class _RoundedScores(Estimates):
         def find(some: tuple[int, int, int, int], found: np.ndarray) -> int:
             return int(reaching(scores, halves, floor, some, found))
 
-        return collect(find, shape[0], shape[1], self._pool)
+        queries, rows = shape
+        threads = torch.get_num_threads()
+        if queries >= 2 * threads:
+            tasks = [(cut.start, cut.stop, 0, rows) for cut in cuts(queries)]
+        else:  # few tasks, as each takes time of its own
+            parts = min(threads, -(-2 * threads // queries))
+            tasks = [(query, query + 1, cut.start, cut.stop) for query in range(queries) for cut in cuts(rows, parts=parts)]
+        return collect(find, tasks, self._pool)
 
 
 class Bound:

@@ -19,7 +19,7 @@ from .first_pass import Estimates, FirstPass
 from .memory_index import save_npy
 
 CHUNK = 1 << 13  # rows rotated at a time
-CELLS = 1 << 22  # pairs of query and row that are compared at a time
+CELLS = 1 << 22  # pairs of query and row that are compared before there is a threshold
 SAVED, ARRAYS = "leading_", ("rotation", "codes", "lead", "edges", "scales", "tails", "errors")  # names of files
 CHECKED_ROWS = 64  # rows that are compared with the saved ones
 
@@ -32,17 +32,16 @@ class Leading(FirstPass):
 
         <q, x> <= s t <c', d'> + |t d'| |y' - s c'| + |p' - t d'| |y'| + |p''| |y''|.
 
-    A row whose right side is below the k-th best score so far is ruled out. Products of the first block or blocks are computed
-    for all rows, and of further blocks while many rows are left. The rows that remain are finished one by one, first block by
-    block, at last with p instead of t d. R turns the rows to their principal axes, sorted by mean square, so that later blocks
-    are short if descriptors are far from uniform, as those of trained networks are; otherwise R is the identity and all
-    dimensions are one block. Within a block the rotation is free, and chosen so that coordinates are alike in size, which
-    keeps rounding errors small. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
+    A row whose right side is below the k-th best score so far is ruled out. Products of the first block are computed for all
+    rows, and of further blocks for queries for which many rows are left. The rows that remain are finished one by one, block by
+    block, with a finer rounding of the query, u e, and at last with it in all blocks. R turns the rows to their principal axes,
+    sorted by mean square, so that later blocks are short if descriptors are far from uniform, as those of trained networks are;
+    otherwise R is the identity and all dimensions are one block. Within a block the rotation is free, and chosen so that
+    coordinates are alike in size, which keeps rounding errors small. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
 
-    Products of codes are exact, or rounded to float32 for a few queries and on processors without int8 products. p and y are
-    computed in float64, whose rounding errors (1e-15) are covered by the allowance for float32: summing D products adds at
-    most D 2^-24 times the sum of their sizes, which |p| |y| bounds; doubled for any order of summation and for the lengths'
-    own rounding, and 64 roundings more for the bound itself.
+    Products of codes are exact. p and y are computed in float64, whose rounding errors (1e-15) are covered by the allowance for
+    float32: adding up D products adds at most D 2^-24 times the sum of their sizes, which |p| |y| bounds; doubled for any order
+    and for the lengths' own rounding, and 64 roundings more for the bound itself.
 
     Memory per row: D bytes, plus the first block's again if there are several blocks, plus 4 per block, plus 8. D is at most
     133,000 (2^31 / 127^2), so that products do not overflow. metric: ip or l2.
@@ -92,16 +91,13 @@ class Leading(FirstPass):
         return sum({id(array): array.nbytes for array in self.rows}.values())
 
     def compare(self, queries: Tensor, k: int) -> Iterator[Estimates]:
-        from .kernels import BOUNDS
-
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             comparison = Comparison(self.axes.rotate(queries), self.rows, self.metric, self.largest, pool)
             rows, start = len(self.rows.offsets), 0
             size = max(CELLS // len(queries), 4 * k)
-            size = size // BOUNDS * BOUNDS or size
             while start < rows:  # each part as large as all before it, as thresholds change less and less
                 end = min(start + max(start, size), rows)
-                yield LeadingScores(comparison, slice(start, end), size)
+                yield LeadingScores(comparison, slice(start, end))
                 start = end
 
     def grown(self, rows: Tensor, before: int) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -59,21 +58,6 @@ def fastest_precision(device: str) -> str:
         # Without AVX512-BF16 or AMX, oneDNN emulates bf16, which is slower than float32.
         fast = device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16-mixed" if fast else "32-true"
-
-
-@functools.cache
-def has_integer_products() -> bool:
-    """Whether the processor multiplies int8 numbers exactly, and faster than floating-point numbers (VNNI)."""
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        return False
-    # Limited to older instructions (ONEDNN_MAX_CPU_ISA), oneDNN adds up pairs of products in 16 bits, which overflow.
-    largest = torch.full((16, 256), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.T) == 256 * 127**2).all())
-
-
-def has_tile_products() -> bool:
-    """Whether the processor multiplies tiles of int8 numbers (AMX), so fast that writing the products takes the most time."""
-    return has_integer_products() and torch.cpu._is_amx_tile_supported()
 
 
 def trainer_settings(accelerator: str, devices: Any, precision: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beauty_bafe.index import exact, fastest
+from beauty_bafe.index import exact, fastest, vectors
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.fastest import FastestIndex
 
@@ -73,7 +73,7 @@ def test_the_first_pass_is_chosen_by_the_rows(  # type: ignore[no-untyped-def]
     draw, integers: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact, "LARGE", 500)
-    monkeypatch.setattr(exact, "has_integer_products", lambda: integers)
+    monkeypatch.setattr(vectors, "has_vnni", lambda: integers)
 
     def named(metric: str, rows: int) -> str:
         return str(ExactIndex(metric, "cpu").fit(draw(rows, 40, 0), names(rows))).replace("bfloat", "float")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beauty_bafe.index import comparison, leading
+from beauty_bafe.index import leading
 from beauty_bafe.index.axes import Axes, learn_axes
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
@@ -151,9 +151,8 @@ def test_rounding_errors_of_later_blocks_count(queries: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [3, 20])
-def test_rounding_errors_of_a_query_add_up_over_blocks(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best row points where the query is rounded, in two blocks; for 20 queries all blocks are multiplied at first."""
-    monkeypatch.setattr(comparison, "PAIR", 1e12)
+def test_rounding_errors_of_a_query_add_up_over_blocks(queries: int) -> None:
+    """The best row points where the query is rounded, in two blocks; for 20 queries they are multiplied for all rows."""
     asked, gallery = np.zeros((queries, 192), np.float32), np.zeros((200, 192), np.float32)
     asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
     gallery[0, 1:64] = gallery[0, 65:128] = 1
