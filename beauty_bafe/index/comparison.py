@@ -60,9 +60,9 @@ class RowCodes(NamedTuple):
 
 
 class QueryCodes(NamedTuple):
-    """What the compiled loops read of B rotated queries: lengths before each edge, in `tails` from it on."""
+    """What the compiled loops read of B rotated queries. Lengths are of what lies before each edge; in `tails`, from it on."""
 
-    codes: np.ndarray  # int8 (B, D + STEP), d
+    codes: np.ndarray  # int8 (B, D + STEP), d; a load can reach beyond the last block
     wide: np.ndarray  # int16 (B, D), d as well, as single rows are multiplied faster with this
     shifts: np.ndarray  # int32 (B, blocks), the product of d with a vector of SHIFT in each block
     fine: np.ndarray  # int16 (B, D), e
@@ -143,7 +143,7 @@ class Comparison:
         scales = self.rows.scales[part]
         groups = -(-len(scales) // GROUP)
         if groups < count:
-            scores = torch.from_numpy(products * scales)
+            scores = torch.from_numpy(products) * torch.from_numpy(scales)
             return scores.topk(min(count, scores.shape[1])).indices + part.start
         best = torch.empty(len(products), groups, dtype=torch.int64)
 

@@ -14,7 +14,7 @@ from ..models.precision import fastest_precision, pick_device
 from ..process import TemporarySetting
 from .axes import learn_axes
 from .first_pass import FirstPass, Rounded, cuts
-from .leading import Leading
+from .leading import WIDEST, Leading
 from .memory_index import MemoryIndex
 
 QUERIES = 1024  # per batch
@@ -76,7 +76,7 @@ class ExactIndex(MemoryIndex):
         self._first = self._choose()
 
     def _choose(self) -> FirstPass:
-        large = self.first_pass == "auto" and len(self.vectors) >= LARGE
+        large = self.first_pass == "auto" and len(self.vectors) >= LARGE and self.dimensions <= WIDEST
         if self._quantizable and (large or self.first_pass == "int8"):
             from .vectors import has_vnni
 

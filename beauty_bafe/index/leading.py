@@ -20,6 +20,7 @@ from .memory_index import save_npy
 
 CHUNK = 1 << 13  # rows rotated at a time
 CELLS = 1 << 22  # pairs of query and row that are compared before there is a threshold
+WIDEST = (2**31 - 1) // 127**2  # dimensions, so that products of codes fit int32
 SAVED, ARRAYS = "leading_", ("rotation", "codes", "lead", "edges", "scales", "tails", "errors")  # names of files
 CHECKED_ROWS = 64  # rows that are compared with the saved ones
 
@@ -33,21 +34,29 @@ class Leading(FirstPass):
         <q, x> <= s t <c', d'> + |t d'| |y' - s c'| + |p' - t d'| |y'| + |p''| |y''|.
 
     A row whose right side is below the k-th best score so far is ruled out. Products of the first block are computed for all
-    rows, and of further blocks for queries for which many rows are left. The rows that remain are finished one by one, block by
-    block, with a finer rounding of the query, u e, and at last with it in all blocks. R turns the rows to their principal axes,
-    sorted by mean square, so that later blocks are short if descriptors are far from uniform, as those of trained networks are;
-    otherwise R is the identity and all dimensions are one block. Within a block the rotation is free, and chosen so that
-    coordinates are alike in size, which keeps rounding errors small. |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
+    rows; with VNNI and several queries, so are those of further blocks, for queries for which many rows are left. The rows that
+    remain are finished one by one, block by block. There p is rounded to u e, where the integers e are finer than d: if t d is
+    used in some blocks and u e in others, |p' - t d'| + |p - u e| takes the place of |p' - t d'|. At last u e is used in all
+    blocks.
 
-    Products of codes are exact. p and y are computed in float64, whose rounding errors (1e-15) are covered by the allowance for
-    float32: adding up D products adds at most D 2^-24 times the sum of their sizes, which |p| |y| bounds; doubled for any order
-    and for the lengths' own rounding, and 64 roundings more for the bound itself.
+    R turns the rows to their principal axes, sorted by mean square, so that later blocks are short if descriptors are far from
+    uniform, as those of trained networks are; otherwise R is the identity and all dimensions are one block. Within a block the
+    rotation is free, and chosen so that coordinates are alike in size, which keeps rounding errors small. With metric l2,
+    |q - x|^2 = |q|^2 + |x|^2 - 2 <q, x>.
 
-    Memory per row: D bytes, plus the first block's again if there are several blocks, plus 4 per block, plus 8. D is at most
-    133,000 (2^31 / 127^2), so that products do not overflow. metric: ip or l2.
+    Products of codes are exact. What is computed from them in float32, with lengths that are rounded up, takes fewer roundings
+    than the 64 + 2 D of 2^-24, relative to |p| |y|, that are allowed for, which covers those of p and y in float64 as well.
+
+    Memory per row: D bytes, plus the first block's again if there are several blocks, plus 4 per block, plus 8. metric: ip
+    or l2. Raises ValueError if D is more than WIDEST.
     """
 
     def __init__(self, rows: Tensor, metric: str, axes: Axes | None = None) -> None:
+        if rows.shape[1] > WIDEST:
+            raise ValueError(
+                f"index.first_pass=int8 takes up to {WIDEST} dimensions, vectors have {rows.shape[1]}; "
+                "type index.first_pass=float32"
+            )
         self.metric = metric
         self.axes = learn_axes(rows) if axes is None else axes
         count, blocks = len(rows), self.axes.blocks

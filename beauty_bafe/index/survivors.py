@@ -38,7 +38,8 @@ def _multiply(queries, rows, block, tile, asked, count, sums, packed, ready):  #
     """Add the products of codes in a block of dimensions to sums, int32 (QUERIES, ROWS); those in the first block are written.
 
     tile: its first query, and its range of rows. asked: int64, `count` of its queries, counted from the first one, and room for
-    TOGETHER more. packed: room for a tile's packed codes, of length 0 if they are not to be packed; ready: which blocks are.
+    TOGETHER more. packed: room for a tile's packed codes, of length 0 if they are not to be packed. ready: uint8 (blocks,),
+    which blocks are packed already.
     """
     query, first, end = tile
     start, stop = rows.edges[block], rows.edges[block + 1]
@@ -94,10 +95,10 @@ def products(queries, rows, some, found, packed):  # type: ignore[no-untyped-def
 
 @compiled
 def _finish(queries, rows, done, known, corner, floor, pairs, count, sums, vnni):  # type: ignore[no-untyped-def]
-    """Of pairs whose products are known in `done` blocks, keep those whose bounds still reach the floor at the end.
+    """Of pairs whose products are known in `done` blocks, keep those whose bounds reach the floor after each of the others.
 
     known: these products, int32 (QUERIES, ROWS). corner: the tile's first query and row. pairs: uint32, `count` numbers ROWS *
-    query + row, counted from the first ones, and AHEAD more. The pairs that remain are written over them, and their number is
+    query + row, both counted from the corner, and AHEAD more. The pairs that remain are written over them, and their number is
     returned. sums: int32, room for `count`.
     """
     query, first = corner
@@ -143,12 +144,12 @@ def _finish(queries, rows, done, known, corner, floor, pairs, count, sums, vnni)
 
 @compiled
 def survivors(queries, rows, floor, some, known, packed, vnni, found):  # type: ignore[no-untyped-def]
-    """The pairs of query and row whose upper bound reaches the floor, after as many blocks of dimensions as that takes.
+    """The pairs of query and row whose upper bounds reach the floor, however many blocks of dimensions are known.
 
     queries, rows: see comparison.QueryCodes and RowCodes; floor: float32 (B,). some: the range of rows, and the row of the
     first column of `known`, which holds what `products` wrote, or has no column. packed: see _multiply. vnni: whether to use it
-    for single rows. Writes query and row of each pair into found, int64 (2, P), the rows of each query in order; returns their
-    number, or -1 if found is too small.
+    for single rows. Writes query and row of each pair into found, int64 (2, P), tile by tile, each query's rows in order;
+    returns their number, or -1 if found is too small.
     """
     start, end, origin = some
     number, blocks, ready = 0, rows.tails.shape[0], np.zeros(rows.tails.shape[0], np.uint8)

@@ -3,6 +3,8 @@
 Products use AVX512-VNNI. An instruction multiplies 4 numbers of each of 16 rows by 4 numbers of a query, so rows are packed: 4
 numbers of the first row, of the second, and so on to the 16th, then their next 4. It takes numbers without a sign on one side,
 so packed codes are c + SHIFT.
+
+Numba's cache of survivors.py does not notice a change here: change that file as well, or delete its *.nbi in __pycache__.
 """
 
 # mypy: allow-untyped-defs
@@ -21,7 +23,7 @@ from ..compiled import compiled, prefetch
 LANES, STEP = 16, 4  # rows of a vector, and numbers of each row that an instruction multiplies
 GROUPS, TOGETHER = 4, 4  # vectors of rows, and queries, that are multiplied at a time, so that their sums stay in registers
 SHIFT = 128
-LINE, TALL = LANES * STEP, LANES * GROUPS  # numbers that an instruction multiplies, and rows that are multiplied at a time
+LINE, TALL = LANES * STEP, LANES * GROUPS  # bytes of a vector, as of a cache line; rows that are multiplied at a time
 BYTE, HALF, WORD, PLACE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VECTOR, REALS, MASK = (ir.VectorType(kind, LANES) for kind in (WORD, ir.FloatType(), ir.IntType(1)))
 _, _, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
@@ -174,10 +176,10 @@ def dot(_typing, values, place, codes, row, start, lines):
 def keep(_typing, products, query, factors, floor, own, size, base, pairs, count):
     """In a compiled loop: find the rows whose upper bound reaches the floor; returns the new `count` of pairs.
 
-    products: int32 (Q, R), of which a row is read. factors: float32, the query's step, change, moved and tail. own: float32
-    (R,), the rows' scales, lengths, tails and offsets. Of the first `size` rows, `base` plus their places are written into
-    pairs, uint32, from `count` on. Rows are read up to a multiple of LANES, and up to LANES numbers are written beyond what
-    counts. A bound that is not a number reaches the floor.
+    products: int32 (Q, R), of which the row `query` is read. factors: float32, the query's step, change, moved and tail (see
+    survivors). floor: float32. own: float32 (R,), the rows' scales, lengths, tails and offsets. Of the first `size` rows,
+    `base` plus their places are written into pairs, uint32, from `count` on. Rows are read up to a multiple of LANES, and up to
+    LANES numbers are written beyond the new count. A bound that is not a number reaches the floor.
     """
 
     def generate(context, builder, signature, arguments):

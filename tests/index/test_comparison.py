@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Case(NamedTuple):
 
 def case(queries: int, edges: tuple[int, ...], pool: ThreadPoolExecutor) -> Case:
     width = edges[-1]
-    rows, asked = (torch.from_numpy(gathered(number, width, seed)) for number, seed in ((1100, 0), (queries, 1)))
+    rows, asked = (torch.from_numpy(gathered(number, width, seed)) for number, seed in ((1700, 0), (queries, 1)))
     first = Leading(rows, "ip", Axes(torch.eye(width, dtype=torch.float64), edges))
     compared = Comparison(asked.double(), first.rows, "ip", first.largest, pool)
     codes = quantize(asked.double(), edges).codes.numpy().astype(np.int64), first.rows.codes.astype(np.int64)
@@ -96,6 +97,16 @@ VNNI = vectors.has_vnni()
 CASES = [(1, (0, 41)), (3, (0, 64, 200)), (9, (0, 5, 6)), (70, (0, 41)), (130, (0, 64, 128, 333)), (64, (0, 256, 512))]
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Rows are divided among as many tasks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("processor", [True, False])
 @pytest.mark.parametrize(("queries", "edges"), CASES)
 def test_products_of_codes(queries: int, edges: tuple[int, ...], processor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +114,7 @@ def test_products_of_codes(queries: int, edges: tuple[int, ...], processor: bool
     monkeypatch.setattr(vectors, "has_vnni", lambda: VNNI and processor)
     with ThreadPoolExecutor(2) as pool:
         first, compared, _, (asked, rows) = case(queries, edges, pool)
-        assert np.array_equal(compared.products(slice(7, 1093)), asked[:, : edges[1]] @ rows[7:1093, : edges[1]].T)
+        assert np.array_equal(compared.products(slice(7, 1693)), asked[:, : edges[1]] @ rows[7:1693, : edges[1]].T)
     sums, ready = np.empty((QUERIES, ROWS), np.int32), np.zeros(len(edges), np.uint8)
     picked = np.arange(queries)[:QUERIES][:: -(-queries // 40)]
     places = np.concatenate([picked, np.full(8, -1)])
@@ -115,6 +126,7 @@ def test_products_of_codes(queries: int, edges: tuple[int, ...], processor: bool
             assert np.array_equal(sums[picked, : tile[2] - tile[1]], expected)
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("processor", [True, False])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("queries", "edges"), CASES)
@@ -125,7 +137,7 @@ def test_pairs_that_reach_the_threshold(
     monkeypatch.setattr(vectors, "has_vnni", lambda: VNNI and processor)
     with ThreadPoolExecutor(2) as pool:
         _, compared, exact, (_, rows) = case(queries, edges, pool)
-        part, own, their = slice(7, 1093), compared.queries, compared.rows
+        part, own, their = slice(7, 1693), compared.queries, compared.rows
         exact, rows = exact[:, part], their.scales[part, None].astype(float) * rows[part]
         fine = own.fine_steps[:, None].astype(float) * own.fine
         room = own.reach[:, -1:] * their.errors[-1] * their.scales[part] + own.missed[:, None] * their.tails[0, part]
@@ -158,7 +170,7 @@ def test_more_pairs_than_there_is_room_for_at_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(first_pass, "FOUND", 100)
     with ThreadPoolExecutor(2) as pool:
         _, compared, exact, _ = case(20, (0, 8, 16, 32), pool)
-        kth, part = torch.from_numpy(np.quantile(exact, 0.3, axis=1)), slice(0, 1100)
+        kth, part = torch.from_numpy(np.quantile(exact, 0.3, axis=1)), slice(0, 1700)
         who, row = compared.reaching(part, kth, compared.products(part))
         monkeypatch.undo()
         again = compared.reaching(part, kth, np.empty((0, 0), np.int32))

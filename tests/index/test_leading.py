@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from beauty_bafe.index import leading
 from beauty_bafe.index.axes import Axes, learn_axes
+from beauty_bafe.index.comparison import FINER
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.index.leading import Leading
 
@@ -152,14 +155,47 @@ def test_rounding_errors_of_later_blocks_count(queries: int) -> None:
 
 @pytest.mark.parametrize("queries", [3, 20])
 def test_rounding_errors_of_a_query_add_up_over_blocks(queries: int) -> None:
-    """The best row points where the query is rounded, in two blocks; for 20 queries they are multiplied for all rows."""
+    """The best row points where the query is rounded, in two blocks, which for 20 queries are multiplied for all rows.
+
+    Where the others have something `aside`, all but one are ruled out after these, and the third block is multiplied by row.
+    """
     asked, gallery = np.zeros((queries, 192), np.float32), np.zeros((200, 192), np.float32)
     asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
     gallery[0, 1:64] = gallery[0, 65:128] = 1
-    for others in (0.2, 0.35):
-        gallery[1:, 0] = others * np.linspace(0.5, 1, 199)
+    for others, (least, aside) in itertools.product((0.2, 0.35, 0.4, 0.45), ((0.98, 0), (0.7, 0.2))):
+        gallery[1:, 0], gallery[1:, 64] = others * np.array([1, *[least] * 198]) + aside, -aside
         index = on_axes(gallery, "ip", Axes(torch.eye(192, dtype=torch.float64), (0, 64, 128, 192)))
         assert np.array_equal(index.search(asked, names(queries), 1).positions, slow(gallery, asked, "ip", 1)[0])
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+def test_finer_codes_of_a_query_are_rounded_too(queries: int) -> None:
+    """By nearly half of their step, and the best row points that way."""
+    asked, gallery = np.zeros((queries, 192), np.float32), np.zeros((200, 192), np.float32)
+    asked[:, 0], asked[:, 1:64], gallery[0, 1:64] = 127, 0.49 / FINER, 1
+    for others in (0.6, 0.9, 0.99):
+        gallery[1:, 0] = others * gallery[0] @ asked[0] / 127
+        index = on_axes(gallery, "ip", Axes(None, (0, 64, 192)))
+        assert np.array_equal(index.search(asked, names(queries), 1).positions, slow(gallery, asked, "ip", 1)[0])
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+def test_the_largest_products_fit(queries: int) -> None:
+    """All codes of queries and rows are the largest ones."""
+    gallery = np.full((30, 2200), 0.5, np.float32)
+    gallery[7] = 1
+    assert (
+        ExactIndex("ip", "cpu", "int8")
+        .fit(gallery, names(30))
+        .search(gallery[:1].repeat(queries, 0), names(queries), 1)
+        .positions
+        == 7
+    ).all()
+
+
+def test_too_many_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"int8 takes up to 133144 dimensions, vectors have 133145; type index.first_pass=fl"):
+        Leading(torch.zeros(1, 133_145), "ip")
 
 
 def test_rounding_errors_of_a_query_count_for_rows_that_lie_in_its_first_block() -> None:
