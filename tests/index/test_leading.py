@@ -157,7 +157,7 @@ def test_rounding_errors_of_later_blocks_count(queries: int) -> None:
 def test_rounding_errors_of_a_query_add_up_over_blocks(queries: int) -> None:
     """The best row points where the query is rounded, in two blocks, which for 20 queries are multiplied for all rows.
 
-    Where the others have something `aside`, all but one are ruled out after these, and the third block is multiplied by row.
+    Where the others have something `aside`, all but one are ruled out after these; the third block is multiplied row by row.
     """
     asked, gallery = np.zeros((queries, 192), np.float32), np.zeros((200, 192), np.float32)
     asked[:, ::64], asked[:, 1:64], asked[:, 65:128] = 127, 0.49, 0.49
