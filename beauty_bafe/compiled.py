@@ -16,6 +16,24 @@ from numba.extending import intrinsic
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
+def load(builder, data, place, kind):  # type: ignore[no-untyped-def]
+    """In `generate` of an intrinsic: the value of a kind of LLVM, such as a vector, at a place, which need not be aligned."""
+    value = builder.load(builder.bitcast(builder.gep(data, [place]), kind.as_pointer()))
+    value.align = 1
+    return value
+
+
+def store(builder, value, data, place):  # type: ignore[no-untyped-def]
+    """In `generate` of an intrinsic: write a value to a place, which need not be aligned."""
+    builder.store(value, builder.bitcast(builder.gep(data, [place]), value.type.as_pointer())).align = 1
+
+
+def repeat(builder, value, lanes):  # type: ignore[no-untyped-def]
+    """In `generate` of an intrinsic: a vector of the same number in all lanes."""
+    alone = builder.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, ir.IntType(32)(0))
+    return builder.shuffle_vector(alone, alone, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop that releases the GIL; callers split the work among threads."""
     try:

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from ..compiled import compiled, prefetch
+from ..compiled import compiled, load, prefetch, repeat, store
 
 LANES, STEP = 16, 4  # rows of a vector, and numbers of each row that an instruction multiplies
 GROUPS, TOGETHER = 4, 4  # vectors of rows, and queries, that are multiplied at a time, so that their sums stay in registers
@@ -68,7 +68,7 @@ def _transpose(_typing, codes, row, column, packed, place):
         rows = []
         for lane in range(LANES):
             offset = builder.mul(builder.add(arguments[1], PLACE(lane)), stride)
-            rows.append(_load(builder, data, builder.add(offset, arguments[2]), VECTOR))
+            rows.append(load(builder, data, builder.add(offset, arguments[2]), VECTOR))
         for size in (1, 2, 4, 8):  # exchange the corners of squares of this size
             low = [lane if lane & size == 0 else LANES + lane - size for lane in range(LANES)]
             high = [lane + size if lane & size == 0 else LANES + lane for lane in range(LANES)]
@@ -79,7 +79,7 @@ def _transpose(_typing, codes, row, column, packed, place):
                 )
         shift = ir.Constant(VECTOR, [SHIFT * 0x01010101] * LANES)
         for lane, some in enumerate(rows):
-            _store(builder, builder.xor(some, shift), out, builder.add(arguments[4], PLACE(LANES * lane)))
+            store(builder, builder.xor(some, shift), out, builder.add(arguments[4], PLACE(LANES * lane)))
         return context.get_dummy_value()
 
     return types.void(codes, types.intp, types.intp, packed, types.intp), generate
@@ -95,45 +95,43 @@ def add_products(_typing, packed, start, steps, codes, queries, shifts, sums, pl
     """
 
     def generate(context, builder, signature, arguments):
-        if _HAS_VNNI:
-            arrays = [context.make_array(signature.args[place])(context, builder, arguments[place]).data for place in (0, 3, 6)]
-            own = [cgutils.unpack_tuple(builder, arguments[place]) for place in (4, 5, 7)]
-            _generate_products(builder, arrays, arguments[1], arguments[2], *own, arguments[8])
+        if not _HAS_VNNI:
+            return context.get_dummy_value()
+        data = [context.make_array(signature.args[place])(context, builder, arguments[place]).data for place in (0, 3, 6)]
+        queries, shifts, places = (cgutils.unpack_tuple(builder, arguments[place]) for place in (4, 5, 7))
+        packed, codes, sums = (
+            builder.bitcast(one, kind.as_pointer()) for one, kind in zip(data, (WORD, BYTE, WORD), strict=True)
+        )
+        kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
+        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+
+        group = builder.mul(arguments[2], PLACE(LANES))
+        groups = [builder.add(arguments[1], builder.mul(group, PLACE(count))) for count in range(GROUPS)]
+        totals = [
+            [cgutils.alloca_once_value(builder, repeat(builder, builder.neg(shift), LANES)) for _ in groups] for shift in shifts
+        ]
+        with cgutils.for_range(builder, arguments[2]) as loop:
+            step, column = (builder.mul(loop.index, PLACE(size)) for size in (LANES, STEP))
+            rows = [load(builder, packed, builder.add(one, step), VECTOR) for one in groups]
+            for query, own in zip(queries, totals, strict=True):
+                four = repeat(builder, load(builder, codes, builder.add(query, column), WORD), LANES)
+                for total, some in zip(own, rows, strict=True):
+                    builder.store(builder.call(multiply, [builder.load(total), some, four]), total)
+
+        outs = [builder.add(place, PLACE(LANES * count)) for place in places for count in range(GROUPS)]
+        found = [builder.load(total) for own in totals for total in own]
+        with builder.if_else(builder.trunc(arguments[8], ir.IntType(1))) as (adding, writing):
+            with adding:
+                before = [load(builder, sums, out, VECTOR) for out in outs]  # all first, as places can be repeated
+                for out, total, old in zip(outs, found, before, strict=True):
+                    store(builder, builder.add(total, old), sums, out)
+            with writing:
+                for out, total in zip(outs, found, strict=True):
+                    store(builder, total, sums, out)
         return context.get_dummy_value()
 
     each, numbers = types.UniTuple(types.intp, TOGETHER), types.UniTuple(types.int32, TOGETHER)
     return types.void(packed, types.intp, types.intp, codes, each, numbers, sums, each, types.boolean), generate
-
-
-def _generate_products(builder, arrays, start, steps, queries, shifts, places, add):
-    """Write the instructions of `add_products`."""
-    packed, codes, sums = (
-        builder.bitcast(data, kind.as_pointer()) for data, kind in zip(arrays, (WORD, BYTE, WORD), strict=True)
-    )
-    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
-    multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-
-    group = builder.mul(steps, PLACE(LANES))
-    groups = [builder.add(start, builder.mul(group, PLACE(count))) for count in range(GROUPS)]
-    totals = [[cgutils.alloca_once_value(builder, _spread(builder, builder.neg(shift))) for _ in groups] for shift in shifts]
-    with cgutils.for_range(builder, steps) as loop:
-        step, column = (builder.mul(loop.index, PLACE(size)) for size in (LANES, STEP))
-        rows = [_load(builder, packed, builder.add(one, step), VECTOR) for one in groups]
-        for query, own in zip(queries, totals, strict=True):
-            four = _spread(builder, _load(builder, codes, builder.add(query, column), WORD))
-            for total, some in zip(own, rows, strict=True):
-                builder.store(builder.call(multiply, [builder.load(total), some, four]), total)
-
-    outs = [builder.add(place, PLACE(LANES * count)) for place in places for count in range(GROUPS)]
-    found = [builder.load(total) for own in totals for total in own]
-    with builder.if_else(builder.trunc(add, ir.IntType(1))) as (adding, writing):
-        with adding:
-            before = [_load(builder, sums, out, VECTOR) for out in outs]  # all first, as places can be repeated
-            for out, total, old in zip(outs, found, before, strict=True):
-                _store(builder, builder.add(total, old), sums, out)
-        with writing:
-            for out, total in zip(outs, found, strict=True):
-                _store(builder, total, sums, out)
 
 
 @intrinsic
@@ -161,9 +159,9 @@ def dot(_typing, values, place, codes, row, start, lines):
             at = builder.mul(loop.index, PLACE(LINE))
             for half, total in enumerate(totals):
                 own = builder.add(at, PLACE(half * LINE // 2))
-                narrow = _load(builder, right, builder.add(right_at, own), ir.VectorType(BYTE, LINE // 2))
+                narrow = load(builder, right, builder.add(right_at, own), ir.VectorType(BYTE, LINE // 2))
                 wide = builder.bitcast(builder.sext(narrow, ir.VectorType(HALF, LINE // 2)), VECTOR)
-                some = _load(builder, left, builder.add(left_at, own), VECTOR)
+                some = load(builder, left, builder.add(left_at, own), VECTOR)
                 builder.store(builder.call(multiply, [builder.load(total), some, wide]), total)
         both = builder.add(*(builder.load(total) for total in totals))
         kind = ir.FunctionType(WORD, [VECTOR])
@@ -190,9 +188,9 @@ def keep(_typing, products, query, factors, floor, own, size, base, pairs, count
             context.make_array(signature.args[4].dtype)(context, builder, one).data
             for one in cgutils.unpack_tuple(builder, arguments[4])
         ]
-        step, change, moved, tail = (_spread(builder, one) for one in cgutils.unpack_tuple(builder, arguments[2]))
-        least, lanes = _spread(builder, arguments[3]), ir.Constant(VECTOR, list(range(LANES)))
-        size, base = (_spread(builder, builder.trunc(arguments[at], WORD)) for at in (5, 6))
+        step, change, moved, tail = (repeat(builder, one, LANES) for one in cgutils.unpack_tuple(builder, arguments[2]))
+        least, lanes = repeat(builder, arguments[3], LANES), ir.Constant(VECTOR, list(range(LANES)))
+        size, base = (repeat(builder, builder.trunc(arguments[at], WORD), LANES) for at in (5, 6))
         found = cgutils.alloca_once_value(builder, arguments[8])
         kind = ir.FunctionType(VECTOR, [VECTOR, MASK, VECTOR])
         compress = cgutils.get_or_insert_function(builder.module, kind, f"llvm.experimental.vector.compress.v{LANES}i32")
@@ -202,17 +200,17 @@ def keep(_typing, products, query, factors, floor, own, size, base, pairs, count
         groups = builder.udiv(builder.add(arguments[5], PLACE(LANES - 1)), PLACE(LANES))
         with cgutils.for_range(builder, groups) as loop:
             first = builder.mul(loop.index, PLACE(LANES))
-            scales, lengths, tails, offsets = (_load(builder, one, first, REALS) for one in rows)
-            whole = _load(builder, builder.bitcast(row, WORD.as_pointer()), first, VECTOR)
+            scales, lengths, tails, offsets = (load(builder, one, first, REALS) for one in rows)
+            whole = load(builder, builder.bitcast(row, WORD.as_pointer()), first, VECTOR)
             known = builder.fadd(builder.fmul(step, builder.sitofp(whole, REALS), flags=fast), change, flags=fast)
             bound = builder.fsub(builder.fmul(known, scales, flags=fast), offsets, flags=fast)
             for left, right in ((moved, lengths), (tail, tails)):
                 bound = builder.fadd(bound, builder.fmul(left, right, flags=fast), flags=fast)
-            places = builder.add(_spread(builder, builder.trunc(first, WORD)), lanes)
+            places = builder.add(repeat(builder, builder.trunc(first, WORD), LANES), lanes)
             reaches = builder.and_(builder.fcmp_unordered(">=", bound, least), builder.icmp_signed("<", places, size))
             chosen = builder.call(compress, [builder.add(places, base), reaches, ir.Constant(VECTOR, ir.Undefined)])
             so_far = builder.load(found)
-            _store(builder, chosen, builder.bitcast(target.data, WORD.as_pointer()), so_far)
+            store(builder, chosen, builder.bitcast(target.data, WORD.as_pointer()), so_far)
             more = builder.call(number, [builder.bitcast(reaches, ir.IntType(LANES))])
             builder.store(builder.add(so_far, builder.zext(more, PLACE)), found)
         return builder.load(found)
@@ -220,20 +218,3 @@ def keep(_typing, products, query, factors, floor, own, size, base, pairs, count
     arrays = types.UniTuple(types.Array(types.float32, 1, "C"), 4)
     reals = types.UniTuple(types.float32, 4)
     return types.intp(products, types.intp, reals, types.float32, arrays, types.intp, types.intp, pairs, types.intp), generate
-
-
-def _spread(builder, value):
-    """A vector of LANES times the same number."""
-    kind = ir.VectorType(value.type, LANES)
-    alone = builder.insert_element(ir.Constant(kind, ir.Undefined), value, WORD(0))
-    return builder.shuffle_vector(alone, alone, ir.Constant(VECTOR, [0] * LANES))
-
-
-def _load(builder, data, place, kind):
-    value = builder.load(builder.bitcast(builder.gep(data, [place]), kind.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _store(builder, value, data, place):
-    builder.store(value, builder.bitcast(builder.gep(data, [place]), value.type.as_pointer())).align = 1

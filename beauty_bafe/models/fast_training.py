@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from .folding import find_norms, is_plain
 from .precision import fastest_precision
 
-WIDTH = 3  # the width of depthwise kernels whose bfloat16 gradients oneDNN computes fast
-
 
 def optimize_for_training(network: nn.Module, example: Tensor) -> None:
     """Speed up training of a network with fixed batch statistics, in place; its parameters and outputs do not change.
 
     Batch norms scale the weights of their convolution at every step instead of its output. Under bfloat16 autocast on a CPU
     that is fast at it, dense and depthwise convolutions clamp their output while they write it if a ReLU follows the norm, so
-    that NaN become 0, and depthwise convolutions compute their gradients in ways that are fast in oneDNN.
+    that NaN become 0, and the gradients of depthwise convolutions are computed by depthwise.py.
     """
     norms: dict[nn.Module, nn.BatchNorm2d] = dict(find_norms(network, example))
     for layer in network.modules():
@@ -70,7 +68,7 @@ def _convolve(layer: nn.Conv2d, norm: nn.BatchNorm2d | None, limit: float | None
         weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias + shift * scale
     halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     quick = halved and inputs.device.type == "cpu" and fastest_precision("cpu").startswith("bf16")
-    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1 and layer.kernel_size[1] >= WIDTH
+    depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
     if (
         quick
         and (depthwise or (limit is not None and layer.groups == 1))
@@ -113,9 +111,7 @@ def _frame(length: int, kernel: int, stride: int, padding: int | None) -> _Frame
 class _Convolution(torch.autograd.Function):
     """A convolution in bfloat16, dense or depthwise, that can clamp its output to 0..limit, with fast gradients.
 
-    oneDNN is slow at the gradients of depthwise convolutions in bfloat16. That of the inputs is therefore computed as a
-    convolution with the kernel turned around for stride 1 (twice as fast), and in float32 for other strides (up to twenty
-    times as fast); that of weights by a compiled loop for kernels wider than 3; that of the bias as a plain sum.
+    oneDNN is slow at the gradients of depthwise convolutions in bfloat16, which are therefore computed by depthwise.py.
     """
 
     @staticmethod
@@ -151,48 +147,20 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (inputs, weight, output) = gradients, ctx.saved_tensors
+        (gradient,), (inputs, weight, output), rest = gradients, ctx.saved_tensors, (None,) * 4
+        if ctx.groups > 1:
+            from . import depthwise
+
+            before = [frame.padding - frame.start * step for frame, step in zip(ctx.frames, ctx.stride, strict=True)]
+            wanted = ctx.needs_input_grad
+            *found, shift = depthwise.gradients(gradient, output, ctx.limit, inputs, weight, ctx.stride, before, wanted[0])
+            return *found, shift if wanted[2] else None, *rest
         if ctx.limit is not None:
             gradient = torch.ops.aten.hardtanh_backward(gradient, output, 0.0, ctx.limit)
-        needed, back, change, shift = ctx.needs_input_grad[:3], None, None, None
-        padding = [frame.padding for frame in ctx.frames]
         full = F.pad(gradient, ctx.margins) if any(ctx.margins) else gradient
-        if ctx.groups == 1:
-            back, change, shift = _gradients(full, inputs, weight.bfloat16(), ctx.stride, padding, list(needed))
-            return back, change, shift, None, None, None, None
-        if needed[0]:
-            back = _input_gradient(full, inputs, weight, ctx.stride, padding)
-        if needed[1]:
-            change = _weight_gradient(gradient, inputs, weight, ctx.stride, ctx.frames)
-        if needed[2]:
-            shift = gradient.sum((2, 3)).float().sum(0)  # with dtype=float32, PyTorch would first convert the whole tensor
-        return back, change, shift, None, None, None, None
-
-
-def _gradients(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int], wanted: list[bool]
-) -> tuple[Tensor, ...]:
-    groups, biases = inputs.shape[1] // weight.shape[1], [len(weight)] if wanted[2] else None
-    return torch.ops.aten.convolution_backward(
-        gradient, inputs, weight, biases, stride, padding, [1, 1], False, [0, 0], groups, wanted
-    )
-
-
-def _input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    """The gradient of a depthwise convolution's `inputs`, (B, C, H, W), bfloat16 or float32; `gradient` is bfloat16."""
-    around = [size - 1 - margin for size, margin in zip(weight.shape[2:], padding, strict=True)]
-    if stride == [1, 1] and min(around) >= 0:
-        return torch.conv2d(gradient, weight.flip(2, 3).bfloat16(), None, 1, around, 1, inputs.shape[1])
-    shape = torch.empty_like(inputs, dtype=torch.float32)  # this gradient needs only the shape of the inputs
-    return _gradients(gradient.float(), shape, weight, stride, padding, [True, False, False])[0]
-
-
-def _weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, stride: list[int], frames: Sequence[_Frame]) -> Tensor:
-    """The gradient of a depthwise convolution's `weight` (C, 1, K, L): float32; `gradient` and `inputs` are bfloat16."""
-    if weight.shape[3] == WIDTH and not any(frame.start for frame in frames):
-        padding = [frame.padding for frame in frames]
-        return _gradients(gradient, inputs, weight.bfloat16(), stride, padding, [False, True, False])[1].to(weight.dtype)
-    from .depthwise import weight_gradient
-
-    before = [frame.padding - frame.start * step for frame, step in zip(frames, stride, strict=True)]
-    return weight_gradient(gradient, inputs, weight.shape[2:], stride, before)
+        wanted = list(ctx.needs_input_grad[:3])
+        padding, biases = [frame.padding for frame in ctx.frames], [len(weight)] if wanted[2] else None
+        found = torch.ops.aten.convolution_backward(
+            full, inputs, weight.bfloat16(), biases, ctx.stride, padding, [1, 1], False, [0, 0], 1, wanted
+        )
+        return *found, *rest

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from beauty_bafe.models.depthwise import weight_gradient
+from beauty_bafe.models.depthwise import gradients
 from beauty_bafe.models.fast_training import _relu_limit, optimize_for_training
 
 
@@ -175,19 +175,54 @@ def test_processors_that_are_slow_in_bfloat16_are_left_alone(monkeypatch: pytest
         assert network(inputs).max() == 6
 
 
+@pytest.mark.parametrize("limit", [None, 6.0, math.inf])
+@pytest.mark.parametrize("channels", [6, 16, 40])  # less than a block, a block, blocks that overlap
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1), (3, 2)])
-@pytest.mark.parametrize(("kernel", "padding"), [((5, 5), (2, 2)), ((3, 7), (0, 3)), ((4, 5), (1, 0)), ((1, 3), (0, 1))])
-def test_the_gradient_of_depthwise_kernels(
-    kernel: tuple[int, int], padding: tuple[int, int], stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kernel", "padding"),
+    [((3, 3), (1, 1)), ((5, 5), (2, 2)), ((3, 7), (0, 3)), ((4, 5), (1, 0)), ((1, 3), (0, 4)), ((8, 1), (8, 0))],
+)
+def test_depthwise_gradients_against_float32(
+    kernel: tuple[int, int],
+    padding: tuple[int, int],
+    stride: tuple[int, int],
+    channels: int,
+    limit: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inputs = torch.randn(5, 6, 13, 16).bfloat16()
-    weight = torch.zeros(6, 1, *kernel, requires_grad=True)
-    output = F.conv2d(inputs.float(), weight, None, stride, padding, 1, 6)
-    back = torch.randn(output.shape).bfloat16()
-    (expected,) = torch.autograd.grad((output * back.float()).sum(), weight)
+    torch.manual_seed(0)
+    inputs = torch.randn(5, channels, 13, 9).bfloat16()
+    exact, weight = inputs.float().requires_grad_(), torch.randn(channels, 1, *kernel, requires_grad=True)
+    bias = torch.zeros(channels, requires_grad=True)
+    made = F.conv2d(exact, weight, bias, stride, padding, 1, channels)
+    made = made[..., : made.shape[2] - (made.shape[2] > 1), :]  # fewer rows than there could be
+    back = torch.randn(made.shape).bfloat16()
+    clamped = None if limit is None else (3 * torch.randn(made.shape) + 3).clamp(0, limit).bfloat16()
+    passed = back if clamped is None or limit is None else back * ((clamped > 0) & (clamped < limit))
+    expected = torch.autograd.grad((made * passed.float()).sum(), [exact, weight, bias])
     for threads in (1, 2, 8):  # more than pictures, too
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        torch.testing.assert_close(weight_gradient(back, inputs, kernel, stride, padding), expected, atol=1e-4, rtol=1e-4)
+        found = gradients(back, clamped, limit, inputs, weight, stride, padding)
+        assert found[0] is not None
+        torch.testing.assert_close(found[0].float(), expected[0], atol=1e-6, rtol=2**-8)  # nearest bfloat16 numbers
+        torch.testing.assert_close(found[1:], expected[1:], atol=1e-4, rtol=1e-5)
+    nothing, *rest = gradients(back, clamped, limit, inputs, weight, stride, padding, back=False)
+    assert nothing is None
+    torch.testing.assert_close(tuple(rest), found[1:])
+
+
+def test_depthwise_gradients_keep_what_is_not_a_number() -> None:
+    inputs, weight = torch.ones(1, 16, 5, 5).bfloat16(), torch.ones(16, 1, 3, 3)
+    back = torch.zeros(1, 16, 5, 5).bfloat16()
+    back[0, 3, 2, 2], back[0, 4, 2, 2] = math.nan, math.inf
+    first, change, shift = gradients(back, None, None, inputs, weight, (1, 1), (1, 1))
+    assert first is not None
+    for value in (first[0, 3, 1:4, 1:4], change[3], shift[3]):
+        assert value.isnan().all()
+    for value in (first[0, 4, 1:4, 1:4], change[4], shift[4]):
+        assert value.isposinf().all()
+    others = [channel for channel in range(16) if channel not in (3, 4)]
+    assert all((value == 0).all() for value in (first[0, others], change[others], shift[others]))
 
 
 @pytest.mark.parametrize(
