@@ -87,11 +87,10 @@ def find_holes(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
     backdrop = np.median(outside, axis=0)
     distance = reduce(cv2.max, cv2.split(cv2.absdiff(photo, np.append(backdrop, 0.0))))
     similar = ((distance < HOLE_EDGE) & (mask > 127)).view(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(similar, connectivity=4)
+    count, labels = cv2.connectedComponents(similar, connectivity=4)
     if count == 1:
         return np.zeros(mask.shape, bool)
-    same = np.bincount(labels[distance < HOLE_NOISE], minlength=count)
-    area = stats[:, cv2.CC_STAT_AREA]
+    area, same = (np.bincount(some, minlength=count) for some in (labels.ravel(), labels[distance < HOLE_NOISE]))
     holes = (area > MIN_HOLE * mask.size) & (same > 0.5 * area)
     holes[0] = False
     return holes[labels]

@@ -85,9 +85,8 @@ class PhotoCache:
         name = _identify(path, stamp(path))
         if name not in self.rows:
             raise ValueError(f"'{path}' changed during training; run the same command again, which will inspect it again")
-        shape = (self.size, self.size, 4)
-        # Mapped at each call: it takes microseconds, and nothing has to be sent to worker processes.
-        pixels = np.memmap(self.pixels, np.uint8, "r", self.rows[name] * int(np.prod(shape)), shape)
+        count = self.size * self.size * 4
+        pixels = np.fromfile(self.pixels, np.uint8, count, offset=self.rows[name] * count).reshape(self.size, self.size, 4)
         return Sample(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3))
 
     def _keep(self, name: str, result: LoadResult) -> None:
