@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
 from beauty_bafe.models.precision import fastest_precision, pick_device
-from beauty_bafe.process import keep_memory
+from beauty_bafe.process import SPINS, keep_memory
 
 CONF = (Path(__file__).parents[1] / "conf").resolve()
 WARM_UP = 3  # batches
@@ -178,7 +179,9 @@ def main() -> None:
         for turn in range(arguments.rounds):  # in turns, as the machine may be shared
             for way, results in rows.items():
                 words = [sys.executable, *sys.argv, "--child", f"{objective} {way}"]
-                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+                # Set before torch is imported, as train.py does.
+                spins = {"GOMP_SPINCOUNT": str(SPINS)} if way == "ours" else {}
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=spins | dict(os.environ))
                 results.append(json.loads(done.stdout.splitlines()[-1]))
                 rates = ", ".join(f"{part} {value:.1f}" for part, value in results[-1].items())
                 print(f"turn {turn + 1} of {arguments.rounds}, {way}: {rates}", file=sys.stderr, flush=True)
