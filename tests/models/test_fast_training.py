@@ -225,6 +225,15 @@ def test_depthwise_gradients_keep_what_is_not_a_number() -> None:
     assert all((value == 0).all() for value in (first[0, others], change[others], shift[others]))
 
 
+def test_depthwise_gradients_are_rounded_to_the_nearest_or_even_number() -> None:
+    weight = 1 + torch.arange(32).view(32, 1, 1, 1) / 256  # every second one is halfway between two bfloat16 numbers
+    weight[-1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # NaN, of which rounding would make -0
+    ones = torch.ones(1, 32, 2, 3).bfloat16()
+    first, *_ = gradients(ones, None, None, ones, weight, (1, 1), (0, 0))
+    assert first is not None
+    torch.testing.assert_close(first, weight.bfloat16().view(1, 32, 1, 1).expand_as(first), atol=0, rtol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "options",
     [
