@@ -17,14 +17,14 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def load(builder, data, place, kind):  # type: ignore[no-untyped-def]
-    """In `generate` of an intrinsic: the value of a kind of LLVM, such as a vector, at a place, which need not be aligned."""
+    """In `generate` of an intrinsic: a value of an LLVM type, such as a vector, read from a place that need not be aligned."""
     value = builder.load(builder.bitcast(builder.gep(data, [place]), kind.as_pointer()))
     value.align = 1
     return value
 
 
 def store(builder, value, data, place):  # type: ignore[no-untyped-def]
-    """In `generate` of an intrinsic: write a value to a place, which need not be aligned."""
+    """In `generate` of an intrinsic: write a value to a place that need not be aligned."""
     builder.store(value, builder.bitcast(builder.gep(data, [place]), value.type.as_pointer())).align = 1
 
 
