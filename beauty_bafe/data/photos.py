@@ -53,7 +53,7 @@ def inspect_photo(path: Place, size: int) -> LoadResult:
 
 
 class PhotoCache:
-    """Photos and masks of one size in `folder`: photos.u8, uint8 (N, S, S, 4) read through a memory map, and photos.jsonl.
+    """Photos and masks of one size in `folder`: photos.u8, uint8 (N, S, S, 4), and photos.jsonl.
 
     Photos are identified by path and stamp, so that a changed file is inspected again; catalogues can share a cache.
     """

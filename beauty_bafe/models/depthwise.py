@@ -38,11 +38,11 @@ def gradients(
     padding: Sequence[int],
     back: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of inputs, bfloat16 (B, C, H, W), or None unless `back`; weights, float32 (C, 1, K, L); biases, (C,).
+    """The gradients of the inputs, bfloat16 (B, C, H, W), None unless `back`; of the weights and of the biases, float32.
 
-    `gradient`: of the outputs, bfloat16 (B, C, P, Q). `output`: these, if they were clamped to 0..`limit`; both None if not.
-    `inputs`: bfloat16 (B, C, H, W). `weight`: (C, 1, K, L). `padding`: zeros above and to the left of the inputs, at least 0;
-    there are as many below and to the right as the outputs need.
+    `gradient`: of the outputs, bfloat16 (B, C, P, Q). `output`: the outputs, if they were clamped to 0..`limit`; otherwise
+    both are None. `inputs`: bfloat16 (B, C, H, W). `weight`: (C, 1, K, L). `padding`: zeros above and to the left of the
+    inputs, at least 0; there are as many below and to the right as the outputs need.
     """
     channels, _, height, width = weight.shape
     if channels < LANES:
@@ -132,7 +132,8 @@ def _add_gradients(inputs, gradient, output, back, starts, weights, sums, shifts
 def _read(array, row):
     """Read a row in order, which brings it into the caches several times as fast as reading some channels of every place.
 
-    Returns a sum, as the compiler would otherwise leave it out. Processors drop many requests by `prefetch`.
+    Returns a sum, as the compiler would otherwise leave it out. `prefetch` is no substitute: processors drop many of its
+    requests.
     """
     total = 0
     for column in range(0, array.shape[1], LINE):
@@ -249,7 +250,7 @@ def convolve(_typing, rest, start, weights, at, steps, counts, halves, place, st
 
 
 def _data(context, builder, signature, arguments, *places):
-    """Pointers to the numbers of arrays."""
+    """Pointers to the first numbers of the arrays at these places of the arguments."""
     kinds = {types.uint16: HALF, types.float32: REAL}
     arrays = {place: context.make_array(signature.args[place])(context, builder, arguments[place]) for place in places}
     return [builder.bitcast(array.data, kinds[signature.args[place].dtype].as_pointer()) for place, array in arrays.items()]
@@ -270,10 +271,10 @@ def _widened(builder, halves):
 
 
 def _narrowed(builder, reals):
-    """From float32 to bits of the nearest bfloat16 numbers; of two, the even one."""
-    sixteen, one, half = (ir.Constant(WORDS, [number] * LANES) for number in (16, 1, 0x7FFF))
+    """From float32 to bits of the nearest bfloat16 numbers; of two equally near ones, the even one."""
+    sixteen, one, below_half = (ir.Constant(WORDS, [number] * LANES) for number in (16, 1, 0x7FFF))
     bits = builder.bitcast(reals, WORDS)
     odd = builder.and_(builder.lshr(bits, sixteen), one)
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, half)), sixteen)
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, below_half)), sixteen)
     invalid = builder.fcmp_unordered("uno", reals, reals)
     return builder.trunc(builder.select(invalid, ir.Constant(WORDS, [0x7FC0] * LANES), rounded), HALVES)
