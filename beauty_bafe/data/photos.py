@@ -68,7 +68,7 @@ class PhotoCache:
         """The result of each photo; `inspect` is called only for new ones. The pixels of usable photos are cached.
 
         A photo is listed only when its pixels are on disk, so that a killed run can continue. Only one process at a time
-        fills the cache. Raises OSError if the disk is full.
+        fills the cache. Raises OSError if the disk is full, ValueError if a part of the cache is missing.
         """
         names = [_identify(path, found) for path, found in zip(catalog.paths, stamps(catalog.paths), strict=True)]
         with locked([self.folder]):
@@ -114,6 +114,12 @@ class PhotoCache:
             self.list.write_bytes(whole)
         for line in whole.splitlines():
             self._add(*json.loads(line))
+        held = self.pixels.stat().st_size if self.pixels.exists() else 0
+        if held < len(self.rows) * self.size * self.size * 4:
+            raise ValueError(
+                f"'{self.pixels}' is too short for the {len(self.rows)} photos that {self.list.name} lists: it was cut off, or "
+                f"not copied completely; delete the folder '{self.folder}' and run the same command again"
+            )
 
     def _add(self, name: str, row: int | None, reason: str, unreadable: bool) -> None:
         self.results[name] = LoadResult(reason, unreadable)

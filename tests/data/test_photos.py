@@ -70,6 +70,17 @@ def test_a_killed_run_goes_on(shop: Catalog, tmp_path: Path) -> None:
     assert np.array_equal(PhotoCache(tmp_path / "cache", 64).fill(shop, Inspector(0)), cache.fill(shop, Inspector(0)))
 
 
+def test_pixels_that_were_cut_off_are_noticed(shop: Catalog, tmp_path: Path) -> None:
+    cache = PhotoCache(tmp_path / "cache", 64)
+    cache.fill(shop, Inspector())
+    os.truncate(cache.pixels, cache.pixels.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"photos\.u8' is too short for the \d+ photos that photos\.jsonl lists.*delete"):
+        PhotoCache(tmp_path / "cache", 64).fill(shop, Inspector())
+    cache.pixels.unlink()
+    with pytest.raises(ValueError, match="too short"):
+        PhotoCache(tmp_path / "cache", 64).fill(shop, Inspector())
+
+
 def test_a_full_disk_says_what_to_type(shop: Catalog, tmp_path: Path) -> None:
     cache = PhotoCache(tmp_path / "cache", 64)
     cache.folder.mkdir(parents=True)
