@@ -21,6 +21,7 @@ ELSEWHERE = {
     "train": ("pooling", "ensemble", "extraction", "index", "rerank", "query"),
     "retrieve": ("objective", "data", "augmentation", "trainer"),
     "serve": (),
+    "verifier": ("objective", "data", "augmentation", "trainer"),
 }
 
 
@@ -60,9 +61,9 @@ def find_fault(conf: Path, config_name: str, arguments: Sequence[str]) -> str | 
                 else ""
             )
             return f"{key} is a setting of {other}.py and has no effect here{hint}"
-        if config_name == "retrieve" and key == "retrieval.enlarge":
+        if config_name in ("retrieve", "verifier") and key == "retrieval.enlarge":
             return "retrieval is a setting of train.py; here type size=PIXELS"
-        if config_name == "retrieve" and group == "retrieval":
+        if config_name in ("retrieve", "verifier") and group == "retrieval":
             return f"retrieval is a setting of train.py; here type {rest or 'pooling'}={value if rest else 'NAME'}"
         if (
             override in groups

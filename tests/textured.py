@@ -6,6 +6,9 @@ import cv2
 import numpy as np
 import torch
 
+from beauty_bafe.rerank.dense import Pair
+from beauty_bafe.rerank.pair_network import SIDE
+
 SIZE = 200
 
 
@@ -35,3 +38,14 @@ def scene(size: int, top: int, left: int, height: int, width: int) -> tuple[torc
     picture[..., top : top + height, left : left + width] = quarters.repeat_interleave(width // 2, 1)
     mask[..., top : top + height, left : left + width] = 1
     return picture, mask
+
+
+def product(seed: int) -> np.ndarray:
+    """A product of random blocks and its mask, uint8 (SIDE, SIDE, 4)."""
+    picture = textured(seed)
+    mask = (picture.min(axis=2) < 255).astype(np.uint8) * 255
+    return cv2.resize(np.dstack([picture, mask]), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+
+
+def pair(query: np.ndarray, candidate: np.ndarray, inliers: float = 0.0) -> Pair:
+    return Pair(query, candidate, np.eye(3), inliers)

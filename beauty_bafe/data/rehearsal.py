@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+from rich.progress import track
 
 from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import Backgrounds
@@ -15,6 +17,9 @@ from .catalog import Catalog, open_catalog
 from .photos import load_photo
 from .pictures import UnreadablePicture
 
+log = logging.getLogger("beauty_bafe")
+
+PROGRESS_ABOVE = 32  # views up to which no progress is shown
 SIDE = 640  # pixels of a street view; re-ranking needs more detail than a network
 
 
@@ -29,20 +34,26 @@ class Rehearsal:
     augmentation: Augmentation
     backgrounds: str | None = None
 
-    def draw(self, catalog: Catalog, folder: Path) -> Catalog:
+    def draw(self, catalog: Catalog, folder: Path, seed: tuple[int, ...] = (0,)) -> Catalog:
         """Street views of a catalogue's photos, written to `folder`; none if no product can be segmented."""
         photos = Backgrounds(None if self.backgrounds is None else open_catalog(self.backgrounds))
-        return draw_street_views(catalog, self.views, self.augmentation, photos, SIDE, folder)
+        return draw_street_views(catalog, self.views, self.augmentation, photos, SIDE, folder, seed)
 
 
 def draw_street_views(
-    catalog: Catalog, count: int, augmentation: Augmentation, backgrounds: Backgrounds, size: int, folder: Path
+    catalog: Catalog,
+    count: int,
+    augmentation: Augmentation,
+    backgrounds: Backgrounds,
+    size: int,
+    folder: Path,
+    seed: tuple[int, ...] = (0,),
 ) -> Catalog:
     """Write augmented views of `count` photos, sampled without replacement, to `folder`; each has the id of its photo.
 
     Photos whose product cannot be segmented are skipped. Files that would not change are not written again.
     """
-    order = np.random.default_rng((0, len(catalog))).permutation(len(catalog)).tolist()
+    order = np.random.default_rng((*seed, len(catalog))).permutation(len(catalog)).tolist()
     photos: dict[int, Sample] = {}
     for index in order:
         if len(photos) == count:
@@ -58,9 +69,10 @@ def draw_street_views(
         return photos[chosen[draw_other(rng, number, len(chosen))]]
 
     paths = []
-    for number, index in enumerate(chosen):
+    quiet = len(chosen) <= PROGRESS_ABOVE or not log.isEnabledFor(logging.INFO)
+    for number, index in enumerate(track(chosen, f"drawing {len(chosen)} street views", disable=quiet)):
         surroundings = Surroundings(backgrounds, partial(other, number=number))
-        view = augmentation(*photos[index], surroundings, np.random.default_rng((0, number)))
+        view = augmentation(*photos[index], surroundings, np.random.default_rng((*seed, number)))
         paths.append(folder / f"{number:04d}.png")
         data = cv2.imencode(".png", cv2.cvtColor(view.photo, cv2.COLOR_RGB2BGR))[1].tobytes()
         if not paths[-1].is_file() or paths[-1].read_bytes() != data:

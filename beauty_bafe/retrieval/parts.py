@@ -48,6 +48,8 @@ def build_parts(cfg: DictConfig) -> Parts:
         "steps": list(steps),
         "view": str(view),
     }
+    # A network may be trained again to the same file.
+    settings |= {name: step.source for name, step in steps.items() if hasattr(step, "source")}
     about = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True)
     ensemble, index, rehearsal = instantiate(cfg.ensemble), instantiate(cfg.index), instantiate(cfg.rehearsal)
     return Parts(members, extraction, ensemble, view, index, list(steps.values()), rehearsal, about)
