@@ -24,7 +24,9 @@ from .local_features import score_candidates
 from .matching import Matcher, fit_geometry
 from .pair_network import SIDE, PairNetwork, stack_pictures
 
-HIGHEST = 8.0  # of the logits, to either side
+# Of the logits. The lowest is close to undecided: a photograph may show a side of the package that the catalogue does not,
+# which is little evidence against it (benchmarks/real.md).
+LOWEST, HIGHEST = -1.0, 8.0
 
 
 class Canvas(NamedTuple):
@@ -103,7 +105,7 @@ def stack_pairs(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DenseVerification(EvidenceReranker):
-    """Score each query's first candidates by similarity + weight x agreement, the logit of a PairNetwork.
+    """Score each query's first candidates by similarity + weight x agreement: the logit of a PairNetwork, LOWEST to HIGHEST.
 
     Only the first `compared` candidates are compared; the others have the lowest agreement of these. `network`: FILE written
     by `beauty-bafe verifier`. Raises ValueError if it is missing or of another network.
@@ -142,18 +144,18 @@ class DenseVerification(EvidenceReranker):
 
     def _score(self, query: Canvas, candidates: Sequence[Canvas]) -> np.ndarray:
         pairs = pair_up(query, candidates[: self.compared], self.matcher, self.detector.size)
-        agreement = score_pairs(self._network, pairs)
+        agreement = score_pairs(self._network, pairs).clip(LOWEST, HIGHEST)
         return np.pad(agreement, (0, len(candidates) - len(pairs)), constant_values=agreement.min())[:, None]
 
 
 @torch.inference_mode()
 def score_pairs(network: PairNetwork, pairs: Sequence[Pair]) -> np.ndarray:
-    """The logits of pairs, float32 (B,), -HIGHEST to HIGHEST."""
+    """The logits of pairs, float32 (B,)."""
     device = network.distances.device
     half = fastest_precision(device.type) == "bf16-mixed"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         logits = network(*(part.to(device) for part in stack_pairs(pairs)))
-    return logits.float().clamp(-HIGHEST, HIGHEST).cpu().numpy()
+    return logits.float().cpu().numpy()
 
 
 @lru_cache(maxsize=4)

@@ -25,6 +25,7 @@ from beauty_bafe.rerank.altered import alter
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
 from beauty_bafe.rerank.dense import (
     HIGHEST,
+    LOWEST,
     Canvas,
     CanvasExtractor,
     DenseVerification,
@@ -133,9 +134,7 @@ def test_training_tells_products_and_altered_copies_apart() -> None:
         train_pair_network(views[:1], 1, 0)
 
 
-def test_candidates_that_are_not_compared_rank_with_the_worst(
-    network: PairNetwork, saved: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_that_are_not_compared_rank_with_the_worst(network: PairNetwork, saved: str) -> None:
     step = DenseVerification(6, {"agreement": 1.0}, DETECTOR, MATCHER, compared=2, network=saved)
     none = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
     query, *candidates = (Canvas(none, product(seed)) for seed in (1, 1, 2, 3, 4))
@@ -143,8 +142,9 @@ def test_candidates_that_are_not_compared_rank_with_the_worst(
     expected = score_pairs(network, [pair(query.pixels, one.pixels) for one in candidates[:2]])
     np.testing.assert_allclose(scores[:2], expected, atol=0.05)  # bfloat16
     assert scores[2] == scores[3] == scores[:2].min()
-    monkeypatch.setattr(network.decide[-1], "bias", torch.nn.Parameter(torch.tensor([100.0])))
-    assert score_pairs(network, [pair(query.pixels, query.pixels)]) == HIGHEST
+    for bias, expected in [(100.0, HIGHEST), (-100.0, LOWEST)]:
+        step._network.decide[-1].bias.data.fill_(bias)
+        assert step._score(query, candidates).tolist() == [[expected]] * 4
 
 
 def test_a_file_that_is_missing_or_of_another_network_is_refused(tmp_path: Path) -> None:
