@@ -20,6 +20,7 @@ from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
 from beauty_bafe.models.fast_training import optimize_for_training
 from beauty_bafe.models.inference import Describer
 from beauty_bafe.models.views import View, cut_out, whiten
+from beauty_bafe.rerank.pair_network import SIDE, PairNetwork
 
 CUT, WHITE = partial(cut_out, fill=0.9), partial(whiten, threshold=0.5)
 POOLINGS = [
@@ -92,3 +93,13 @@ def test_the_first_pass_stays_on_its_device(metric: str, dtype: torch.dtype) -> 
         estimates = next(Rounded(torch.empty(900, 64), metric, "cuda", dtype).compare(queries, 7))
         found = [estimates.likely(7), *estimates.reaching(queries[:, 0])]
     assert {part.device.type for part in found} == {"cuda"}
+
+
+def test_comparing_pairs_stays_on_its_device() -> None:
+    network = PairNetwork(pretrained=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        to_gpu(network)
+        pictures = [drawn(4, 4, SIDE, SIDE) for _ in range(2)]
+        inliers = torch.ones(4, device="cuda")
+        logits = network(*pictures, inliers, inliers > 0)
+    assert logits.device.type == "cuda"
