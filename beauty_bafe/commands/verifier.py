@@ -1,4 +1,4 @@
-"""Train a verifier: beauty-bafe verifier checkpoints='[RUN/checkpoints/best.ckpt]' gallery=GALLERY output_dir=RUN"""
+"""Train a verifier: beauty-bafe verifier checkpoints='[RUN/checkpoints/best.ckpt]' gallery=GALLERY output_dir=VERIFIER"""
 
 from __future__ import annotations
 

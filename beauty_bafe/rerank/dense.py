@@ -124,7 +124,7 @@ class DenseVerification(EvidenceReranker):
         if self.network is None:
             raise ValueError(
                 "rerank.dense_verified.network=null: type the FILE that beauty-bafe verifier wrote, as in "
-                "rerank.dense_verified.network=RUN/verifier.safetensors"
+                "rerank.dense_verified.network=VERIFIER/verifier.safetensors"
             )
         if not Path(self.network).is_file():
             raise ValueError(f"rerank.dense_verified.network='{self.network}' is not a file; beauty-bafe verifier writes one")
