@@ -76,7 +76,10 @@ def verifier(cfg: DictConfig) -> Path:
             folder = output / f"views-{number}"
             drawn = parts.rehearsal.draw(gallery.catalog, folder, (1, cfg.seed, number))  # others than retrieve.py learns from
             if not len(drawn):
-                raise ValueError("no photo of the gallery is a file with a plain backdrop, of which street views can be drawn")
+                raise ValueError(
+                    "no photo of the gallery is a file with a plain backdrop, so no street views can be drawn; type "
+                    "gallery=FOLDER with catalogue photos of one product each"
+                )
             described = gallery.describe(drawn, str(folder), "street views of gallery pictures", skipped)
             [queries, *_], index = gallery.ensemble.transform(described), gallery.indexes[0]
             context = SearchContext(gallery.catalog, drawn, parts.extraction.root)
