@@ -15,7 +15,7 @@ from .conftest import ROOT
 
 PACKAGE = ROOT / "beauty_bafe"
 LOCAL = {"beauty_bafe", "tests", "train", "retrieve", *(file.stem for file in (ROOT / "benchmarks").glob("*.py"))}
-SHARED = {"cli", "compiled", "config", "extras", "manifest", "process", "versions", ""}
+SHARED = {"cli", "compiled", "config", "extras", "manifest", "process", "progress", "versions", ""}
 MAY_IMPORT = {
     "data": set[str](),
     "models": set[str](),

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.progress import track
 
+from ..progress import show_progress
 from .augmentation import Augmentation, Sample, Surroundings, draw_other
 from .backgrounds import Backgrounds
 from .catalog import Catalog, open_catalog
 from .photos import load_photo
 from .pictures import UnreadablePicture
-
-log = logging.getLogger("beauty_bafe")
 
 PROGRESS_ABOVE = 32  # views up to which no progress is shown
 SIDE = 640  # pixels of a street view; re-ranking needs more detail than a network
@@ -69,8 +66,8 @@ def draw_street_views(
         return photos[chosen[draw_other(rng, number, len(chosen))]]
 
     paths = []
-    quiet = len(chosen) <= PROGRESS_ABOVE or not log.isEnabledFor(logging.INFO)
-    for number, index in enumerate(track(chosen, f"drawing {len(chosen)} street views", disable=quiet)):
+    drawn = show_progress(chosen, f"drawing {len(chosen)} street views", len(chosen), PROGRESS_ABOVE)
+    for number, index in enumerate(drawn):
         surroundings = Surroundings(backgrounds, partial(other, number=number))
         view = augmentation(*photos[index], surroundings, np.random.default_rng((*seed, number)))
         paths.append(folder / f"{number:04d}.png")

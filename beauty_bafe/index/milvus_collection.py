@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from rich.progress import track
+
+from ..progress import show_progress
 
 MAX_RESULTS = 16384  # rows that Milvus returns at most, per query and per request
 BYTES = 8 << 20  # of vectors per message; the server rejects 64 MiB
@@ -208,8 +209,8 @@ class Collection:
     def insert(self, labels: np.ndarray, ids: Sequence[str], vectors: np.ndarray, categories: Sequence[str]) -> None:
         """Add rows, replacing those with the same label. Labels int64 (N,), vectors float32 (N, D)."""
         step = min(MAX_RESULTS, max(1, BYTES // (4 * vectors.shape[1])))
-        starts: Any = range(0, len(labels), step)
-        for start in track(starts, f"sending {len(labels)} vectors to Milvus") if len(labels) > PROGRESS_ABOVE else starts:
+        count, starts = len(labels), range(0, len(labels), step)
+        for start in show_progress(starts, f"sending {count} vectors to Milvus", count, PROGRESS_ABOVE):
             part = slice(start, start + step)
             rows = [
                 # The id is only for people to read, so invalid Unicode is escaped: rows are found by their label.
@@ -236,10 +237,8 @@ class Collection:
     def present(self, labels: np.ndarray) -> np.ndarray:
         """Which of these labels, int64 (N,), the collection holds now: bool (N,)."""
         found = np.zeros(len(labels), bool)
-        starts: Any = range(0, len(labels), MAX_RESULTS)
-        for start in (
-            track(starts, f"looking for {len(labels)} vectors in Milvus") if len(labels) > 20 * MAX_RESULTS else starts
-        ):
+        count, starts = len(labels), range(0, len(labels), MAX_RESULTS)
+        for start in show_progress(starts, f"looking for {count} vectors in Milvus", count, 20 * MAX_RESULTS):
             part = labels[start : start + MAX_RESULTS]
             with self.server.client("list its rows") as client:
                 rows = self._query(client, f"label in {part.tolist()}", ["label"], "Strong")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from rich.progress import track
 
 from ..extraction.features import unit
 from ..index.base import Index
+from ..progress import show_progress
 from .candidates import Candidates, reorder, with_depth
 
 BLOCK = 1024  # gallery rows used as queries at a time
@@ -58,7 +58,7 @@ class GalleryAugmentation:
         index, rows = candidates.index, len(candidates.index)
         augmented = np.empty((rows, index.dimensions), np.float32)
         starts = range(0, rows, BLOCK)
-        for start in track(starts, f"augmenting {rows} gallery descriptors") if rows > PROGRESS_ABOVE else starts:
+        for start in show_progress(starts, f"augmenting {rows} gallery descriptors", rows, PROGRESS_ABOVE):
             names = index.ids[start : start + BLOCK]
             block = index.get(names)
             near = replace(candidates, ranking=index.search(block, names, min(self.n + 1, rows)))
@@ -171,9 +171,9 @@ def _rescore(candidates: Candidates, depth: int, score: Callable[[np.ndarray, np
     """
     candidates = with_depth(candidates, depth)
     positions = candidates.ranking.positions[:, :depth]
-    queries = range(len(positions))
+    count = len(positions)
     values = np.empty(positions.shape, np.float32)
-    for row in track(queries, f"re-ranking {len(positions)} queries") if len(positions) > PROGRESS_ABOVE else queries:
+    for row in show_progress(range(count), f"re-ranking {count} queries", count, PROGRESS_ABOVE):
         values[row] = score(unit(candidates.queries.vectors[row]), unit(candidates.vectors(depth, slice(row, row + 1))[0]))
     return reorder(candidates, values)
 

@@ -12,7 +12,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from rich.progress import track
 from threadpoolctl import threadpool_limits
 
 from ..data.catalog import Catalog
@@ -25,6 +24,7 @@ from ..extraction.local import PREPROCESSING
 from ..extraction.store import Picture, Store
 from ..manifest import digest, locked
 from ..process import TemporarySetting
+from ..progress import show_progress
 from .candidates import Candidates
 
 log = logging.getLogger("beauty_bafe")
@@ -94,15 +94,11 @@ def score_candidates(
     with ThreadPoolExecutor(default_workers()) as threads, threadpool_limits(1), one_opencv_thread, one_torch_thread:
         features_of = gallery.load(needed, threads)
         what, start = f"{len(positions)} queries with {positions.shape[1]} candidates each", time.perf_counter()
-        scored = list(_progress(threads.map(score_query, range(len(positions))), f"matching {what}", len(positions)))
+        found = threads.map(score_query, range(len(positions)))
+        scored = list(show_progress(found, f"matching {what}", len(positions), PROGRESS_ABOVE))
         if len(positions) > PROGRESS_ABOVE:
             log.info(f"matched {what}: {len(positions) / (time.perf_counter() - start):.1f} queries per second")
         return np.array(scored)
-
-
-def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    """Show progress if there are many items and the package's logger is at INFO, which an importing program controls."""
-    return track(items, what, total=total, disable=total <= PROGRESS_ABOVE or not log.isEnabledFor(logging.INFO))
 
 
 class _GalleryFeatures(Generic[T]):
@@ -158,7 +154,8 @@ class _GalleryFeatures(Generic[T]):
 
     def _extract_all(self, store: Store, pictures: Sequence[Picture], threads: ThreadPoolExecutor) -> None:
         what = f"extracting local features of {len(pictures)} gallery pictures"
-        extracted = iter(_progress(threads.map(self._extract, (name for name, _ in pictures)), what, len(pictures)))
+        features = threads.map(self._extract, (name for name, _ in pictures))
+        extracted = iter(show_progress(features, what, len(pictures), PROGRESS_ABOVE))
         for start in range(0, len(pictures), SHARD):
             part = pictures[start : start + SHARD]
             rows = [next(extracted) for _ in part]

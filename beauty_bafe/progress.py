@@ -1,0 +1,23 @@
+"""Progress bars of long work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sized
+from typing import TypeVar
+
+from rich.progress import track
+
+log = logging.getLogger("beauty_bafe")
+
+T = TypeVar("T")
+
+
+def show_progress(items: Iterable[T], what: str, count: int, above: int) -> Iterable[T]:
+    """The items, with a progress bar if `count` is more than `above`. `count`: also that of the items if they have no length.
+
+    Only if the package's logger is at INFO, which a program that imports the package controls.
+    """
+    if count <= above or not log.isEnabledFor(logging.INFO):
+        return items
+    return track(items, what, total=len(items) if isinstance(items, Sized) else count)
