@@ -11,7 +11,7 @@ from . import __version__
 COMMANDS = {
     "train": "train an extractor on catalogue photos, as train.py does",
     "retrieve": "answer queries from a gallery, as retrieve.py does",
-    "verifier": "train the network of rerank=dense_verified on a gallery",
+    "verifier": "train a network that compares aligned pictures",
     "cache": "list or remove files that earlier commands have cached",
     "export": "write a checkpoint as safetensors and ONNX, with a model card",
     "cutout": "cut products out of pictures, as PNG files",

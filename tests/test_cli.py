@@ -51,7 +51,7 @@ def test_questions_are_answered_without_loading_torch(script: str, question: str
         (
             "retrieve",
             "rerank.sift_verified.depth=9",
-            "type rerank=sift_verified rerank.sift_verified.depth=9 .or rerank=dense_verified, keypoints_and_labels",
+            "type rerank=sift_verified rerank.sift_verified.depth=9 .or rerank=keypoints_and_labels",
         ),
         ("retrieve", "retrieval.query=both", "retrieval is a setting of train.py; here type query=both"),
         ("train", "pooling=gem", "a setting of retrieve.py and has no effect here; type retrieval.pooling=gem"),

@@ -11,11 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from beauty_bafe.models.decoder import make_decoder
 from beauty_bafe.models.extractor import BackgroundAgnosticExtractor
-from beauty_bafe.rerank.pair_network import PairNetwork
 from beauty_bafe.retrieval.parts import build_steps
 
 from .conftest import ROOT, TINY
@@ -60,12 +58,6 @@ def test_every_file_composes_and_instantiates(file: Path, configure, tmp_path: P
     if group == "data":
         fill += ["data.root=GALLERY"] + (["data.titles=T.csv"] if file.stem == "perfect500k" else [])
     where = "decoder@objective.decoder" if group == "decoder" else group
-    if "rerank.dense." in file.read_text():
-        save_file(
-            {name: value.contiguous() for name, value in PairNetwork(pretrained=False).state_dict().items()},
-            tmp_path / "verifier.safetensors",
-        )
-        fill.append(f"rerank.dense_verified.network={tmp_path / 'verifier.safetensors'}")
     cfg = configure(script, f"{where}={file.stem}", *fill)
     OmegaConf.to_yaml(cfg, resolve=True)
     if file.stem == "auto":  # stands for another file of its group, see test_recipe.py

@@ -20,7 +20,7 @@ NAME = "verifier.safetensors"
 
 
 def verifier(cfg: DictConfig) -> Path:
-    """Train the network of rerank=dense_verified on street views of a gallery; returns the file that it writes.
+    """Train a network that compares aligned pictures, on street views of a gallery; returns the file that it writes.
 
     If it was stopped, the same command with the same output_dir draws and pairs the pictures again, and continues training
     after the last complete epoch.
@@ -38,8 +38,6 @@ def verifier(cfg: DictConfig) -> Path:
     ]:
         if value < least:
             raise ValueError(f"{key}={value}: type {least} or more")
-    if list(cfg.rerank) != ["sift_verified"]:
-        raise ValueError(f"rerank={','.join(cfg.rerank) or 'none'}: dense_verified aligns pictures by rerank=sift_verified")
     recipe.resolve_auto(cfg, CONF)
     import torch
     from safetensors.torch import save
@@ -52,13 +50,18 @@ def verifier(cfg: DictConfig) -> Path:
     from beauty_bafe.rerank.dense_training import View, collect_views, train_pair_network
     from beauty_bafe.rerank.verification import Verification
     from beauty_bafe.retrieval.gallery import Gallery
-    from beauty_bafe.retrieval.parts import build_parts
+    from beauty_bafe.retrieval.parts import build_parts, build_steps
 
+    names, steps = list(cfg.rerank), list(build_steps(cfg.rerank).values())
+    step = steps[0] if len(names) == len(steps) == 1 else None
+    if not isinstance(step, Verification) or step.network is not None:
+        raise ValueError(
+            f"rerank={','.join(names) or 'none'}: type the one re-ranking by keypoints that the network is for, with "
+            "network=null, as in rerank=sift_verified"
+        )
     output, skipped = Path(cfg.output_dir), Skipped()
     output.mkdir(parents=True, exist_ok=True)
     parts = build_parts(cfg)
-    [step] = parts.steps
-    assert isinstance(step, Verification)
     gallery = Gallery(parts.members, parts.extraction, parts.ensemble, parts.view)
     views: list[View] = []
     try:
@@ -97,7 +100,7 @@ def verifier(cfg: DictConfig) -> Path:
     )
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     replace_file(output / NAME, lambda part: part.write_bytes(save(weights)))
-    log.info(f"written: {output / NAME}; use it with rerank=dense_verified rerank.dense_verified.network='{output / NAME}'")
+    log.info(f"written: {output / NAME}; use it with rerank={names[0]} rerank.{names[0]}.network='{output / NAME}'")
     return output / NAME
 
 

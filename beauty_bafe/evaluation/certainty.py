@@ -38,9 +38,10 @@ class Certainty:
         """`shortlist`: at least SHORTLIST answers per query, or all. Queries that are not in `truth`, or whose answers are all
         right, are ignored; None if no query is left.
         """
-        names, scores = np.array(shortlist.gallery_ids)[shortlist.positions[:, :SHORTLIST]], shortlist.scores[:, :SHORTLIST]
+        names = np.array(shortlist.gallery_ids)[shortlist.positions[:, :SHORTLIST]]
+        evidence = shortlist.get_evidence()[:, :SHORTLIST]
         known, right, unknown = [], [], []
-        for query, answers, row in zip(shortlist.query_ids, names, scores, strict=True):
+        for query, answers, row in zip(shortlist.query_ids, names, evidence, strict=True):
             hit = np.isin(answers, list(truth.get(query, ())))
             # If no true product is among the answers, the last one is removed, so that all lists have the same length.
             gone = hit if hit.any() else np.arange(len(hit)) == len(hit) - 1

@@ -11,7 +11,8 @@ import numpy as np
 class Ranking:
     """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), non-increasing along each row.
 
-    `probabilities`: float32 (Q, k), that each answer is right; None without a Calibration.
+    `probabilities`: float32 (Q, k), that each answer is right; None without a Calibration. `evidence`: float (Q, k, E), what
+    they are computed from: a similarity, then further evidence; None: the scores.
 
     Raises ValueError if shapes differ, a position is out of range or repeated in a row, or scores increase or are not finite.
     """
@@ -21,6 +22,7 @@ class Ranking:
     positions: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray | None = None
+    evidence: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.positions.shape != self.scores.shape or len(self.positions) != len(self.query_ids):
@@ -47,8 +49,12 @@ class Ranking:
             raise ValueError(
                 f"k={k}, but re-ranking or fusion kept {self.positions.shape[1]} answers; raise their depth to k or lower k"
             )
-        sure = None if self.probabilities is None else self.probabilities[:, :k]
-        return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k], sure)
+        sure, evidence = (None if part is None else part[:, :k] for part in (self.probabilities, self.evidence))
+        return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k], sure, evidence)
+
+    def get_evidence(self) -> np.ndarray:
+        """What probabilities are computed from, float (Q, k, E)."""
+        return self.scores[..., None] if self.evidence is None else self.evidence
 
     def answers(self, query: int) -> list[str]:
         """The gallery ids that answer one query, best first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from .keypoints import THUMBNAIL, LocalFeatures
+from .keypoints import THUMBNAIL
 from .matching import Geometry
 
 # Higher values make the same product more likely; all are 0 if no geometry is found.
@@ -17,11 +17,14 @@ MIN_OVERLAP = 14  # pixels of a thumbnail that must overlap for a comparison
 MAX_DIFFERENCE = 2.0  # tens of levels
 
 
-def compare_appearance(query: LocalFeatures, candidate: LocalFeatures, geometry: Geometry | None, size: int) -> list[float]:
-    """APPEARANCE of two pictures. `size`: side in pixels of the canvas of their keypoints."""
+def compare_appearance(query: np.ndarray, candidate: np.ndarray, geometry: Geometry | None, size: int) -> list[float]:
+    """APPEARANCE of two pictures, given as thumbnails (see LocalFeatures).
+
+    `geometry`: between the canvases of their keypoints, `size` pixels a side.
+    """
     if geometry is None:
         return [0.0] * len(APPEARANCE)
-    return [float(np.log1p(geometry.inliers)), *_compare(query.thumbnail, candidate.thumbnail, geometry.matrix, size)]
+    return [float(np.log1p(geometry.inliers)), *_compare(query, candidate, geometry.matrix, size)]
 
 
 def _compare(query: np.ndarray, candidate: np.ndarray, matrix: np.ndarray, size: int) -> tuple[float, float, float]:

@@ -40,10 +40,10 @@ class Candidates:
         """The candidates of the queries in `rows`, int (R,)."""
         ranking, queries = self.ranking, self.queries
         ids = tuple(ranking.query_ids[row] for row in rows)
-        masks = None if queries.masks is None else queries.masks[rows]
+        evidence, masks = (None if part is None else part[rows] for part in (ranking.evidence, queries.masks))
         return replace(
             self,
-            ranking=Ranking(ids, ranking.gallery_ids, ranking.positions[rows], ranking.scores[rows]),
+            ranking=Ranking(ids, ranking.gallery_ids, ranking.positions[rows], ranking.scores[rows], evidence=evidence),
             queries=replace(queries, vectors=queries.vectors[rows], ids=ids, masks=masks),
         )
 
@@ -86,13 +86,19 @@ def check_depth(depth: int) -> None:
         raise ValueError(f"depth={depth}: type how many of each query's first candidates to re-rank, 1 or more")
 
 
-def reorder(candidates: Candidates, scores: np.ndarray) -> Candidates:
-    """Sort each query's first candidates by new scores, float (Q, depth), and drop the others; ties keep their order."""
+def reorder(candidates: Candidates, scores: np.ndarray, evidence: np.ndarray | None = None) -> Candidates:
+    """Sort each query's first candidates by new scores, float (Q, depth), and drop the others; ties keep their order.
+
+    `evidence`: of the same candidates, see Ranking.
+    """
     scores = scores.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")
     ranking = candidates.ranking
     positions = np.take_along_axis(ranking.positions[:, : scores.shape[1]], order, axis=1)
-    reordered = Ranking(ranking.query_ids, ranking.gallery_ids, positions, np.take_along_axis(scores, order, axis=1))
+    if evidence is not None:
+        evidence = np.take_along_axis(evidence, order[..., None], axis=1)
+    scores = np.take_along_axis(scores, order, axis=1)
+    reordered = Ranking(ranking.query_ids, ranking.gallery_ids, positions, scores, evidence=evidence)
     return replace(candidates, ranking=reordered, rescored=True)
 
 

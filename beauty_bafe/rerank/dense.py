@@ -1,10 +1,10 @@
-"""Dense verification: a trained network compares the aligned pictures of a query and its first candidates."""
+"""The pictures of a query and its candidates, aligned and compared by a trained network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..manifest import digest
 from ..models.backbones import read_state
-from ..models.precision import fastest_precision, pick_device
+from ..models.precision import fastest_precision
 from .alignment import align_by_appearance, rescale
-from .candidates import Candidates
-from .evidence import EvidenceReranker
-from .keypoints import Detector, Keypoints, crop_to_product
-from .local_features import score_candidates
-from .matching import Matcher, fit_geometry
+from .keypoints import Detector, Keypoints, crop_to_product, make_thumbnail
+from .matching import Geometry
 from .pair_network import SIDE, PairNetwork, stack_pictures
 
 # Of the logits. The lowest is close to undecided: a photograph may show a side of the package that the catalogue does not,
@@ -37,6 +33,11 @@ class Canvas(NamedTuple):
 
     keypoints: Keypoints
     pixels: np.ndarray
+
+    @property
+    def thumbnail(self) -> np.ndarray:
+        """See LocalFeatures."""
+        return make_thumbnail(self.pixels[..., :3], self.pixels[..., 3] > 127)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ class Pair(NamedTuple):
     inliers: float
 
 
-def pair_up(query: Canvas, candidates: Sequence[Canvas], matcher: Matcher, size: int) -> list[Pair]:
-    """Align a query with each candidate, by keypoints or else by appearance. `size`: side of the keypoints' canvas, pixels."""
-    matches = matcher(query.keypoints, [candidate.keypoints for candidate in candidates], size)
+def pair_up(query: Canvas, candidates: Sequence[Canvas], geometries: Sequence[Geometry | None], size: int) -> list[Pair]:
+    """Align a query with each candidate, by the geometry of their keypoints or else by appearance.
+
+    `geometries`: see `fit_geometries`. `size`: side of the keypoints' canvas, pixels.
+    """
     by_appearance = align_by_appearance(query.pixels, [candidate.pixels for candidate in candidates])
     pairs = []
-    for candidate, (rows, columns), matrix in zip(candidates, matches, by_appearance, strict=True):
-        geometry = fit_geometry(query.keypoints.points[rows], candidate.keypoints.points[columns])
+    for candidate, geometry, matrix in zip(candidates, geometries, by_appearance, strict=True):
         if geometry is None:
             pairs.append(Pair(query.pixels, candidate.pixels, matrix, 0.0))
         else:
@@ -103,49 +105,27 @@ def stack_pairs(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return stack_pictures(warped), stack_pictures([pair.candidate for pair in pairs]), inliers, inliers > 0
 
 
-@dataclass(frozen=True)
-class DenseVerification(EvidenceReranker):
-    """Score each query's first candidates by similarity + weight x agreement: the logit of a PairNetwork, LOWEST to HIGHEST.
+def compare_pictures(
+    network: PairNetwork,
+    query: Canvas,
+    candidates: Sequence[Canvas],
+    geometries: Sequence[Geometry | None],
+    size: int,
+    most: int,
+) -> np.ndarray:
+    """The logits of a query and its candidates, float (k,), LOWEST to HIGHEST.
 
-    Only the first `compared` candidates are compared; the others have the lowest agreement of these. `network`: FILE written
-    by `beauty-bafe verifier`. Raises ValueError if it is missing or of another network.
+    Only `most` candidates are compared: for half of them those with the most inliers, then the first of the others. All
+    others have the lowest logit of these. `geometries`, `size`: see `pair_up`.
     """
-
-    detector: Detector
-    matcher: Matcher
-    compared: int
-    network: str | None = None
-    kinds = ("agreement",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compared < 1:
-            raise ValueError(f"compared={self.compared}: type how many of each query's first candidates to compare, 1 or more")
-        if self.network is None:
-            raise ValueError(
-                "rerank.dense_verified.network=null: type the FILE that beauty-bafe verifier wrote, as in "
-                "rerank.dense_verified.network=VERIFIER/verifier.safetensors"
-            )
-        if not Path(self.network).is_file():
-            raise ValueError(f"rerank.dense_verified.network='{self.network}' is not a file; beauty-bafe verifier writes one")
-        _ = self._network
-
-    @cached_property
-    def source(self) -> str:
-        """A hash of the network, see `build_parts`."""
-        return digest(Path(str(self.network)).read_bytes())
-
-    @cached_property
-    def _network(self) -> PairNetwork:
-        return load_pair_network(str(self.network), self.source).to(pick_device("auto"))
-
-    def evidence(self, candidates: Candidates) -> np.ndarray:
-        return score_candidates(candidates, self.depth, CanvasExtractor(self.detector), self._score)
-
-    def _score(self, query: Canvas, candidates: Sequence[Canvas]) -> np.ndarray:
-        pairs = pair_up(query, candidates[: self.compared], self.matcher, self.detector.size)
-        agreement = score_pairs(self._network, pairs).clip(LOWEST, HIGHEST)
-        return np.pad(agreement, (0, len(candidates) - len(pairs)), constant_values=agreement.min())[:, None]
+    inliers = np.array([0 if geometry is None else geometry.inliers for geometry in geometries])
+    matched = np.argsort(-inliers, kind="stable")[: most // 2]
+    rows = np.concatenate([matched, np.setdiff1d(np.arange(len(inliers)), matched)])[:most]
+    pairs = pair_up(query, [candidates[row] for row in rows], [geometries[row] for row in rows], size)
+    found = score_pairs(network, pairs).clip(LOWEST, HIGHEST)
+    logits = np.full(len(candidates), found.min())
+    logits[rows] = found
+    return logits
 
 
 @torch.inference_mode()
@@ -162,14 +142,14 @@ def score_pairs(network: PairNetwork, pairs: Sequence[Pair]) -> np.ndarray:
 def load_pair_network(file: str, _content: str) -> PairNetwork:
     """Read a network for inference; the same object for the same `_content`, a hash of the file.
 
-    Raises ValueError if the file holds another network.
+    Raises ValueError if the file holds something else.
     """
     network = PairNetwork(pretrained=False)
     try:
         network.load_state_dict(read_state(Path(file)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"'{file}' holds another network ({str(error).splitlines()[-1].strip()[:200]}); type a file that beauty-bafe "
-            "verifier wrote"
+            f"network='{file}' holds no such network ({' '.join(str(error).split())[:160]}); type network=FILE with a file "
+            "that beauty-bafe verifier wrote"
         ) from error
     return network.eval()

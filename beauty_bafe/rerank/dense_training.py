@@ -22,7 +22,7 @@ from .candidates import Candidates
 from .dense import Canvas, CanvasExtractor, Pair, pair_up, stack_pairs
 from .keypoints import Detector
 from .local_features import score_candidates
-from .matching import Matcher
+from .matching import Matcher, fit_geometries
 from .pair_network import SIDE, PairNetwork
 
 log = logging.getLogger("beauty_bafe")
@@ -60,7 +60,8 @@ def collect_views(candidates: Candidates, detector: Detector, matcher: Matcher, 
 
     def pair(query: Canvas, others: Sequence[Canvas]) -> np.ndarray:
         keys = [digest(other.pixels.tobytes()) for other in others]
-        pairs = pair_up(query, others, matcher, detector.size)
+        geometries = fit_geometries(query.keypoints, [other.keypoints for other in others], matcher, detector.size)
+        pairs = pair_up(query, others, geometries, detector.size)
         with lock:
             paired.append(
                 [one._replace(candidate=photos.setdefault(key, one.candidate)) for key, one in zip(keys, pairs, strict=True)]

@@ -28,18 +28,16 @@ class EvidenceReranker(ABC):
     """Score each query's first `depth` candidates by similarity + the sum of `weights` x evidence.
 
     `weights`: by kind of evidence (see `kinds`), 0 for missing ones; None: learned from street views of the gallery's own
-    photos. `absolute`: whether the evidence says how likely a candidate is to be right, not only which one is likelier; if
-    False, only the order changes, and each rank keeps its similarity as its score. `most`: the highest evidence of a kind, 0
-    being the lowest; if it is finite, only queries whose first candidate another one could overtake are examined, and all
-    others keep their order.
+    photos. `absolute`: the kinds that say how likely a candidate is to be right, not only which one is likelier:
+    probabilities are computed from these and the similarity (see Calibration), with weights of their own. `most`: the highest
+    evidence of a kind, 0 being the lowest; if it is finite, only queries whose first candidate another one could overtake are
+    examined, and all others keep their order.
 
     Raises ValueError for a depth below 1, or weights that are not numbers by kind.
     """
 
     depth: int
     weights: Mapping[str, float] | None
-    kinds: ClassVar[tuple[str, ...]]
-    absolute: ClassVar[bool] = True
     most: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
@@ -54,6 +52,16 @@ class EvidenceReranker(ABC):
         for kind, weight in self.weights.items():
             if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"weights: {{{kind}: {weight}}} is not a finite number; type one, as in {typed}")
+
+    @property
+    @abstractmethod
+    def kinds(self) -> tuple[str, ...]:
+        """The names of the evidence."""
+
+    @property
+    @abstractmethod
+    def absolute(self) -> tuple[str, ...]:
+        """Some of `kinds`."""
 
     @abstractmethod
     def evidence(self, candidates: Candidates) -> np.ndarray:
@@ -87,10 +95,11 @@ class EvidenceReranker(ABC):
         candidates = with_depth(candidates, self.depth)
         weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
         similarity = _similarity(candidates, self.depth)
-        ordered = reorder(candidates, similarity + self._needed(candidates, similarity, weights) @ weights)
-        if self.absolute:
-            return ordered
-        return replace(ordered, ranking=replace(ordered.ranking, scores=similarity))
+        evidence = self._needed(candidates, similarity, weights)
+        known = candidates.ranking.evidence
+        before = similarity[..., None] if known is None else known[:, : self.depth]
+        absolute = evidence[..., [kind in self.absolute for kind in self.kinds]]
+        return reorder(candidates, similarity + evidence @ weights, np.concatenate([before, absolute], axis=-1))
 
     def _needed(self, candidates: Candidates, similarity: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The evidence; 0 for queries whose first candidate no other one could overtake."""

@@ -60,7 +60,7 @@ class Detector(ABC):
 
     def extract(self, rgb: np.ndarray, mask: np.ndarray | None) -> LocalFeatures:
         canvas, inside = crop_to_product(rgb, mask, self.size, self.closer)
-        return LocalFeatures(self(canvas, inside), _thumbnail(canvas, inside))
+        return LocalFeatures(self(canvas, inside), make_thumbnail(canvas, inside))
 
     def pack(self, features: LocalFeatures) -> dict[str, np.ndarray]:
         return {**features.keypoints._asdict(), "thumbnail": features.thumbnail}
@@ -87,7 +87,8 @@ def crop_to_product(
     return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
 
 
-def _thumbnail(canvas: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+def make_thumbnail(canvas: np.ndarray, inside: np.ndarray | None) -> np.ndarray:
+    """The thumbnail of LocalFeatures. `canvas`: uint8 (S, S, 3); `inside`: bool (S, S), None for everywhere."""
     product = np.full(canvas.shape[:2], 255, np.uint8) if inside is None else inside.astype(np.uint8) * 255
     rgb, small = (cv2.resize(part, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA) for part in (canvas, product))
     return np.dstack([cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB), small])

@@ -88,5 +88,14 @@ def fit_geometry(source: np.ndarray, target: np.ndarray) -> Geometry | None:
     return best if best is not None and best.inliers > 0 else None
 
 
+def fit_geometries(query: Keypoints, candidates: Sequence[Keypoints], matcher: Matcher, size: int) -> list[Geometry | None]:
+    """Match a query with its candidates, and fit the geometry of each pair. `size`: see Matcher."""
+    matches = matcher(query, candidates, size)
+    return [
+        fit_geometry(query.points[rows], candidate.points[columns])
+        for candidate, (rows, columns) in zip(candidates, matches, strict=True)
+    ]
+
+
 def _plausible(linear: np.ndarray) -> bool:
     return bool(1 / 400 < np.linalg.det(linear) < 400)

@@ -111,7 +111,7 @@ class LabelReading(EvidenceReranker):
 
     reader: Reader
     kinds = ("text",)
-    absolute = False
+    absolute = ()
     most = 1.0
 
     def evidence(self, candidates: Candidates) -> np.ndarray:

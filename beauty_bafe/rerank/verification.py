@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from ..manifest import digest
+from ..models.precision import pick_device
 from .appearance import APPEARANCE, compare_appearance
 from .candidates import Candidates, check_depth, reorder, with_depth
+from .dense import Canvas, CanvasExtractor, compare_pictures, load_pair_network
 from .evidence import EvidenceReranker
 from .keypoints import Detector, LocalFeatures
 from .local_features import score_candidates
-from .matching import Matcher, count_matches, fit_geometry
+from .matching import Geometry, Matcher, count_matches, fit_geometries
+from .pair_network import PairNetwork
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,73 @@ class Verification(EvidenceReranker):
     With `detector.foreground`, only keypoints on the product are used: it is located by the predicted mask in queries and by
     the plain backdrop in catalogue photos. `every_turn`: match the query rotated by 0, 90, 180 and 270 degrees and use the
     rotation with the most inliers, for descriptors that are not rotation-invariant.
+
+    `network`: FILE written by `beauty-bafe verifier`; further evidence is then its `agreement`: the logit of a PairNetwork for
+    the aligned pictures, computed for `compared` candidates (see `compare_pictures`). Probabilities are computed from all
+    evidence but the inliers, unless a later step or a fusion of rankings replaces the scores.
+
+    Raises ValueError if the file is missing or holds something else, or for `every_turn` with a network.
     """
 
     detector: Detector
     matcher: Matcher
     every_turn: bool = False
-    kinds = APPEARANCE
+    network: str | None = None
+    compared: int = 8
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return APPEARANCE if self.network is None else (*APPEARANCE, "agreement")
+
+    @property
+    def absolute(self) -> tuple[str, ...]:
+        # Drawn street views have more inliers than photographs do, which would make the learned probabilities too high.
+        return tuple(kind for kind in self.kinds if kind != "inliers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compared < 1:
+            raise ValueError(f"compared={self.compared}: type how many candidates to compare by the network, 1 or more")
+        if self.network is not None:
+            if not Path(self.network).is_file():
+                raise ValueError(
+                    f"network='{self.network}' is not a file; type network=FILE with a file that beauty-bafe verifier wrote, "
+                    "or network=null"
+                )
+            if self.every_turn:
+                raise ValueError(
+                    "every_turn=true matches a query four times, and the network would compare other candidates each time; "
+                    "type every_turn=false, or network=null"
+                )
+            _ = self._pair_network
+
+    @cached_property
+    def source(self) -> str | None:
+        """A hash of the network, see `build_parts`; None without one."""
+        return None if self.network is None else digest(Path(self.network).read_bytes())
+
+    @cached_property
+    def _pair_network(self) -> PairNetwork:
+        return load_pair_network(str(self.network), str(self.source)).to(pick_device("auto"))
 
     def evidence(self, candidates: Candidates) -> np.ndarray:
-        return score_candidates(candidates, self.depth, self.detector, self._score, 4 if self.every_turn else 1)
+        if self.network is None:
+            return score_candidates(candidates, self.depth, self.detector, self._score, 4 if self.every_turn else 1)
+        return score_candidates(candidates, self.depth, CanvasExtractor(self.detector), self._score_with_network)
 
     def _score(self, query: LocalFeatures, candidates: Sequence[LocalFeatures]) -> np.ndarray:
-        keypoints, size = query.keypoints, self.detector.size
-        matches = self.matcher(keypoints, [candidate.keypoints for candidate in candidates], size)
-        scores = []
-        for candidate, (rows, columns) in zip(candidates, matches, strict=True):
-            geometry = fit_geometry(keypoints.points[rows], candidate.keypoints.points[columns])
-            scores.append(compare_appearance(query, candidate, geometry, size))
-        return np.array(scores)
+        return self._align(query, candidates)[1]
+
+    def _score_with_network(self, query: Canvas, candidates: Sequence[Canvas]) -> np.ndarray:
+        geometries, appearance = self._align(query, candidates)
+        size, most = self.detector.size, self.compared
+        return np.column_stack([appearance, compare_pictures(self._pair_network, query, candidates, geometries, size, most)])
+
+    def _align(
+        self, query: LocalFeatures | Canvas, candidates: Sequence[LocalFeatures | Canvas]
+    ) -> tuple[list[Geometry | None], np.ndarray]:
+        """The geometry of each pair, and its APPEARANCE, float (k, 4)."""
+        keypoints, size = [candidate.keypoints for candidate in candidates], self.detector.size
+        geometries = fit_geometries(query.keypoints, keypoints, self.matcher, size)
+        own, pairs = query.thumbnail, zip(candidates, geometries, strict=True)
+        return geometries, np.array([compare_appearance(own, other.thumbnail, geometry, size) for other, geometry in pairs])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,62 +11,81 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 SHORTLIST = 20  # answers to a query over which the probability is distributed
+RIDGE = 0.01  # penalty on the squared scales of further evidence, standardised to unit variance
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of the answers to a query -> the probability that each is right; the remainder up to 1: that none is.
+    """Evidence for the answers to a query -> the probability that each is right; the remainder up to 1: that none is.
 
-    P(i) = exp(scale s_i) / (exp(unknown) + sum_j exp(scale s_j)) over the first SHORTLIST answers j: the conditional logit
-    (McFadden, 1974) with the option "none". The median of these answers is subtracted from the scores first, as another
-    camera or a blurred picture lowers all of them alike. `strangers`: for queries whose product is not in the gallery, the
-    highest probability of an answer, in ascending order.
+    P(i) = exp(scales . x_i) / (exp(unknown) + sum_j exp(scales . x_j)) over the first SHORTLIST answers j: the conditional
+    logit (McFadden, 1974) with the option "none". The first number of x is a similarity, from which the median of these
+    answers is subtracted, as another camera or a blurred picture lowers all of them alike; `scales` are not negative. A later
+    answer gets no higher probability than an earlier one, even if evidence that only orders them put it there (see
+    EvidenceReranker). `strangers`: for queries whose product is not in the gallery, the
+    probability of the first answer, in ascending order.
     """
 
-    scale: float
+    scales: tuple[float, ...]
     unknown: float
     strangers: tuple[float, ...]
 
     @classmethod
-    def fit(cls, scores: np.ndarray, right: np.ndarray) -> Self:
+    def fit(cls, evidence: np.ndarray, right: np.ndarray) -> Self:
         """Fit to queries with known answers.
 
-        `scores`: float (Q, k), descending along each row; `right`: bool (Q, k), at most one per row. Each query counts twice:
-        as it is, and with its right answer removed, as if half of all queries showed products that are not in the gallery.
-        Raises ValueError if there are no queries, or fewer than two answers to each.
+        `evidence`: float (Q, k, E), answers in the order of their ranking; `right`: bool (Q, k), at most one per row. Each
+        query counts twice: as it is, and with its right answer removed, as if half of all queries showed products that are not
+        in the gallery. Evidence that is the same for all answers gets the scale 0. Raises ValueError if there are no queries,
+        or fewer than two answers to each.
         """
-        if scores.shape != right.shape or scores.ndim != 2 or not len(scores) or scores.shape[1] < 2:
-            raise ValueError(f"calibration needs queries with two answers or more, got scores of shape {scores.shape}")
-        scores, right = scores[:, :SHORTLIST].astype(np.float64), right[:, :SHORTLIST]
+        if evidence.ndim != 3 or evidence.shape[:2] != right.shape or not len(right) or right.shape[1] < 2:
+            raise ValueError(f"calibration needs queries with two answers or more, got evidence of shape {evidence.shape}")
+        evidence, right = evidence[:, :SHORTLIST].astype(np.float64), right[:, :SHORTLIST]
         # If the right answer is not among them, the last one is removed, so that all rows have the same length.
         gone = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
-        without = scores[np.arange(right.shape[1]) != gone[:, None]].reshape(len(scores), -1)
-        raised, without = _above_median(scores), _above_median(without)
+        left = evidence[np.arange(right.shape[1]) != gone[:, None]].reshape(len(right), -1, evidence.shape[2])
+        whole, without = _above_median(evidence), _above_median(left)
+        # Standardised, which `unknown` makes up for below.
+        middle, spread = whole.mean(axis=(0, 1)), whole.std(axis=(0, 1))
+        varied = spread > 1e-9 * np.maximum(1, np.abs(middle))
+        spread = np.where(varied, spread, np.inf)
+        whole, without = (whole - middle) / spread, (without - middle) / spread
         found = right.any(axis=1)
-        own = raised[right]
         # Platt (1999): targets below 1 keep the fit finite on separable data.
-        doubt = 1 / (len(scores) + 2)
+        doubt = 1 / (len(right) + 2)
+        # The share of each query's target that is on its right answer, and without that on the first of the others.
+        halves = [
+            (whole, whole[np.arange(len(right)), right.argmax(axis=1)], (1 - doubt) * found),
+            (without, without[:, 0], doubt),
+        ]
+        ridge = np.array([0.0, *[RIDGE] * (len(spread) - 1)])
 
-        def loss(values: np.ndarray) -> float:
-            scale, unknown = np.exp(values[0]), values[1]
-            total = np.logaddexp(unknown, logsumexp(scale * raised, axis=1))
-            hit = total - unknown  # if the right answer is not among them
-            hit[found] -= (1 - doubt) * (scale * own - unknown)
-            absent = np.logaddexp(unknown, logsumexp(scale * without, axis=1))
-            best = scale * without[:, 0]
-            return float(np.mean(hit) + np.mean(absent - (1 - doubt) * unknown - doubt * best))
+        def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+            scales, unknown = values[:-1], values[-1]
+            loss, slope = float(ridge @ scales**2), np.append(2 * ridge * scales, 0.0)
+            for answers, own, target in halves:
+                logits = answers @ scales
+                total = np.logaddexp(unknown, logsumexp(logits, axis=1))
+                loss += float(np.mean(total - target * (own @ scales) - (1 - target) * unknown))
+                expected = (np.exp(logits - total[:, None])[..., None] * answers).sum(axis=1)
+                slope[:-1] += (expected - np.reshape(target, (-1, 1)) * own).mean(axis=0)
+                slope[-1] += np.mean(np.exp(unknown - total) - (1 - target))
+            return loss, slope
 
-        spread = max(float(raised.std()), 1e-6)
-        start = np.array([np.log(1 / spread), float(np.median(raised[:, 0])) / spread])
-        solved = minimize(loss, start, method="Nelder-Mead", options={"maxiter": 2000, "xatol": 1e-5, "fatol": 1e-9})
-        fitted = cls(float(np.exp(solved.x[0])), float(solved.x[1]), ())
-        return cls(fitted.scale, fitted.unknown, tuple(np.sort(fitted.probabilities(without)[:, 0]).tolist()))
+        start = np.array([1.0, *[0.0] * (len(spread) - 1), float(np.median(whole[:, 0, 0]))])
+        bounds = [(1e-6, None)] + [(0.0, None)] * (len(spread) - 1) + [(None, None)]
+        options = {"maxiter": 10_000, "ftol": 1e-12, "gtol": 1e-8}
+        solved = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        scales = solved[:-1] / spread
+        fitted = cls(tuple(scales.tolist()), float(solved[-1] + scales @ middle), ())
+        return replace(fitted, strangers=tuple(np.sort(fitted.probabilities(left)[:, 0]).tolist()))
 
-    def probabilities(self, scores: np.ndarray) -> np.ndarray:
-        """Scores, float (Q, k), descending along each row -> float32 (Q, k), 0 to 1."""
-        logits = self.scale * _above_median(scores.astype(np.float64))
+    def probabilities(self, evidence: np.ndarray) -> np.ndarray:
+        """Evidence, float (Q, k, E), answers in the order of their ranking -> float32 (Q, k), 0 to 1."""
+        logits = _above_median(evidence.astype(np.float64)) @ np.array(self.scales)
         total = np.logaddexp(self.unknown, logsumexp(logits[:, :SHORTLIST], axis=1))
-        return np.exp(logits - total[:, None]).astype(np.float32)
+        return np.exp(np.minimum.accumulate(logits - total[:, None], axis=1)).astype(np.float32)
 
     def threshold(self, rate: float) -> float:
         """The lowest threshold that at most a share `rate` of the queries for unknown products reach with their best answer.
@@ -82,12 +101,15 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `from_dict`."""
-        return asdict(self) | {"strangers": list(self.strangers)}
+        return {"scales": list(self.scales), "unknown": self.unknown, "strangers": list(self.strangers)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A Calibration from the output of `to_dict`."""
-        return cls(float(values["scale"]), float(values["unknown"]), tuple(float(value) for value in values["strangers"]))
+        """A Calibration from the output of `to_dict`, or of an earlier version, which had one scale."""
+        scales, strangers = (
+            tuple(map(float, part)) for part in (values.get("scales", [values.get("scale")]), values["strangers"])
+        )
+        return cls(scales, float(values["unknown"]), strangers)
 
 
 def check_rate(known_at: float) -> None:
@@ -96,5 +118,7 @@ def check_rate(known_at: float) -> None:
         raise ValueError(f"known_at={known_at}: type the share of unknown products to accept as known, from 0 to 1")
 
 
-def _above_median(scores: np.ndarray) -> np.ndarray:
-    return scores - np.median(scores[:, :SHORTLIST], axis=1, keepdims=True)
+def _above_median(evidence: np.ndarray) -> np.ndarray:
+    """The evidence with the first number above its median over the first SHORTLIST answers."""
+    median = np.median(evidence[:, :SHORTLIST, 0], axis=1)
+    return np.concatenate([evidence[..., :1] - median[:, None, None], evidence[..., 1:]], axis=-1)

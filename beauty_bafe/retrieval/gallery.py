@@ -204,7 +204,7 @@ class Gallery:
         if ranking.positions.shape[1] < 2:
             return None
         names = np.array(ranking.gallery_ids)[ranking.positions]
-        return Calibration.fit(ranking.scores, names == np.array(ranking.query_ids)[:, None])
+        return Calibration.fit(ranking.get_evidence(), names == np.array(ranking.query_ids)[:, None])
 
     def _read_learned(self, place: Path) -> None:
         file = place / LEARNED
@@ -229,7 +229,7 @@ class Gallery:
         ranking = self._answer(pictures, described, max(k, SHORTLIST if self.calibration is not None else 0))
         if self.calibration is None:
             return ranking
-        return replace(ranking, probabilities=self.calibration.probabilities(ranking.scores))
+        return replace(ranking, probabilities=self.calibration.probabilities(ranking.get_evidence()))
 
     def _answer(self, pictures: Pictures, described: Sequence[Features], k: int, learn: bool = False) -> Ranking:
         """The k best answers, or as many as the gallery holds and the re-rankers keep."""

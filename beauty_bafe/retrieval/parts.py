@@ -17,6 +17,7 @@ from ..extras import explain
 from ..index.base import Index
 from ..models.views import View
 from ..rerank.candidates import Reranker
+from ..rerank.evidence import EvidenceReranker
 from .ensemble import Concatenation, Fusion
 
 log = logging.getLogger("beauty_bafe")
@@ -48,8 +49,10 @@ def build_parts(cfg: DictConfig) -> Parts:
         "steps": list(steps),
         "view": str(view),
     }
-    # A network may be trained again to the same file.
-    settings |= {name: step.source for name, step in steps.items() if hasattr(step, "source")}
+    # What probabilities are computed from; and a network may be trained again to the same file.
+    settings |= {f"{name} absolute": [*step.absolute] for name, step in steps.items() if isinstance(step, EvidenceReranker)}
+    sources = {name: getattr(step, "source", None) for name, step in steps.items()}
+    settings |= {name: source for name, source in sources.items() if source is not None}
     about = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True)
     ensemble, index, rehearsal = instantiate(cfg.ensemble), instantiate(cfg.index), instantiate(cfg.rehearsal)
     return Parts(members, extraction, ensemble, view, index, list(steps.values()), rehearsal, about)

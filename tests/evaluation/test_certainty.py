@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from beauty_bafe.evaluation.certainty import Certainty
 from beauty_bafe.index.ranking import Ranking
 from beauty_bafe.retrieval.calibration import Calibration
 
-CALIBRATION = Calibration(scale=4.0, unknown=2.0, strangers=(0.1, 0.2, 0.5))
+CALIBRATION = Calibration(scales=(4.0,), unknown=2.0, strangers=(0.1, 0.2, 0.5))
 
 
 def shortlist(queries: int = 40, answers: int = 8) -> tuple[Ranking, dict[str, set[str]]]:
@@ -31,9 +33,16 @@ def test_the_true_product_is_taken_out() -> None:
         true = next(iter(truth[query]))
         place = answers.index(true) if true in answers else len(answers) - 1
         del scores[place]
-        assert certainty.unknown[row] == pytest.approx(CALIBRATION.probabilities(np.array([scores]))[0, 0])
-        assert certainty.known[row] == pytest.approx(CALIBRATION.probabilities(ranking.scores[row : row + 1])[0, 0])
+        assert certainty.unknown[row] == pytest.approx(CALIBRATION.probabilities(np.array([scores])[..., None])[0, 0])
+        assert certainty.known[row] == pytest.approx(CALIBRATION.probabilities(ranking.scores[row : row + 1, :, None])[0, 0])
         assert certainty.right[row] == (answers[0] == true)
+    further = np.random.default_rng(2).random((40, 8, 1))
+    evidence = np.concatenate([ranking.scores[..., None], further], axis=-1)
+    both = Calibration((4.0, 3.0), 2.0, ())
+    more = Certainty.from_ranking(replace(ranking, evidence=evidence), truth, both, 0.5)
+    assert more is not None
+    np.testing.assert_allclose(more.known, both.probabilities(evidence)[:, 0])
+    assert not np.allclose(more.known, certainty.known)
     del truth["q3"]
     truth["q4"] = set(ranking.gallery_ids)
     left = Certainty.from_ranking(ranking, truth, CALIBRATION, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -22,22 +23,24 @@ from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.rerank import dense_training
 from beauty_bafe.rerank.altered import alter
+from beauty_bafe.rerank.appearance import APPEARANCE
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
 from beauty_bafe.rerank.dense import (
     HIGHEST,
     LOWEST,
     Canvas,
     CanvasExtractor,
-    DenseVerification,
     Pair,
+    compare_pictures,
     pair_up,
     score_pairs,
     stack_pairs,
 )
 from beauty_bafe.rerank.dense_training import View, collect_views, draw_pairs, train_pair_network
 from beauty_bafe.rerank.keypoints import Keypoints, Sift
-from beauty_bafe.rerank.matching import NearestNeighbours
+from beauty_bafe.rerank.matching import Geometry, NearestNeighbours, fit_geometries
 from beauty_bafe.rerank.pair_network import SIDE, PairNetwork
+from beauty_bafe.rerank.verification import Verification
 from tests.textured import HOMOGRAPHY, SIZE, pair, product, textured, warped
 
 DETECTOR, MATCHER = Sift(SIZE, 300), NearestNeighbours(0.9)
@@ -61,7 +64,8 @@ def test_pairs_are_aligned_by_keypoints_if_there_are_enough() -> None:
     blank = extractor.extract(np.full((SIZE, SIZE, 3), 255, np.uint8), None)
     shift = (SIDE / SIZE - 1) / 2
     scale = np.array([[SIDE / SIZE, 0, shift], [0, SIDE / SIZE, shift], [0, 0, 1]])
-    same, none = pair_up(query, [candidate, blank], MATCHER, SIZE)
+    geometries = fit_geometries(query.keypoints, [candidate.keypoints, blank.keypoints], MATCHER, SIZE)
+    same, none = pair_up(query, [candidate, blank], geometries, SIZE)
     corners = np.array([[[50.0, 50], [110, 50], [110, 110], [50, 110]]])
     known = scale @ np.linalg.inv(HOMOGRAPHY) @ np.linalg.inv(scale)
     np.testing.assert_allclose(*(cv2.perspectiveTransform(corners, matrix) for matrix in (same.matrix, known)), atol=2.0)
@@ -134,30 +138,56 @@ def test_training_tells_products_and_altered_copies_apart() -> None:
         train_pair_network(views[:1], 1, 0)
 
 
-def test_candidates_that_are_not_compared_rank_with_the_worst(network: PairNetwork, saved: str) -> None:
-    step = DenseVerification(6, {"agreement": 1.0}, DETECTOR, MATCHER, compared=2, network=saved)
+def test_half_of_what_is_compared_has_most_inliers(network: PairNetwork) -> None:
     none = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
-    query, *candidates = (Canvas(none, product(seed)) for seed in (1, 1, 2, 3, 4))
-    scores = step._score(query, candidates)[:, 0]
-    expected = score_pairs(network, [pair(query.pixels, one.pixels) for one in candidates[:2]])
-    np.testing.assert_allclose(scores[:2], expected, atol=0.05)  # bfloat16
-    assert scores[2] == scores[3] == scores[:2].min()
+    query, *candidates = (Canvas(none, product(seed)) for seed in (1, 1, 2, 3, 4, 5))
+    geometries = [None, None, Geometry(9, np.eye(3)), None, Geometry(3, np.eye(3))]
+    every = compare_pictures(network, query, candidates, geometries, SIZE, 9)
+    expected = score_pairs(network, pair_up(query, candidates, geometries, SIZE)).clip(LOWEST, HIGHEST)
+    np.testing.assert_allclose(every, expected, atol=0.05)  # bfloat16
+    for most, rows in [(1, [0]), (2, [2, 0]), (3, [2, 0, 1]), (4, [2, 4, 0, 1])]:
+        some = compare_pictures(network, query, candidates, geometries, SIZE, most)
+        np.testing.assert_allclose(some[rows], every[rows], atol=0.05)
+        others = np.setdiff1d(np.arange(5), rows)
+        assert (some[others] == some[rows].min()).all()
+
+
+def test_logits_are_bounded(network: PairNetwork) -> None:
+    none = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
+    query = Canvas(none, product(1))
+    sure = deepcopy(network)
     for bias, expected in [(100.0, HIGHEST), (-100.0, LOWEST)]:
-        step._network.decide[-1].bias.data.fill_(bias)
-        assert step._score(query, candidates).tolist() == [[expected]] * 4
+        sure.decide[-1].bias.data.fill_(bias)
+        assert compare_pictures(sure, query, [query, query], [None, None], SIZE, 8).tolist() == [expected] * 2
+
+
+def test_the_network_adds_its_agreement_to_the_evidence(network: PairNetwork, saved: str) -> None:
+    step = Verification(6, None, DETECTOR, MATCHER, network=saved)
+    assert step.kinds == (*APPEARANCE, "agreement")
+    extractor = CanvasExtractor(DETECTOR)
+    query, *candidates = (extractor.extract(part, None) for part in (warped(textured(4)), textured(4), textured(5)))
+    found = step._score_with_network(query, candidates)
+    without = Verification(6, None, DETECTOR, MATCHER)
+    assert without.kinds == APPEARANCE
+    np.testing.assert_array_equal(found[:, :4], without._score(query, candidates))
+    assert found[0, 0] > 3
+    geometries = fit_geometries(query.keypoints, [one.keypoints for one in candidates], MATCHER, SIZE)
+    np.testing.assert_allclose(found[:, 4], compare_pictures(network, query, candidates, geometries, SIZE, 8), atol=0.05)
 
 
 def test_a_file_that_is_missing_or_of_another_network_is_refused(tmp_path: Path) -> None:
-    make = partial(DenseVerification, 6, None, DETECTOR, MATCHER, 2)
-    with pytest.raises(ValueError, match="type the FILE that beauty-bafe verifier wrote"):
-        make(None)
-    with pytest.raises(ValueError, match=r"rerank.dense_verified.network='.*none.safetensors' is not a file"):
-        make(str(tmp_path / "none.safetensors"))
+    make = partial(Verification, 6, None, DETECTOR, MATCHER)
+    with pytest.raises(ValueError, match=r"network='.*none.safetensors' is not a file; type network=FILE"):
+        make(network=str(tmp_path / "none.safetensors"))
     with pytest.raises(ValueError, match="compared=0: type how many"):
-        DenseVerification(6, None, DETECTOR, MATCHER, 0, "file")
+        make(compared=0)
     save_file({"stem.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds another network .*; type a file that beauty-bafe verifier wrote"):
-        make(str(tmp_path / "other.safetensors"))
+    (tmp_path / "notes.txt").write_text("no network")
+    for name in ("other.safetensors", "notes.txt"):
+        with pytest.raises(ValueError, match=rf"network='.*{name}' holds no such network .*; type network=FILE"):
+            make(network=str(tmp_path / name))
+    with pytest.raises(ValueError, match="type every_turn=false, or network=null"):
+        make(every_turn=True, network=str(tmp_path / "other.safetensors"))
 
 
 def test_the_command_trains_what_retrieve_uses(
@@ -191,22 +221,24 @@ def test_the_command_trains_what_retrieve_uses(
             command.verifier(configure("verifier", *words, other))
     capsys.readouterr()
 
-    answer = ["rerank=dense_verified", f"rerank.dense_verified.network={file}", f"queries={toy / 'queries'}", "report=false"]
+    answer = ["rerank=sift_verified", f"rerank.sift_verified.network={file}", f"queries={toy / 'queries'}", "report=false"]
     metrics = retrieve(configure("retrieve", *shared, *answer, f"truth={toy / 'truth.csv'}", f"output_dir={tmp_path / 'out'}"))
     assert 0 < metrics["mAP@7_by_hits"] <= 1
-    assert "weights learned from 8 street views: agreement" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"weights learned from 8 street views: inliers \S+ lightness \S+ chroma \S+ colour \S+ agreement", printed)
 
 
-def test_the_command_says_what_it_needs(tiny_checkpoint: Path, configure: Callable[..., DictConfig]) -> None:
+def test_the_command_says_what_it_needs(tiny_checkpoint: Path, tmp_path: Path, configure: Callable[..., DictConfig]) -> None:
     with pytest.raises(ValueError, match="verifier needs gallery=DIR_OR_CSV and checkpoints="):
         command.verifier(configure("verifier", "gallery=G"))
-    words = ["gallery=G", f"checkpoints=[{tiny_checkpoint}]"]
+    words = ["gallery=G", f"checkpoints=[{tiny_checkpoint}]", f"output_dir={tmp_path / 'run'}"]
     for wrong, expected in [
         ("epochs=0", "epochs=0: type 1 or more"),
         ("candidates=1", "candidates=1: type 2 or more"),
         ("rehearsal.views=0", "rehearsal.views=0: type 1 or more"),
-        ("rerank=sift", "rerank=sift: dense_verified aligns pictures by rerank=sift_verified"),
-        ("rerank=none", "rerank=none: dense_verified"),
+        ("rerank=sift", "rerank=sift: type the one re-ranking by keypoints that the network is for, .* rerank=sift_verified"),
+        ("rerank=none", "rerank=none: type the one re-ranking"),
+        ("rerank=[sift_verified,query_expansion]", "rerank=sift_verified,query_expansion: type the one"),
     ]:
         with pytest.raises(ValueError, match=expected):
             command.verifier(configure("verifier", *words, wrong))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -14,40 +14,38 @@ from scipy.optimize import minimize
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.rerank.appearance import APPEARANCE, compare_appearance
-from beauty_bafe.rerank.candidates import Candidates
+from beauty_bafe.rerank.candidates import Candidates, reorder
 from beauty_bafe.rerank.evidence import EvidenceReranker, fit_weights
-from beauty_bafe.rerank.keypoints import THUMBNAIL, Keypoints, LocalFeatures
+from beauty_bafe.rerank.keypoints import THUMBNAIL
 from beauty_bafe.rerank.matching import Geometry
 
-NOTHING = Keypoints(np.zeros((0, 2), np.float32), np.zeros((0, 128), np.uint8))
 MATRIX = np.array([[0.9, -0.2, 30], [0.2, 0.9, -20], [0, 0, 1.0]])
 SIZE = 320
 
 
-def local_features(seed: int, inside: slice = slice(8, 56)) -> LocalFeatures:
-    """A smooth random picture whose product is a square."""
+def smooth(seed: int, inside: slice = slice(8, 56)) -> np.ndarray:
+    """The thumbnail of a smooth random picture whose product is a square."""
     thumbnail = np.random.default_rng(seed).integers(0, 255, (8, 8, 4), np.uint8)
     thumbnail = cv2.resize(thumbnail, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_CUBIC)
     thumbnail[..., 3] = 0
     thumbnail[inside, inside, 3] = 255
-    return LocalFeatures(NOTHING, thumbnail)
+    return thumbnail
 
 
-def laid_over(seen: LocalFeatures, matrix: np.ndarray) -> LocalFeatures:
+def laid_over(seen: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """What another camera sees of it; `matrix` leads from its canvas to that of `seen`."""
     scale = np.diag([THUMBNAIL / SIZE, THUMBNAIL / SIZE, 1])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    warped = cv2.warpPerspective(seen.thumbnail, scale @ matrix @ np.linalg.inv(scale), (THUMBNAIL, THUMBNAIL), flags=flags)
-    return LocalFeatures(NOTHING, warped)
+    return cv2.warpPerspective(seen, scale @ matrix @ np.linalg.inv(scale), (THUMBNAIL, THUMBNAIL), flags=flags)
 
 
 def test_the_same_picture_under_a_known_geometry() -> None:
-    shop, geometry = local_features(0), Geometry(20, MATRIX)
+    shop, geometry = smooth(0), Geometry(20, MATRIX)
     inliers, lightness, chroma, colour = compare_appearance(laid_over(shop, MATRIX), shop, geometry, SIZE)
     assert inliers == pytest.approx(np.log(21))
     assert min(lightness, chroma) > 0.97
     assert -0.3 < colour <= 0
-    other = compare_appearance(laid_over(local_features(1), MATRIX), shop, geometry, SIZE)
+    other = compare_appearance(laid_over(smooth(1), MATRIX), shop, geometry, SIZE)
     assert max(other[1:3]) < 0.5
     assert other[3] < 4 * colour
     askew = compare_appearance(laid_over(shop, MATRIX), shop, Geometry(20, np.eye(3)), SIZE)
@@ -55,21 +53,21 @@ def test_the_same_picture_under_a_known_geometry() -> None:
 
 
 def test_light_and_its_colour_are_taken_out() -> None:
-    shop = local_features(0)
-    thumbnail = shop.thumbnail.astype(int)
+    shop = smooth(0)
+    thumbnail = shop.astype(int)
     thumbnail[..., 0] = thumbnail[..., 0] // 2 + 20
     thumbnail[..., 1:3] = thumbnail[..., 1:3] + [9, -6]
-    seen = LocalFeatures(NOTHING, thumbnail.clip(0, 255).astype(np.uint8))
+    seen = thumbnail.clip(0, 255).astype(np.uint8)
     _, lightness, chroma, colour = compare_appearance(seen, shop, Geometry(5, np.eye(3)), SIZE)
     assert min(lightness, chroma) > 0.97
     assert colour > -0.3
 
 
 def test_without_geometry_or_overlap_nothing_is_seen() -> None:
-    assert compare_appearance(local_features(0), local_features(0), None, SIZE) == [0.0] * len(APPEARANCE)
+    assert compare_appearance(smooth(0), smooth(0), None, SIZE) == [0.0] * len(APPEARANCE)
     away = Geometry(3, np.array([[1, 0, 1000.0], [0, 1, 0], [0, 0, 1]]))
-    assert compare_appearance(local_features(0), local_features(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
-    flat = LocalFeatures(NOTHING, np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8))
+    assert compare_appearance(smooth(0), smooth(0), away, SIZE) == [pytest.approx(np.log(4)), 0, 0, 0]
+    flat = np.full((THUMBNAIL, THUMBNAIL, 4), 255, np.uint8)
     assert compare_appearance(flat, flat, Geometry(3, np.eye(3)), SIZE)[1:] == [0, 0, 0], "a plain picture is like every other"
 
 
@@ -77,35 +75,35 @@ def test_a_fit_may_miss_by_a_pixel() -> None:
     """Print as fine as a thumbnail's pixels, laid over itself one of them off."""
     thumbnail = np.random.default_rng(0).integers(0, 255, (THUMBNAIL, THUMBNAIL, 4), np.uint8)
     thumbnail[..., 3] = 255
-    shop, step = LocalFeatures(NOTHING, thumbnail), SIZE / THUMBNAIL
+    shop, step = thumbnail, SIZE / THUMBNAIL
     for matrix, least in ((np.eye(3), 0.99), (np.array([[1, 0, step], [0, 1, 0], [0, 0, 1]]), 0.6)):
         _, lightness, chroma, _ = compare_appearance(shop, shop, Geometry(5, matrix), SIZE)
         assert min(lightness, chroma) > least
 
 
 def test_only_what_shows_both_products_is_compared() -> None:
-    shop = local_features(0)
-    other = local_features(1).thumbnail.copy()
-    other[8:32] = shop.thumbnail[8:32]
+    shop = smooth(0)
+    other = smooth(1).copy()
+    other[8:32] = shop[8:32]
     half = other.copy()
     half[32:, :, 3] = 0
     geometry = Geometry(5, np.eye(3))
-    for pair in ((shop, LocalFeatures(NOTHING, half)), (LocalFeatures(NOTHING, half), shop)):
+    for pair in ((shop, half), (half, shop)):
         assert min(compare_appearance(*pair, geometry, SIZE)[1:3]) > 0.95
-    assert max(compare_appearance(LocalFeatures(NOTHING, other), shop, geometry, SIZE)[1:3]) < 0.9
-    corner = shop.thumbnail.copy()
+    assert max(compare_appearance(other, shop, geometry, SIZE)[1:3]) < 0.9
+    corner = shop.copy()
     corner[..., 3] = 0
     corner[8:21, 8, 3] = 255
-    assert compare_appearance(LocalFeatures(NOTHING, corner), shop, geometry, SIZE)[1:] == [0, 0, 0], "13 pixels"
+    assert compare_appearance(corner, shop, geometry, SIZE)[1:] == [0, 0, 0], "13 pixels"
     corner[21, 8, 3] = 255
-    assert compare_appearance(LocalFeatures(NOTHING, corner), shop, geometry, SIZE)[1] > 0.95, "14 pixels"
+    assert compare_appearance(corner, shop, geometry, SIZE)[1] > 0.95, "14 pixels"
 
 
 def test_colours_that_differ_wholly_count_no_more_than_two_dozen_levels() -> None:
     thumbnails = np.random.default_rng(0).choice([0, 255], (2, THUMBNAIL, THUMBNAIL, 4)).astype(np.uint8)
     thumbnails = np.repeat(np.repeat(thumbnails[:, ::16, ::16], 16, 1), 16, 2)
     thumbnails[..., 3] = 255
-    first, second = (LocalFeatures(NOTHING, np.ascontiguousarray(thumbnail)) for thumbnail in thumbnails)
+    first, second = (np.ascontiguousarray(thumbnail) for thumbnail in thumbnails)
     assert compare_appearance(first, second, Geometry(5, np.eye(3)), SIZE)[3] == -2
 
 
@@ -174,6 +172,7 @@ class Told(EvidenceReranker):
     weights: Mapping[str, float] | None
     told: tuple[float, ...] = (0.0,)
     kinds = ("told", "other")
+    absolute: ClassVar[tuple[str, ...]] = ("told",)
 
     def evidence(self, found: Candidates) -> np.ndarray:
         queries, answers = found.ranking.positions[:, : self.depth].shape
@@ -181,9 +180,9 @@ class Told(EvidenceReranker):
 
 
 class Placing(Told):
-    """Tells answers apart, no more."""
+    """Its evidence distinguishes candidates, and says nothing about probabilities."""
 
-    absolute = False
+    absolute = ()
 
 
 @pytest.fixture(params=["ip", "l2", "l1", "ip, any length", "l2, any length"])
@@ -241,10 +240,17 @@ def test_weights_are_beside_a_likeness_of_at_most_one(found: Candidates, kind: t
     assert [ranked.ranking.answers(row)[0] for row in range(3)] == [found.ranking.answers(row)[-1] for row in range(3)]
     again = last(ranked).ranking
     assert [again.answers(row)[0] for row in range(3)] == [found.ranking.answers(row)[-2] for row in range(3)]
-    if kind is Placing:
-        plain = Told(10, {})(found).ranking
-        for scores in (ranked.ranking.scores, again.scores):
-            np.testing.assert_array_equal(scores, plain.scores, "every rank keeps its similarity")
+    plain = Told(10, {})(found).ranking.scores
+    expected = np.roll(plain, 1, axis=1)[..., None]  # the similarity stays with its candidate
+    if kind is Told:
+        expected = np.concatenate([expected, np.broadcast_to(np.eye(10)[0][:, None], expected.shape)], axis=-1)
+    np.testing.assert_array_equal(ranked.ranking.evidence, expected)
+    assert again.evidence is not None
+    assert again.evidence.shape[2] == (3 if kind is Told else 1)
+    np.testing.assert_array_equal(again.evidence[:, 0, 0], plain[:, 8])
+    np.testing.assert_array_equal(ranked.take(np.array([2])).ranking.evidence, expected[2:])
+    np.testing.assert_array_equal(ranked.ranking.first(4).evidence, expected[:, :4])
+    assert reorder(ranked, again.scores).ranking.evidence is None, "other re-rankers' scores replace it"
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from beauty_bafe.data.backgrounds import Backgrounds
 from beauty_bafe.data.catalog import Catalog
 from beauty_bafe.data.rehearsal import draw_street_views
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.rerank import local_features
+from beauty_bafe.rerank import dense, local_features
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
+from beauty_bafe.rerank.dense import Pair
 from beauty_bafe.rerank.keypoints import Keypoints, Sift
 from beauty_bafe.rerank.matching import NearestNeighbours
+from beauty_bafe.rerank.pair_network import PairNetwork
 from beauty_bafe.rerank.verification import MatchCount, Verification
 from tests.textured import SIZE, textured, warped
 
@@ -65,6 +68,37 @@ def test_sift_finds_the_product_and_leaves_featureless_queries_alone(shop: Calla
     assert [verified.answers(row)[0] for row in (0, 2)] == ["p4", "p2"]
     assert verified.answers(1) == found.ranking.answers(1)
     np.testing.assert_allclose(verified.scores[1], found.ranking.scores[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("compared", [1, 2])
+def test_a_network_compares_some_candidates(
+    shop: Callable[..., Candidates], compared: int, tmp_path: Path, monkeypatch
+) -> None:
+    save_file(
+        {name: part.contiguous() for name, part in PairNetwork(False).state_dict().items()}, tmp_path / "verifier.safetensors"
+    )
+    asked: list[int] = []
+
+    def score(_: PairNetwork, pairs: list[Pair]) -> np.ndarray:
+        asked.append(len(pairs))
+        return np.arange(len(pairs)) + 1.0
+
+    monkeypatch.setattr(dense, "score_pairs", score)
+    found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
+    weights = {"inliers": 1.0, "agreement": 0.1}
+    step = Verification(6, weights, DETECTOR, MATCHER, network=str(tmp_path / "verifier.safetensors"), compared=compared)
+    ranking = step(found).ranking
+    assert asked == [compared] * 2
+    assert [ranking.answers(row)[0] for row in range(2)] == ["p4", "p2"]
+    assert step.absolute == ("lightness", "chroma", "colour", "agreement"), "without inliers"
+    assert ranking.evidence is not None
+    assert ranking.evidence.shape == (2, 6, 5)
+    assert set(ranking.evidence[..., 4].ravel()) == set(range(1, compared + 1))
+    without = Verification(4, weights | {"agreement": 0.0}, DETECTOR, MATCHER, network=step.network)
+    again = without(step(found)).ranking
+    assert again.evidence is not None
+    assert again.evidence.shape == (2, 4, 9), "of the first four, after that of the step before"
+    assert Verification(6, None, DETECTOR, MATCHER).absolute == ("lightness", "chroma", "colour")
 
 
 def test_of_as_many_matches_the_nearer_ones_win() -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from beauty_bafe.index.ranking import Ranking
-from beauty_bafe.retrieval.calibration import SHORTLIST, Calibration
+from beauty_bafe.retrieval.calibration import RIDGE, SHORTLIST, Calibration
 from beauty_bafe.retrieval.submission import write_answers
 
 K, LIFT = SHORTLIST, 3.0
 
 
 def draw(queries: int, seed: int, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of K answers, normal with deviation 1 around 0, and around LIFT for the right one; sorted, float (Q, K).
+    """Scores of K answers, normal with deviation 1 around 0, and around LIFT for the right one; sorted, float (Q, K, 1).
 
     Each query's picture raises or lowers all of its scores.
     """
@@ -25,13 +25,13 @@ def draw(queries: int, seed: int, known: bool = True) -> tuple[np.ndarray, np.nd
     right[:, 0] = known
     scores = rng.normal(size=(queries, K)) + LIFT * right + 10 * rng.normal(size=(queries, 1))
     order = np.argsort(-scores, axis=1)
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(right, order, axis=1)
+    return np.take_along_axis(scores, order, axis=1)[..., None], np.take_along_axis(right, order, axis=1)
 
 
 def test_bayes_rule_is_found_again() -> None:
     """Half of the queries known, P(i) = exp(LIFT s_i) / (K exp(LIFT^2 / 2) + sum_j exp(LIFT s_j))."""
     fitted = Calibration.fit(*draw(20_000, 0))
-    assert fitted.scale == pytest.approx(LIFT, rel=0.15)
+    assert fitted.scales[0] == pytest.approx(LIFT, rel=0.15)
     assert fitted.unknown == pytest.approx(np.log(K) + LIFT**2 / 2, rel=0.15)
     scores = np.concatenate([draw(5000, 1)[0], draw(5000, 2, known=False)[0]])
     right = np.concatenate([draw(5000, 1)[1], draw(5000, 2, known=False)[1]])
@@ -56,7 +56,7 @@ def test_so_many_strangers_pass_for_known() -> None:
 
 def test_probabilities_fall_along_a_row_and_leave_room_for_none() -> None:
     fitted = Calibration.fit(*draw(500, 0))
-    scores = -np.sort(-np.random.default_rng(1).normal(size=(50, SHORTLIST + 30)), axis=1)
+    scores = -np.sort(-np.random.default_rng(1).normal(size=(50, SHORTLIST + 30, 1)), axis=1)
     sure = fitted.probabilities(scores)
     assert sure.dtype == np.float32
     assert (np.diff(sure, axis=1) <= 0).all()
@@ -67,7 +67,7 @@ def test_probabilities_fall_along_a_row_and_leave_room_for_none() -> None:
 
 
 def test_separable_queries_are_not_believed_for_ever() -> None:
-    scores = np.tile([10.0, 1.0, 0.0], (8, 1))
+    scores = np.tile([10.0, 1.0, 0.0], (8, 1))[..., None]
     right = np.tile([True, False, False], (8, 1))
     fitted = Calibration.fit(scores, right)
     assert 0.8 < fitted.probabilities(scores)[0, 0] < 0.95, "eight queries"
@@ -88,10 +88,82 @@ def test_it_survives_a_file() -> None:
     assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (3,)])
+def test_further_evidence_has_a_scale_of_its_own() -> None:
+    """Two independent measurements, and noise: each gets the scale that Bayes' rule gives it, whatever its unit."""
+    scores, right = draw(20_000, 0)
+    rng = np.random.default_rng(4)
+    second = rng.normal(size=right.shape) + 2 * right
+    evidence = np.concatenate([scores, 5 * second[..., None], rng.normal(size=(*right.shape, 1))], axis=-1)
+    fitted = Calibration.fit(evidence, right)
+    assert fitted.scales == pytest.approx((LIFT, 2 / 5, 0), rel=0.15, abs=0.05)
+    assert fitted.unknown == pytest.approx(np.log(K) + (LIFT**2 + 2**2) / 2, rel=0.15)
+    misleading = np.concatenate([scores, -second[..., None]], axis=-1)
+    assert Calibration.fit(misleading, right).scales[1] == 0
+
+
+@pytest.mark.parametrize("same", [0.0, -1.0, 8.0, -1e6])
+def test_evidence_that_never_differs_changes_nothing(same: float) -> None:
+    scores, right = draw(300, 0)
+    alone = Calibration.fit(scores, right)
+    both = Calibration.fit(np.concatenate([scores, np.full_like(scores, same)], axis=-1), right)
+    assert both.scales == pytest.approx((alone.scales[0], 0), rel=1e-4)
+    assert both.unknown == pytest.approx(alone.unknown, rel=1e-4)
+    nearly = np.full_like(scores, same)
+    nearly[0, 0] += 1
+    assert Calibration.fit(np.concatenate([scores, nearly], axis=-1), right).scales[0] == pytest.approx(
+        alone.scales[0], rel=0.05
+    )
+    nothing = Calibration.fit(np.full_like(scores, same), right)
+    assert nothing.probabilities(np.full_like(scores, same)) == pytest.approx(0.5 / K, rel=0.2)
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_the_likelihood_is_highest(kinds: int) -> None:
+    """Against a slow twin that maximises it step by step."""
+    scores, right = draw(80, 5)
+    rng = np.random.default_rng(6)
+    evidence = np.concatenate([scores, 3 + rng.normal(size=(80, K, kinds - 1)) + right[..., None]], axis=-1)
+    fitted = Calibration.fit(evidence, right)
+
+    def loss(values: np.ndarray) -> float:
+        total, doubt = 0.0, 1 / 82
+        spread = evidence.std(axis=(0, 1))
+        for query in range(80):
+            for known in (True, False):
+                rows = [row for row in range(K) if known or not right[query, row]]
+                own = [rows.index(int(right[query].argmax()))] if known else [0]
+                seen = evidence[query, rows].copy()
+                seen[:, 0] -= np.median(seen[:, 0])
+                logits = [*(seen @ values[:-1]), values[-1]]
+                sure = np.log(np.exp(logits) / np.sum(np.exp(logits)))
+                weight = 1 - doubt if known else doubt
+                total -= (weight * sure[own[0]] + (1 - weight) * sure[-1]) / 80
+        return total + RIDGE * float(((values[1:-1] * spread[1:]) ** 2).sum())
+
+    best = np.array([*fitted.scales, fitted.unknown])
+    for number in range(kinds + 1):
+        for step in (-0.02, 0.02):
+            other = best.copy()
+            other[number] += step
+            assert loss(other) > loss(best)
+
+
+def test_a_later_answer_is_never_more_probable() -> None:
+    """The order may come from evidence that probabilities do not use."""
+    sure = Calibration((1.0, 1.0), 0.0, ()).probabilities(np.array([[[0.5, 1.0], [0.5, 3.0], [0.5, 0.0]]]))
+    expected = np.exp([1.0, 3.0, 0.0]) / (1 + np.exp([1.0, 3.0, 0.0]).sum())
+    np.testing.assert_allclose(sure[0], [expected[0], expected[0], expected[2]], rtol=1e-6)
+
+
+def test_a_file_of_an_earlier_version_is_read() -> None:
+    old = {"scale": 4.0, "unknown": 2.0, "strangers": [0.1]}
+    assert Calibration.from_dict(old) == Calibration((4.0,), 2.0, (0.1,))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 1), (3, 1, 1), (3, 2)])
 def test_what_cannot_be_learned_from(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="calibration needs queries with two answers or more"):
-        Calibration.fit(np.zeros(shape), np.zeros(shape, bool))
+        Calibration.fit(np.zeros(shape), np.zeros(shape[:2], bool))
 
 
 def test_the_file_of_answers(tmp_path: Path) -> None:

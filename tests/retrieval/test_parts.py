@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import InstantiationException
+from safetensors.torch import save_file
 
+from beauty_bafe.rerank.pair_network import PairNetwork
 from beauty_bafe.retrieval.parts import build_parts, build_steps
 
 
@@ -27,7 +29,7 @@ def test_an_optional_step_is_left_out_with_a_word(
         build_steps(configure("retrieve", "rerank=label_read", *steps).rerank)
 
 
-def test_what_is_learned_depends_on_what_makes_the_scores(configure, tiny_checkpoint: Path) -> None:
+def test_what_is_learned_depends_on_what_makes_the_scores(configure, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """An index_dir serves both fusions, whose scores differ a hundredfold; a report or k change nothing that is learned."""
 
     def about(ensemble: str, *overrides: str) -> str:
@@ -40,3 +42,13 @@ def test_what_is_learned_depends_on_what_makes_the_scores(configure, tiny_checkp
     for other in ("ensemble.depth=9", "rehearsal.views=9"):
         assert about("score_fusion", "rerank=none", other) != fused
     assert fused != about("score_fusion", "rerank=superglobal")
+    assert "lightness" in about("score_fusion", "rerank=sift_verified")
+    network = PairNetwork(pretrained=False)
+    given = "rerank=sift_verified", f"rerank.sift_verified.network={tmp_path / 'verifier.safetensors'}"
+    seen = set()
+    for bias in (0.0, 0.0, 1.0):
+        network.decide[-1].bias.data.fill_(bias)
+        weights = {name: part.contiguous() for name, part in network.state_dict().items()}
+        save_file(weights, tmp_path / "verifier.safetensors")
+        seen.add(about("score_fusion", *given))
+    assert len(seen) == 2, "trained again to the same file"

@@ -20,6 +20,7 @@ from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem
 from beauty_bafe.rerank.candidates import Candidates, Reranker
+from beauty_bafe.rerank.evidence import EvidenceReranker
 from beauty_bafe.retrieval.ensemble import Concatenation
 from beauty_bafe.retrieval.gallery import Gallery
 
@@ -81,6 +82,35 @@ def test_it_is_learned_once_for_an_index_dir(open_gallery, tmp_path: Path, monke
     other = open_gallery(None)
     other.rehearse([Counting()], Rehearsal(5, paste), "other settings", folder)
     assert other.steps == [[Counting(weights={"views": 5})]]
+
+
+@dataclass(frozen=True)
+class Nearness(EvidenceReranker):
+    """Knows the right photo of a street view, and the first answer to any other query."""
+
+    depth: int = 5
+    weights: Mapping[str, float] | None = None
+    kinds = ("near", "far")
+    absolute = ("near",)
+
+    def evidence(self, candidates: Candidates) -> np.ndarray:
+        ranking = candidates.ranking
+        names = np.array(ranking.gallery_ids)[ranking.positions[:, : self.depth]]
+        right = names == np.array(ranking.query_ids)[:, None]
+        right[:, 0] |= ~right.any(axis=1)
+        return np.stack([2.0 * right, ~right], axis=-1)
+
+
+def test_probabilities_come_from_absolute_evidence(open_gallery, toy: Path) -> None:
+    gallery = open_gallery()
+    gallery.rehearse([Nearness()], Rehearsal(24, paste), "")
+    queries = open_catalog(toy / "queries")
+    ranking = gallery.shortlist(queries, gallery.describe(queries, "queries", "queries", Skipped()), 3)
+    assert gallery.calibration is not None
+    assert len(gallery.calibration.scales) == 2, "of the similarity, and of what is near"
+    assert gallery.calibration.scales[1] > 0.5
+    assert ranking.evidence.shape == (24, 5, 2)
+    np.testing.assert_array_equal(ranking.probabilities, gallery.calibration.probabilities(ranking.evidence))
 
 
 def test_probabilities_rise_with_what_was_learned(open_gallery, toy: Path) -> None:
