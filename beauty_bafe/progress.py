@@ -14,9 +14,8 @@ T = TypeVar("T")
 
 
 def show_progress(items: Iterable[T], what: str, count: int, above: int) -> Iterable[T]:
-    """The items, with a progress bar if `count` is more than `above`. `count`: also that of the items if they have no length.
-
-    Only if the package's logger is at INFO, which a program that imports the package controls.
+    """The items, with a progress bar if `count` is more than `above` and the package's logger is at INFO, which an importing
+    program controls. `count`: for items without a length, also their number.
     """
     if count <= above or not log.isEnabledFor(logging.INFO):
         return items

@@ -56,8 +56,8 @@ def verifier(cfg: DictConfig) -> Path:
     step = steps[0] if len(names) == len(steps) == 1 else None
     if not isinstance(step, Verification) or step.network is not None:
         raise ValueError(
-            f"rerank={','.join(names) or 'none'}: type the one re-ranking by keypoints that the network is for, with "
-            "network=null, as in rerank=sift_verified"
+            f"rerank={','.join(names) or 'none'}: type one re-ranking by keypoints, without a network, as in "
+            "rerank=sift_verified; use the network with the same one later"
         )
     output, skipped = Path(cfg.output_dir), Skipped()
     output.mkdir(parents=True, exist_ok=True)

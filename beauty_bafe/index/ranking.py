@@ -31,6 +31,8 @@ class Ranking:
             )
         if self.positions.size and not 0 <= self.positions.min() <= self.positions.max() < len(self.gallery_ids):
             raise ValueError(f"positions must lie in 0..{len(self.gallery_ids) - 1}")
+        if self.evidence is not None and self.evidence.shape[:2] != self.positions.shape:
+            raise ValueError(f"evidence {self.evidence.shape} does not fit positions {self.positions.shape}")
         ordered = np.sort(self.positions, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError("a gallery picture occurs twice among the answers to one query")

@@ -115,8 +115,8 @@ def compare_pictures(
 ) -> np.ndarray:
     """The logits of a query and its candidates, float (k,), LOWEST to HIGHEST.
 
-    Only `most` candidates are compared: for half of them those with the most inliers, then the first of the others. All
-    others have the lowest logit of these. `geometries`, `size`: see `pair_up`.
+    Only `most` candidates are compared: first the `most // 2` with the most inliers, then the others in their order. Those
+    that are not compared get the lowest logit of those that are. `geometries`, `size`: see `pair_up`.
     """
     inliers = np.array([0 if geometry is None else geometry.inliers for geometry in geometries])
     matched = np.argsort(-inliers, kind="stable")[: most // 2]

@@ -31,7 +31,7 @@ class EvidenceReranker(ABC):
     photos. `absolute`: the kinds that say how likely a candidate is to be right, not only which one is likelier:
     probabilities are computed from these and the similarity (see Calibration), with weights of their own. `most`: the highest
     evidence of a kind, 0 being the lowest; if it is finite, only queries whose first candidate another one could overtake are
-    examined, and all others keep their order.
+    examined, and all others keep their order; `absolute` must then be empty.
 
     Raises ValueError for a depth below 1, or weights that are not numbers by kind.
     """

@@ -106,7 +106,8 @@ class LabelReading(EvidenceReranker):
 
     Not absolute: some candidate shares most words even if the product is not in the gallery, so they only distinguish
     variants of a product. Labels are only read if they could change the first answer, as reading takes longest; otherwise all
-    answers keep their order.
+    answers keep their order. The scores include the words, and so do probabilities after a fusion of rankings, which has only
+    scores.
     """
 
     reader: Reader

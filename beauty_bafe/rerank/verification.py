@@ -57,7 +57,8 @@ class Verification(EvidenceReranker):
     the aligned pictures, computed for `compared` candidates (see `compare_pictures`). Probabilities are computed from all
     evidence but the inliers, unless a later step or a fusion of rankings replaces the scores.
 
-    Raises ValueError if the file is missing or holds something else, or for `every_turn` with a network.
+    Raises ValueError for `compared` below 1, if the file is missing or holds something else, or for `every_turn` with a
+    network.
     """
 
     detector: Detector
@@ -72,7 +73,7 @@ class Verification(EvidenceReranker):
 
     @property
     def absolute(self) -> tuple[str, ...]:
-        # Drawn street views have more inliers than photographs do, which would make the learned probabilities too high.
+        # Drawn street views have more inliers than photographs, for which probabilities learned from them would be wrong.
         return tuple(kind for kind in self.kinds if kind != "inliers")
 
     def __post_init__(self) -> None:

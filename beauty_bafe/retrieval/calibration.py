@@ -16,14 +16,14 @@ RIDGE = 0.01  # penalty on the squared scales of further evidence, standardised 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Evidence for the answers to a query -> the probability that each is right; the remainder up to 1: that none is.
+    """Evidence for the answers to a query -> the probability that each is right.
 
     P(i) = exp(scales . x_i) / (exp(unknown) + sum_j exp(scales . x_j)) over the first SHORTLIST answers j: the conditional
     logit (McFadden, 1974) with the option "none". The first number of x is a similarity, from which the median of these
-    answers is subtracted, as another camera or a blurred picture lowers all of them alike; `scales` are not negative. A later
-    answer gets no higher probability than an earlier one, even if evidence that only orders them put it there (see
-    EvidenceReranker). `strangers`: for queries whose product is not in the gallery, the
-    probability of the first answer, in ascending order.
+    answers is subtracted, as another camera or a blurred picture lowers all of them alike; `scales` are not negative. If an
+    answer stands behind a less probable one, because evidence that only orders answers put it there (see EvidenceReranker),
+    it gets that one's probability. `strangers`: for queries whose product is not in the gallery, the probability of the first
+    answer, in ascending order.
     """
 
     scales: tuple[float, ...]
@@ -46,7 +46,7 @@ class Calibration:
         gone = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
         left = evidence[np.arange(right.shape[1]) != gone[:, None]].reshape(len(right), -1, evidence.shape[2])
         whole, without = _above_median(evidence), _above_median(left)
-        # Standardised, which `unknown` makes up for below.
+        # Standardised; the scales and `unknown` are converted back below.
         middle, spread = whole.mean(axis=(0, 1)), whole.std(axis=(0, 1))
         varied = spread > 1e-9 * np.maximum(1, np.abs(middle))
         spread = np.where(varied, spread, np.inf)
@@ -54,7 +54,8 @@ class Calibration:
         found = right.any(axis=1)
         # Platt (1999): targets below 1 keep the fit finite on separable data.
         doubt = 1 / (len(right) + 2)
-        # The share of each query's target that is on its right answer, and without that on the first of the others.
+        # Answers, the one that counts as right (with the right one removed: the first), and its share of the target; the rest
+        # of the target is on "none".
         halves = [
             (whole, whole[np.arange(len(right)), right.argmax(axis=1)], (1 - doubt) * found),
             (without, without[:, 0], doubt),

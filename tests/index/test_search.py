@@ -107,6 +107,11 @@ def test_a_ranking_checks_itself(positions: list[list[int]], scores: list[list[f
         Ranking(("q",), tuple("abc"), np.array(positions), np.array(scores))
 
 
+def test_evidence_must_fit_its_ranking() -> None:
+    with pytest.raises(ValueError, match=r"evidence \(1, 3, 2\) does not fit positions \(1, 2\)"):
+        Ranking(("q",), tuple("abc"), np.array([[0, 1]]), np.array([[0.9, 0.8]]), evidence=np.zeros((1, 3, 2)))
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 def test_pca_against_the_covariance(whiten: bool) -> None:
     rng = np.random.default_rng(0)
