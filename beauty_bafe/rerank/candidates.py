@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.catalog import Catalog
 from ..data.images import Pictures
-from ..extraction.features import Features
+from ..extraction.features import Features, unit
 from ..index.base import Index
 from ..index.ranking import Ranking
 
@@ -20,7 +20,8 @@ from ..index.ranking import Ranking
 class Candidates:
     """The current ranking, the queries, and the index to search again; `context` is for steps that use the pictures.
 
-    `rescored`: whether the scores are a re-ranker's rather than the index's.
+    `rescored`: whether the scores are a re-ranker's rather than the index's. `small`: which queries are compared with small
+    copies of the gallery's photos, bool (Q,), or None (see SmallCopies).
     """
 
     ranking: Ranking
@@ -28,6 +29,14 @@ class Candidates:
     index: Index
     context: SearchContext | None = None
     rescored: bool = False
+    small: np.ndarray | None = None
+
+    @property
+    def needed_context(self) -> SearchContext:
+        """`context`. Raises ValueError if there is none."""
+        if self.context is None:
+            raise ValueError("this re-ranking needs the pictures of gallery and queries, but this search has only descriptors")
+        return self.context
 
     def vectors(self, depth: int, rows: slice = slice(None)) -> np.ndarray:
         """The first `depth` candidates of the queries in `rows`, float32 (queries, depth, D)."""
@@ -40,24 +49,45 @@ class Candidates:
         """The candidates of the queries in `rows`, int (R,)."""
         ranking, queries = self.ranking, self.queries
         ids = tuple(ranking.query_ids[row] for row in rows)
-        evidence, masks = (None if part is None else part[rows] for part in (ranking.evidence, queries.masks))
+        parts = (ranking.evidence, queries.masks, self.small)
+        evidence, masks, small = (None if part is None else part[rows] for part in parts)
         return replace(
             self,
             ranking=Ranking(ids, ranking.gallery_ids, ranking.positions[rows], ranking.scores[rows], evidence=evidence),
             queries=replace(queries, vectors=queries.vectors[rows], ids=ids, masks=masks),
+            small=small,
         )
+
+
+class PictureDescriber(Protocol):
+    """Describes pictures as those of the gallery were. `about`: identifies the networks and their settings; `size`: the
+    longest side in pixels that they take.
+    """
+
+    @property
+    def about(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """uint8 (H, W, 3) each -> the descriptors of each member of the ensemble, float32 (N, D)."""
+
+    def combine(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """The descriptors of each member, float32 (N, D) -> those of the index, float32 (N, D)."""
 
 
 @dataclass(frozen=True)
 class SearchContext:
     """The pictures of a search. `folder`: where steps may cache what they extract from them; `cache`: what they have opened
-    there, shared by all searches of the same gallery.
+    there, shared by all searches of the same gallery. `describe`: for steps that need descriptors of other pictures.
     """
 
     gallery: Catalog
     queries: Pictures
     folder: Path
     cache: dict[Any, Any] = field(default_factory=dict)
+    describe: PictureDescriber | None = None
 
 
 class Reranker(Protocol):
@@ -112,3 +142,16 @@ def with_depth(candidates: Candidates, depth: int) -> Candidates:
         return candidates
     queries = candidates.queries
     return replace(candidates, ranking=candidates.index.search(queries.vectors, queries.ids, want))
+
+
+def similarity_of(candidates: Candidates, depth: int) -> np.ndarray:
+    """Scores of each query's first candidates, float (Q, depth), non-increasing along each row.
+
+    Scores of the index are used if they are cosines. For distances, or inner products of vectors of any length, they have no
+    fixed scale: then the cosines of the candidates, sorted in descending order, whatever the order of the candidates.
+    """
+    if candidates.rescored or (candidates.index.metric == "ip" and not candidates.queries.any_length):
+        return candidates.ranking.scores[:, :depth]
+    rows = enumerate(unit(candidates.queries.vectors))
+    cosines = np.stack([unit(candidates.vectors(depth, slice(row, row + 1))[0]) @ query for row, query in rows])
+    return -np.sort(-cosines, axis=1)

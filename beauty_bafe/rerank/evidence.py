@@ -14,8 +14,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from ..extraction.features import unit
-from .candidates import Candidates, check_depth, reorder, with_depth
+from .candidates import Candidates, check_depth, reorder, similarity_of, with_depth
 
 log = logging.getLogger("beauty_bafe")
 
@@ -74,7 +73,7 @@ class EvidenceReranker(ABC):
         ranking = examples.ranking
         names = np.array(ranking.gallery_ids)[ranking.positions[:, : self.depth]]
         hit = names == np.array(ranking.query_ids)[:, None]
-        similarity, evidence = _similarity(examples, self.depth), self.evidence(examples)
+        similarity, evidence = similarity_of(examples, self.depth), self.evidence(examples)
         fitted = fit_weights(similarity, evidence, hit)
         weights = dict(zip(self.kinds, fitted.tolist(), strict=True))
         after, before = (_mean_reciprocal_rank(scores, hit) for scores in (similarity + evidence @ fitted, similarity))
@@ -94,7 +93,7 @@ class EvidenceReranker(ABC):
             )
         candidates = with_depth(candidates, self.depth)
         weights = np.array([self.weights.get(name, 0.0) for name in self.kinds])
-        similarity = _similarity(candidates, self.depth)
+        similarity = similarity_of(candidates, self.depth)
         evidence = self._needed(candidates, similarity, weights)
         known = candidates.ranking.evidence
         before = similarity[..., None] if known is None else known[:, : self.depth]
@@ -139,19 +138,6 @@ def fit_weights(similarity: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -
     bounds = [(MIN_SIMILARITY_WEIGHT, None)] + [(0.0, None)] * evidence.shape[-1]
     solved = minimize(loss, np.ones(len(spread)), jac=True, method="L-BFGS-B", bounds=bounds).x / spread
     return solved[1:] / solved[0]
-
-
-def _similarity(candidates: Candidates, depth: int) -> np.ndarray:
-    """Scores of each query's first candidates, float (Q, depth), non-increasing along each row.
-
-    Scores of the index are used if they are cosines. For distances, or inner products of vectors of any length, they have no
-    fixed scale: then the cosines of the candidates, sorted in descending order, whatever the order of the candidates.
-    """
-    if candidates.rescored or (candidates.index.metric == "ip" and not candidates.queries.any_length):
-        return candidates.ranking.scores[:, :depth]
-    rows = enumerate(unit(candidates.queries.vectors))
-    cosines = np.stack([unit(candidates.vectors(depth, slice(row, row + 1))[0]) @ query for row, query in rows])
-    return -np.sort(-cosines, axis=1)
 
 
 def _mean_reciprocal_rank(scores: np.ndarray, hit: np.ndarray) -> float:

@@ -25,7 +25,7 @@ from ..extraction.store import Picture, Store
 from ..manifest import digest, locked
 from ..process import TemporarySetting
 from ..progress import show_progress
-from .candidates import Candidates
+from .candidates import Candidates, SearchContext
 
 log = logging.getLogger("beauty_bafe")
 
@@ -63,25 +63,23 @@ def score_candidates(
     extractor: LocalExtractor[T],
     score: Callable[[T, Sequence[T]], np.ndarray],
     rotations: int = 1,
+    copies: LocalExtractor[T] | None = None,
 ) -> np.ndarray:
     """`score(query, its first candidates)`, float (depth, E), for every query: (Q, depth, E), on all cores.
 
     The query is scored in its first `rotations` orientations, 90 degrees apart; each candidate keeps the scores of the
-    orientation with the highest first score. Raises ValueError if a gallery picture is not a file or cannot be read.
+    orientation with the highest first score. `copies`: extracts the features of the candidates of small queries (see
+    Candidates); None: `extractor`. Raises ValueError if a gallery picture is not a file or cannot be read.
     """
-    context, ranking = candidates.context, candidates.ranking
-    if context is None:
-        raise ValueError("this re-ranking needs the pictures of gallery and queries, but this search has only descriptors")
+    context, ranking = candidates.needed_context, candidates.ranking
     positions = ranking.positions[:, :depth]
-    needed = [ranking.gallery_ids[position] for position in np.unique(positions)]
-    gallery: _GalleryFeatures[T] | None = context.cache.get(extractor)
-    if gallery is None or gallery.catalog is not context.gallery:
-        gallery = context.cache[extractor] = _GalleryFeatures(context.gallery, context.folder, extractor)
+    small = np.zeros(len(positions), bool) if candidates.small is None or copies is None else candidates.small
     rows = {name: row for row, name in enumerate(context.queries.ids)}
 
     def score_query(row: int) -> np.ndarray:
         rgb = context.queries.read(rows[ranking.query_ids[row]], extractor.size).rgb
         mask = None if candidates.queries.masks is None else candidates.queries.masks[row]
+        features_of = found_in[bool(small[row])]
         others = [features_of(ranking.gallery_ids[position]) for position in positions[row]]
         scores = []
         for turns in range(rotations):
@@ -92,7 +90,12 @@ def score_candidates(
 
     # One thread per query: matrix products that each used all cores would wait for one another.
     with ThreadPoolExecutor(default_workers()) as threads, threadpool_limits(1), one_opencv_thread, one_torch_thread:
-        features_of = gallery.load(needed, threads)
+        found_in = {}
+        for is_small, own in ((False, extractor), (True, copies)):
+            if own is not None and (small == is_small).any():
+                needed = np.unique(positions[small == is_small])
+                names = [ranking.gallery_ids[position] for position in needed]
+                found_in[is_small] = open_features(context, own).load(names, threads)
         what, start = f"{len(positions)} queries with {positions.shape[1]} candidates each", time.perf_counter()
         found = threads.map(score_query, range(len(positions)))
         scored = list(show_progress(found, f"matching {what}", len(positions), PROGRESS_ABOVE))
@@ -101,7 +104,15 @@ def score_candidates(
         return np.array(scored)
 
 
-class _GalleryFeatures(Generic[T]):
+def open_features(context: SearchContext, extractor: LocalExtractor[T]) -> GalleryFeatures[T]:
+    """The features of the gallery's pictures, shared by all searches of the same gallery."""
+    gallery: GalleryFeatures[T] | None = context.cache.get(extractor)
+    if gallery is None or gallery.catalog is not context.gallery:
+        gallery = context.cache[extractor] = GalleryFeatures(context.gallery, context.folder, extractor)
+    return gallery
+
+
+class GalleryFeatures(Generic[T]):
     """The features of gallery pictures: extracted when first needed, cached on disk, read through memory maps. Thread-safe.
 
     Shared by all searches of a gallery, so that the cost of a search depends on its candidates, not on the gallery's size.

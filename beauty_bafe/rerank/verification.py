@@ -19,6 +19,7 @@ from .keypoints import Detector, LocalFeatures
 from .local_features import score_candidates
 from .matching import Geometry, Matcher, count_matches, fit_geometries
 from .pair_network import PairNetwork
+from .small_copies import OfSmallCopy
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ class Verification(EvidenceReranker):
 
     def evidence(self, candidates: Candidates) -> np.ndarray:
         if self.network is None:
-            return score_candidates(candidates, self.depth, self.detector, self._score, 4 if self.every_turn else 1)
-        return score_candidates(candidates, self.depth, CanvasExtractor(self.detector), self._score_with_network)
+            turns, copies = 4 if self.every_turn else 1, OfSmallCopy(self.detector)
+            return score_candidates(candidates, self.depth, self.detector, self._score, turns, copies)
+        extractor = CanvasExtractor(self.detector)
+        return score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, OfSmallCopy(extractor))
 
     def _score(self, query: LocalFeatures, candidates: Sequence[LocalFeatures]) -> np.ndarray:
         return self._align(query, candidates)[1]

@@ -9,10 +9,10 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from ..data.catalog import Catalog, Skipped, open_catalog, stamp
 from ..data.images import Pictures
 from ..data.rehearsal import Rehearsal
 from ..extraction.features import Features
+from ..extraction.local import FeatureExtraction
 from ..extraction.members import Member, describe_members
+from ..extraction.memory import MemoryExtraction
 from ..index.base import Index
 from ..index.ranking import Ranking, check_k
 from ..manifest import digest, locked, replace_file
@@ -30,33 +32,13 @@ from ..rerank.candidates import Candidates, Reranker, SearchContext, TrainableRe
 from ..versions import Versions
 from .calibration import SHORTLIST, Calibration
 from .classical import load_or_fit, save_learned
+from .describer import EnsembleDescriber, Extraction
 from .ensemble import Concatenation, Fusion
 
 log = logging.getLogger("beauty_bafe")
 
 CATALOG = "gallery.csv"  # ids and paths of a saved gallery
 LEARNED = "learned.json"  # what its re-rankers and calibration have learned
-
-
-class Extraction(Protocol):
-    """See FeatureExtraction (stores descriptors on disk) and MemoryExtraction. `root`: where files may be kept."""
-
-    root: Path
-    scales: tuple[float, ...]
-    flip: bool
-
-    def folder(self, name: str) -> AbstractContextManager[Path]: ...
-
-    def __call__(
-        self,
-        members: Sequence[Member],
-        pictures: Pictures,
-        source: str,
-        what: str,
-        skipped: Skipped,
-        masks: bool = False,
-        view: View | None = None,
-    ) -> list[Features]: ...
 
 
 class Gallery:
@@ -237,15 +219,24 @@ class Gallery:
         depths = [k, self.ensemble.depth, *(step.depth for own in steps for step in own)]
         depth = min(max(depths), len(self.indexes[0]))
         rankings = []
-        for own, index, queries in zip(steps, self.indexes, self.ensemble.transform(described), strict=True):
-            context = SearchContext(self.catalog, pictures, self.extraction.root, self._feature_cache)
+        views = self.ensemble.transform(described)
+        for number, (own, index, queries) in enumerate(zip(steps, self.indexes, views, strict=True)):
+            describe = EnsembleDescriber(self.members, self._memory, self.ensemble, number)
+            context = SearchContext(self.catalog, pictures, self.extraction.root, self._feature_cache, describe)
             candidates = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
-            for number, step in enumerate(own):
+            for place, step in enumerate(own):
                 if learn and isinstance(step, TrainableReranker):
-                    own[number] = step = step.fit(candidates)
+                    own[place] = step = step.fit(candidates)
                 candidates = step(candidates)
             rankings.append(candidates.ranking)
         return self.ensemble.fuse(rankings, min(k, *(ranking.positions.shape[1] for ranking in rankings), depth))
+
+    @cached_property
+    def _memory(self) -> MemoryExtraction:
+        """For pictures that are not files; networks are compiled when they are first used."""
+        made = self.extraction
+        assert isinstance(made, MemoryExtraction | FeatureExtraction)
+        return MemoryExtraction(made) if isinstance(made, FeatureExtraction) else made
 
     def costs(self) -> dict[str, float]:
         """Dimensions of a descriptor and bytes of the indexes."""
