@@ -19,10 +19,12 @@ BLUR = 0.6  # pixels of the small picture, standard deviation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="a folder or a csv of pictures")
-    parser.add_argument("--side", type=int, required=True, help="longer side of the copies in pixels, or less")
+    parser.add_argument("--side", type=int, required=True, help="longer side in pixels; smaller photos are not enlarged")
     parser.add_argument("--quality", type=int, default=60, help="of the JPEG files, 1 to 100 (default: 60)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the copies, which keep the names of the photos")
     arguments = parser.parse_args()
+    if arguments.side < 1 or not 1 <= arguments.quality <= 100:
+        parser.error(f"--side {arguments.side} --quality {arguments.quality}: type a side of 1 or more, and 1 to 100")
     catalog = open_catalog(arguments.photos)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for row, name in enumerate(show_progress(catalog.ids, f"shrinking {len(catalog)} photos", len(catalog), 0)):

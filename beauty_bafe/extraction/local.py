@@ -154,6 +154,11 @@ class FeatureExtraction:
         rest = {
             "pad": member.extractor.pad,
             "preprocessing": PREPROCESSING,
-            "versions": {name: version(name) for name in (*PACKAGES, *(["openvino"] if self.runtime == "openvino" else []))},
+            "versions": versions(self.runtime),
         }
         return self.root / name, key | rest
+
+
+def versions(runtime: str) -> dict[str, str]:
+    """The versions of the packages that descriptors depend on."""
+    return {name: version(name) for name in (*PACKAGES, *(["openvino"] if runtime == "openvino" else []))}

@@ -21,7 +21,7 @@ class Candidates:
     """The current ranking, the queries, and the index to search again; `context` is for steps that use the pictures.
 
     `rescored`: whether the scores are a re-ranker's rather than the index's. `small`: which queries are compared with small
-    copies of the gallery's photos, bool (Q,), or None (see SmallCopies).
+    copies of the gallery's photos, bool (Q,); None before SmallCopies.
     """
 
     ranking: Ranking
@@ -60,8 +60,8 @@ class Candidates:
 
 
 class PictureDescriber(Protocol):
-    """Describes pictures as those of the gallery were. `about`: identifies the networks and their settings; `size`: the
-    longest side in pixels that they take.
+    """Describes pictures in the way the gallery's were described. `about`: identifies the networks and their settings; `size`:
+    the longest side in pixels that they need.
     """
 
     @property

@@ -79,12 +79,15 @@ def crop_to_product(
     """
     if mask is None or mask.max() <= 127:
         return letterbox(rgb, size), None
-    if closer is not None:
-        saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
-        if View(closer=closer, least=MIN_MASK_AREA).trusts(saliency):
-            window = clamp_window(product_window(saliency, closer))[0].tolist()
-            return _crop_window(window, letterbox(rgb, OVERSAMPLE * size), mask, size)
+    if closer is not None and (window := find_window(mask, closer)) is not None:
+        return _crop_window(clamp_window(window)[0].tolist(), letterbox(rgb, OVERSAMPLE * size), mask, size)
     return letterbox(rgb, size), cv2.resize(mask, (size, size), interpolation=cv2.INTER_LINEAR) > 127
+
+
+def find_window(mask: np.ndarray, closer: float) -> torch.Tensor | None:
+    """The `product_window` of a mask, uint8 (M, M): float (1, 3); None if the mask is not plausible."""
+    saliency = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() / 255
+    return product_window(saliency, closer) if View(closer=closer, least=MIN_MASK_AREA).trusts(saliency) else None
 
 
 def make_thumbnail(canvas: np.ndarray, inside: np.ndarray | None) -> np.ndarray:

@@ -79,8 +79,8 @@ def score_candidates(
     def score_query(row: int) -> np.ndarray:
         rgb = context.queries.read(rows[ranking.query_ids[row]], extractor.size).rgb
         mask = None if candidates.queries.masks is None else candidates.queries.masks[row]
-        features_of = found_in[bool(small[row])]
-        others = [features_of(ranking.gallery_ids[position]) for position in positions[row]]
+        find = copies_of if small[row] else features_of
+        others = [find(ranking.gallery_ids[position]) for position in positions[row]]
         scores = []
         for turns in range(rotations):
             rotated = (None if part is None else np.ascontiguousarray(np.rot90(part, turns)) for part in (rgb, mask))
@@ -88,14 +88,15 @@ def score_candidates(
         best = np.argmax([part[:, 0] for part in scores], axis=0)
         return np.stack(scores)[best, np.arange(len(best))]
 
+    def load_some(own: LocalExtractor[T], queries: np.ndarray) -> Callable[[str], T]:
+        """The features of the candidates of some queries, bool (Q,), by name."""
+        names = [ranking.gallery_ids[position] for position in np.unique(positions[queries])]
+        return open_features(context, own).load(names, threads) if names else dict[str, T]().__getitem__
+
     # One thread per query: matrix products that each used all cores would wait for one another.
     with ThreadPoolExecutor(default_workers()) as threads, threadpool_limits(1), one_opencv_thread, one_torch_thread:
-        found_in = {}
-        for is_small, own in ((False, extractor), (True, copies)):
-            if own is not None and (small == is_small).any():
-                needed = np.unique(positions[small == is_small])
-                names = [ranking.gallery_ids[position] for position in needed]
-                found_in[is_small] = open_features(context, own).load(names, threads)
+        features_of = load_some(extractor, ~small)
+        copies_of = features_of if copies is None else load_some(copies, small)
         what, start = f"{len(positions)} queries with {positions.shape[1]} candidates each", time.perf_counter()
         found = threads.map(score_query, range(len(positions)))
         scored = list(show_progress(found, f"matching {what}", len(positions), PROGRESS_ABOVE))

@@ -19,7 +19,7 @@ from .keypoints import Detector, LocalFeatures
 from .local_features import score_candidates
 from .matching import Geometry, Matcher, count_matches, fit_geometries
 from .pair_network import PairNetwork
-from .small_copies import OfSmallCopy
+from .small_copies import SmallCopyExtractor
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class Verification(EvidenceReranker):
 
     def evidence(self, candidates: Candidates) -> np.ndarray:
         if self.network is None:
-            turns, copies = 4 if self.every_turn else 1, OfSmallCopy(self.detector)
+            turns, copies = 4 if self.every_turn else 1, SmallCopyExtractor(self.detector)
             return score_candidates(candidates, self.depth, self.detector, self._score, turns, copies)
         extractor = CanvasExtractor(self.detector)
-        return score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, OfSmallCopy(extractor))
+        return score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, SmallCopyExtractor(extractor))
 
     def _score(self, query: LocalFeatures, candidates: Sequence[LocalFeatures]) -> np.ndarray:
         return self._align(query, candidates)[1]

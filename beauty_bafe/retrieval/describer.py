@@ -1,9 +1,9 @@
-"""Describe pictures: those of a catalogue, or some in memory as those of the gallery were."""
+"""Describe the pictures of a catalogue, or pictures in memory in the way the gallery's were described."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from ..data.catalog import Skipped
 from ..data.images import Images, Pictures
 from ..extraction.features import Features
-from ..extraction.local import PREPROCESSING
+from ..extraction.local import PREPROCESSING, versions
 from ..extraction.members import Member, describe_members
 from ..extraction.memory import MemoryExtraction
 from ..manifest import digest
@@ -45,25 +45,26 @@ class Extraction(Protocol):
 
 @dataclass(frozen=True)
 class EnsembleDescriber:
-    """Describes pictures in memory as those of the gallery's index `number` were: a PictureDescriber."""
+    """A PictureDescriber for index `number` of a gallery. `memory` is called when a picture is to be described."""
 
     members: Sequence[Member]
-    extraction: MemoryExtraction
+    memory: Callable[[], MemoryExtraction]
     ensemble: Concatenation | Fusion
     number: int
 
     @property
     def about(self) -> str:
-        made, settings = self.extraction, self.extraction.settings
-        seen = [list(made.scales), made.flip, settings.precision, settings.runtime, str(settings.dtype), PREPROCESSING]
-        return digest(json.dumps([describe_members(self.members), *seen]))
+        made = self.memory().settings
+        seen = [list(made.scales), made.flip, made.precision, made.runtime, str(made.dtype), PREPROCESSING]
+        pads = [member.extractor.pad for member in self.members]
+        return digest(json.dumps([describe_members(self.members), pads, *seen, versions(made.runtime)]))
 
     @property
     def size(self) -> int:
         return max(member.extractor.size for member in self.members)
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        features = self.extraction(self.members, Images.numbered(pictures), "", "small copies", Skipped())
+        features = self.memory()(self.members, Images.numbered(pictures), "", "small copies", Skipped())
         return [part.vectors for part in features]
 
     def combine(self, members: Sequence[np.ndarray]) -> np.ndarray:

@@ -221,7 +221,7 @@ class Gallery:
         rankings = []
         views = self.ensemble.transform(described)
         for number, (own, index, queries) in enumerate(zip(steps, self.indexes, views, strict=True)):
-            describe = EnsembleDescriber(self.members, self._memory, self.ensemble, number)
+            describe = EnsembleDescriber(self.members, lambda: self._memory, self.ensemble, number)
             context = SearchContext(self.catalog, pictures, self.extraction.root, self._feature_cache, describe)
             candidates = Candidates(index.search(queries.vectors, queries.ids, depth), queries, index, context)
             for place, step in enumerate(own):

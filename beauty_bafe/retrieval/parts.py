@@ -18,6 +18,7 @@ from ..index.base import Index
 from ..models.views import View
 from ..rerank.candidates import Reranker
 from ..rerank.evidence import EvidenceReranker
+from ..rerank.small_copies import SmallCopies
 from .ensemble import Concatenation, Fusion
 
 log = logging.getLogger("beauty_bafe")
@@ -59,7 +60,10 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 
 def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
-    """The re-rankers of conf/rerank by name, in order; one that is `optional` is left out if its package is missing."""
+    """The re-rankers of conf/rerank by name, in order; one that is `optional` is left out if its package is missing.
+
+    Raises ValueError if small_copies is not the first.
+    """
     steps = {}
     for name, settings in rerank.items():
         kept = {key: value for key, value in settings.items() if key != "optional"}
@@ -69,4 +73,6 @@ def build_steps(rerank: DictConfig) -> dict[str, Reranker]:
             if not (settings.get("optional") and isinstance(error.__cause__, ImportError)):
                 raise
             log.warning(f"{name!s} is left out: {explain(error.__cause__)}")
+    if any(isinstance(step, SmallCopies) for step in list(steps.values())[1:]):
+        raise ValueError(f"rerank={','.join(steps)}: small_copies must be the first step; type its name first")
     return steps

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from beauty_bafe.data.catalog import Catalog, Skipped, open_catalog
 from beauty_bafe.data.photos import load_photo
@@ -21,14 +23,17 @@ from beauty_bafe.extraction.memory import MemoryExtraction
 from beauty_bafe.index.exact import ExactIndex
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem, spoc
-from beauty_bafe.rerank import local_features, small_copies
+from beauty_bafe.rerank import dense, local_features, small_copies
 from beauty_bafe.rerank.candidates import Candidates, SearchContext
+from beauty_bafe.rerank.dense import CanvasExtractor, Pair
 from beauty_bafe.rerank.keypoints import Sift
 from beauty_bafe.rerank.matching import NearestNeighbours
-from beauty_bafe.rerank.small_copies import SIDES, CopyDescriptors, OfSmallCopy, SmallCopies, product_side, small_copy
+from beauty_bafe.rerank.pair_network import PairNetwork
+from beauty_bafe.rerank.small_copies import SIDES, CopyDescriptors, SmallCopies, SmallCopyExtractor, product_share, small_copy
 from beauty_bafe.rerank.verification import Verification
 from beauty_bafe.retrieval.describer import EnsembleDescriber
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
+from beauty_bafe.retrieval.gallery import Gallery
 from tests.textured import SIZE, textured, warped
 
 DETECTOR = Sift(SIZE, 300)
@@ -80,21 +85,41 @@ def search(folder: Path, queries: dict[str, np.ndarray], masks: np.ndarray | Non
     return Candidates(index.search(described.vectors, described.ids, 6), described, index, context), describe
 
 
-def test_the_product_is_measured_in_the_picture_s_own_pixels() -> None:
-    wide = np.zeros((100, 200, 3), np.uint8)
-    assert product_side(wide, None) == product_side(wide, np.zeros((56, 56), np.uint8)) == 200
-    assert product_side(wide, square_mask()) == pytest.approx(100)
+def test_the_product_is_measured_by_plausible_masks_alone() -> None:
+    dust, faint = np.zeros((56, 56), np.uint8), np.full((56, 56), 100, np.uint8)
+    dust[3, 3] = 255
+    for mask in (None, np.zeros((56, 56), np.uint8), np.full((56, 56), 255, np.uint8), dust, faint):
+        assert product_share(mask) == 1
+    assert product_share(square_mask()) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_a_copy_has_a_product_of_the_side_and_the_faults_of_jpeg(with_mask: bool) -> None:
+def test_a_copy_is_blurred_shrunk_and_compressed(with_mask: bool) -> None:
     picture, mask = textured(0), square_mask() if with_mask else None
-    copy = small_copy(picture, mask, 40)
-    assert copy.shape == ((80, 80, 3) if with_mask else (40, 40, 3))
-    plain = cv2.resize(picture, copy.shape[:2], interpolation=cv2.INTER_AREA)
-    assert 1 < np.abs(copy.astype(int) - plain).mean() < 30
-    assert small_copy(picture, mask, 1000).shape == picture.shape, "never larger than the picture"
-    assert np.array_equal(copy, small_copy(picture, mask, 40))
+    copy, side = small_copy(picture, mask, 40), 80 if with_mask else 40
+    blurred = cv2.GaussianBlur(picture, (0, 0), 0.6 * SIZE / side)
+    bgr = cv2.cvtColor(cv2.resize(blurred, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+    read = cv2.imdecode(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR)
+    assert np.array_equal(copy, cv2.cvtColor(read, cv2.COLOR_BGR2RGB))
+    large = small_copy(picture, mask, 1000)
+    assert large.shape == picture.shape, "never enlarged"
+    assert 0.5 < np.abs(large.astype(int) - picture).mean() < 10, "but compressed"
+    for shape in ((1, 1), (1, 700), (700, 3)):
+        assert max(small_copy(np.zeros((*shape, 3), np.uint8), None, 40).shape) <= 40
+
+
+@pytest.mark.parametrize(
+    ("side", "share", "small"), [(3000, 0.45, False), (1800, 0.08, True), (320, 0.5, False), (318, 0.5, True)]
+)
+def test_small_is_counted_in_the_pixels_of_the_file(tmp_path: Path, side: int, share: float, small: bool) -> None:
+    """Whatever the size at which a large file is decoded; a product of exactly 160 pixels is not small."""
+    mask = np.zeros((112, 112), np.uint8)
+    mask[: round(112 * share), : round(112 * share)] = 255
+    picture = cv2.resize(textured(3), (side, side), interpolation=cv2.INTER_NEAREST)
+    found, _ = search(tmp_path, {"q": picture}, mask[None])
+    ranked = SmallCopies(6, 160)(found)
+    assert ranked.small is not None
+    assert ranked.small.tolist() == [small]
 
 
 def test_only_small_queries_change_and_as_a_slow_twin_computes(tmp_path: Path) -> None:
@@ -103,7 +128,7 @@ def test_only_small_queries_change_and_as_a_slow_twin_computes(tmp_path: Path) -
     ranked = SmallCopies(6, 160)(found)
     assert ranked.small is not None
     assert ranked.small.tolist() == [False, True, True], "products of 200, 45 and 100 pixels"
-    assert ranked.rescored
+    assert ranked.rescored, "whether or not a query is small"
     assert ranked.ranking.answers(0) == found.ranking.answers(0)
     np.testing.assert_array_equal(ranked.ranking.scores[0], found.ranking.scores[0])
     for row in (1, 2):
@@ -123,11 +148,32 @@ def test_only_small_queries_change_and_as_a_slow_twin_computes(tmp_path: Path) -
     assert one.small.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_answers_do_not_depend_on_the_batch(tmp_path: Path, metric: str) -> None:
+    pictures = {"large": cv2.resize(textured(2), (400, 400)), "small": cv2.resize(textured(3), (90, 90))}
+    found, _ = search(tmp_path, pictures)
+    vectors = found.index.get(list(found.ranking.gallery_ids))
+    index = ExactIndex(device="cpu", metric=metric).fit(vectors, found.ranking.gallery_ids)
+    found = replace(found, index=index, ranking=index.search(found.queries.vectors, found.queries.ids, 6))
+    step = SmallCopies(2, 160)
+    both = step(found).ranking
+    for row in (0, 1):
+        alone = step(found.take(np.array([row]))).ranking
+        assert alone.answers(0) == both.answers(row)
+        np.testing.assert_array_equal(alone.scores[0], both.scores[row])
+    assert both.answers(0) == found.ranking.answers(0)
+    np.testing.assert_allclose(both.scores[0], np.sort(vectors @ found.queries.vectors[0])[::-1], atol=1e-5)
+    assert both.answers(1)[2:] == found.ranking.answers(1)[2:], "the others follow"
+    assert (np.diff(both.scores, axis=1) <= 0).all()
+
+
 def test_fewer_candidates_than_asked_and_many_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = {f"q{number}": cv2.resize(textured(number), (80, 80)) for number in range(5)}
     found, _ = search(tmp_path, pictures)
     whole = SmallCopies(4, 160)(found).ranking
-    assert whole.positions.shape == (5, 4)
+    assert whole.positions.shape == (5, 6)
+    short = replace(found, ranking=found.index.search(found.queries.vectors, found.queries.ids, 2))
+    assert SmallCopies(4, 160)(short).ranking.positions.shape == (5, 4)
     monkeypatch.setattr(small_copies, "BLOCK", 2)
     assert SmallCopies(4, 160)(found).ranking.as_answers() == whole.as_answers()
     assert SmallCopies(99, 160)(found).ranking.positions.shape == (5, 6)
@@ -146,32 +192,71 @@ def test_copies_are_described_once_and_only_for_small_queries(tmp_path: Path, mo
     assert not describe.seen, "read from disk"
 
 
-def test_keypoints_of_small_queries_are_matched_with_those_of_copies(tmp_path: Path) -> None:
+def test_keypoints_of_small_queries_are_matched_with_those_of_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = cv2.resize(warped(textured(3)), (90, 90)), cv2.resize(warped(textured(2)), (400, 400))
     found, _ = search(tmp_path, {"large": large, "small": small})
     step = Verification(6, {"inliers": 1.0}, DETECTOR, NearestNeighbours(0.9))
     without = step.evidence(found)
+    looked: list[str] = []
+    extract = SmallCopyExtractor.extract
+
+    def note(self, rgb, mask):
+        looked.append("copy")
+        return extract(self, rgb, mask)
+
+    monkeypatch.setattr(SmallCopyExtractor, "extract", note)
+    asked = replace(found.ranking, positions=np.array([[0, 1], [2, 3]]), scores=np.zeros((2, 2)))
+    one = replace(found, small=np.array([False, True]), ranking=asked)
+    step.evidence(one)
+    assert len(looked) == 2, "of the candidates of the small query"
+    looked.clear()
     evidence = step.evidence(replace(found, small=np.array([False, True])))
     np.testing.assert_array_equal(evidence[0], without[0])
     query = DETECTOR.extract(small[..., ::-1], None)
     photos = [load_photo(tmp_path / "gallery" / f"{name}.png", SIZE) for name in found.ranking.answers(1)]
-    copies = [OfSmallCopy(DETECTOR).extract(photo.photo, photo.mask) for photo in photos]
+    copies = [SmallCopyExtractor(DETECTOR).extract(photo.photo, photo.mask) for photo in photos]
     np.testing.assert_allclose(evidence[1], step._score(query, copies))
     assert not np.allclose(evidence[1], without[1])
     verified = step(SmallCopies(6, 160)(found)).ranking
     assert [verified.answers(row)[0] for row in range(2)] == ["p2", "p3"]
 
 
-def test_features_of_copies_have_folders_of_their_own() -> None:
-    keys = [OfSmallCopy(DETECTOR).key(), OfSmallCopy(DETECTOR, 64).key(), DETECTOR.key()]
-    assert len({str(key) for key in keys}) == 3
-    one, other = (CopyDescriptors(about, 8, Colours()) for about in ("a", "b"))
-    assert one.key() != other.key()
-    assert one == CopyDescriptors("a", 8, Colours()) != other
+def test_a_network_compares_copies_with_small_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({name: part.contiguous() for name, part in PairNetwork(False).state_dict().items()}, tmp_path / "v.safetensors")
+    compared: list[np.ndarray] = []
+
+    def score(_: PairNetwork, pairs: list[Pair]) -> np.ndarray:
+        compared.extend(pair.candidate for pair in pairs)
+        return np.zeros(len(pairs))
+
+    monkeypatch.setattr(dense, "score_pairs", score)
+    found, _ = search(tmp_path, {"small": cv2.resize(warped(textured(3)), (90, 90))})
+    network = str(tmp_path / "v.safetensors")
+    step = Verification(1, {"inliers": 1.0}, DETECTOR, NearestNeighbours(0.9), network=network, compared=1)
+    step.evidence(replace(found, small=np.array([True])))
+    photo = load_photo(tmp_path / "gallery" / f"{found.ranking.answers(0)[0]}.png", SIZE)
+    expected = SmallCopyExtractor(CanvasExtractor(DETECTOR)).extract(photo.photo, photo.mask).pixels
+    assert np.array_equal(compared[0], expected)
+
+
+def test_features_of_copies_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    extractors = [SmallCopyExtractor(DETECTOR), SmallCopyExtractor(DETECTOR, 64), CopyDescriptors("a", Colours()), DETECTOR]
+    keys = {str(one.key()) for one in extractors}
+    for name, value in [("BLUR", 1.0), ("QUALITY", 70), ("VERSION", 99)]:
+        with monkeypatch.context() as changed:
+            changed.setattr(small_copies, name, value)
+            keys |= {str(one.key()) for one in extractors[:3]}
+    monkeypatch.setattr(small_copies, "SIDES", (99,))
+    keys |= {str(one.key()) for one in (CopyDescriptors("a", Colours()), CopyDescriptors("b", Colours()))}
+    assert len(keys) == 4 + 9 + 2
+    assert CopyDescriptors("a", Colours()) == CopyDescriptors("a", Colours()) != CopyDescriptors("b", Colours())
+    many = [np.full((2, 3), number, np.float32) for number in range(11)]
+    kept = CopyDescriptors("a", Colours())
+    assert [part[0, 0] for part in kept.unpack(kept.pack(many))] == list(range(11))
 
 
 def test_wrong_settings_say_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="below=0: type a side in pixels, 1 or more, or leave out small_copies"):
+    with pytest.raises(ValueError, match=r"small_copies\.below=0: type a side in pixels, 1 or more, or leave out small_copies"):
         SmallCopies(6, 0)
     with pytest.raises(ValueError, match="depth=0"):
         SmallCopies(0, 160)
@@ -179,26 +264,61 @@ def test_wrong_settings_say_what_to_type(tmp_path: Path) -> None:
     assert found.context is not None
     with pytest.raises(ValueError, match="needs the networks that described the gallery"):
         SmallCopies(6, 160)(replace(found, context=replace(found.context, describe=None)))
-    with pytest.raises(ValueError, match="type it first, as in rerank=\\[small_copies,sift_verified\\]"):
+    with pytest.raises(ValueError, match=r"must be the first step, as in rerank=\[small_copies,sift_verified\]"):
         SmallCopies(6, 160)(SmallCopies(6, 160)(found))
     with pytest.raises(ValueError, match="this search has only descriptors"):
         SmallCopies(6, 160)(replace(found, context=None))
 
 
-@pytest.mark.parametrize("ensemble", [Concatenation(False, None, pca=4), Fusion("score", None, 5)], ids=["pca", "fusion"])
-def test_pictures_in_memory_are_described_like_the_gallery(
-    ensemble: Concatenation | Fusion, toy: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    poolings = {"gem": Pooling(partial(gem, p=3.0), True), "spoc": Pooling(spoc, False)}
-    members: list[Member] = load_members([str(tiny_checkpoint)], poolings)
-    extraction = FeatureExtraction(tmp_path, precision="32-true")
-    catalog = open_catalog(toy / "gallery")
-    stored = ensemble.fit(extraction(members, catalog, str(toy / "gallery"), "pictures", Skipped()))
-    views = stored.transform(extraction(members, catalog, str(toy / "gallery"), "pictures", Skipped()))
+ENSEMBLES = {"pca": lambda: Concatenation(False, None, pca=4), "fusion": lambda: Fusion("score", None, 5)}
+
+
+@pytest.fixture
+def members(tiny_checkpoint: Path) -> list[Member]:
+    return load_members([str(tiny_checkpoint)], {"gem": Pooling(partial(gem, p=3.0), True), "gems": Pooling(gem, False, 2)})
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_pictures_in_memory_are_described_like_the_gallery(kind: str, toy: Path, members: list[Member], tmp_path: Path) -> None:
+    extraction, catalog, ensemble = (
+        FeatureExtraction(tmp_path, precision="32-true"),
+        open_catalog(toy / "gallery"),
+        ENSEMBLES[kind](),
+    )
+    stored = extraction(members, catalog, str(toy / "gallery"), "pictures", Skipped())
+    views = ensemble.fit(stored).transform(stored)
     pictures = [catalog.read(row).rgb for row in range(len(catalog))]
+    memory = MemoryExtraction(extraction)
     for number, view in enumerate(views):
-        describe = EnsembleDescriber(members, MemoryExtraction(extraction), ensemble, number)
+        describe = EnsembleDescriber(members, lambda: memory, ensemble, number)
         np.testing.assert_allclose(describe.combine(describe(pictures)), view.vectors, atol=1e-3)
-        assert describe.about == EnsembleDescriber(members, MemoryExtraction(extraction), ensemble, 0).about
-        assert describe.about != EnsembleDescriber(members[:1], MemoryExtraction(extraction), ensemble, 0).about
         assert describe.size == members[0].extractor.size
+
+
+def test_cached_copies_are_those_of_the_same_networks_and_settings(members: list[Member], tmp_path: Path) -> None:
+    def about(members: list[Member], **settings: Any) -> str:
+        memory = MemoryExtraction(FeatureExtraction(tmp_path, **{"precision": "32-true", **settings}))
+        return EnsembleDescriber(members, lambda: memory, Fusion("score", None, 5), 0).about
+
+    first = about(members)
+    assert first == about(list(members))
+    others = [replace(members[0], pooling=Pooling(spoc, True)), replace(members[0], source="other")]
+    changed = [about([other, members[1]]) for other in others] + [about(members[:1])]
+    changed += [about(members, **made) for made in ({"scales": (0.7,)}, {"flip": True}, {"dtype": "float16"})]
+    assert len({first, *changed}) == 7
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_a_gallery_passes_its_networks_on(kind: str, toy: Path, members: list[Member], tmp_path: Path) -> None:
+    """Every index of a fusion gets descriptors of its own member."""
+    extraction, catalog = FeatureExtraction(tmp_path / "f", precision="32-true"), open_catalog(toy / "gallery")
+    shop = Gallery(members, extraction, ENSEMBLES[kind]())
+    shop.open(str(toy / "gallery"), None, ExactIndex(device="cpu"), Skipped())
+    shop.steps = [[SmallCopies(5, 10_000)] for _ in shop.indexes]
+    queries = catalog.subset(range(3))
+    described = shop.describe(queries, str(toy / "gallery"), "queries", Skipped())
+    answers = shop.answer(queries, described, 5)
+    shop.steps = [[] for _ in shop.indexes]
+    assert [answers.answers(row)[0] for row in range(3)] == list(queries.ids)
+    assert not np.array_equal(answers.scores, shop.answer(queries, described, 5).scores)
+    assert len(list((tmp_path / "f").glob("copydescriptors-*"))) == 1, "described once for all indexes"

@@ -19,14 +19,20 @@ def test_an_optional_step_is_left_out_with_a_word(
     pytest.importorskip("rapidocr", reason="the extra `text`")
     steps = ["checkpoints=[a.ckpt]", "gallery=G", "queries=Q"]
     best = configure("retrieve", "experiment=best", *steps).rerank
-    assert list(build_steps(best)) == ["sift_verified", "label_read"]
+    assert list(build_steps(best)) == ["small_copies", "sift_verified", "label_read"]
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     monkeypatch.setattr("beauty_bafe.extras.importlib.util.find_spec", lambda _: None)
     with caplog.at_level("WARNING", "beauty_bafe"):
-        assert list(build_steps(best)) == ["sift_verified"]
+        assert list(build_steps(best)) == ["small_copies", "sift_verified"]
     assert "label_read is left out: this needs the package rapidocr; type pip install 'beauty_bafe[text]'" in caplog.text
     with pytest.raises(InstantiationException, match="rapidocr"):
         build_steps(configure("retrieve", "rerank=label_read", *steps).rerank)
+
+
+def test_small_copies_come_first(configure) -> None:
+    words = ["rerank=[query_expansion,small_copies]", "checkpoints=[a.ckpt]", "gallery=G", "queries=Q"]
+    with pytest.raises(ValueError, match="rerank=query_expansion,small_copies: small_copies must be the first step; type its"):
+        build_steps(configure("retrieve", *words).rerank)
 
 
 def test_what_is_learned_depends_on_what_makes_the_scores(configure, tiny_checkpoint: Path, tmp_path: Path) -> None:
