@@ -164,7 +164,12 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, metric: str) -> None
     assert both.answers(0) == found.ranking.answers(0)
     np.testing.assert_allclose(both.scores[0], np.sort(vectors @ found.queries.vectors[0])[::-1], atol=1e-5)
     assert both.answers(1)[2:] == found.ranking.answers(1)[2:], "the others follow"
-    assert (np.diff(both.scores, axis=1) <= 0).all()
+    assert found.context is not None
+    unlike = Colours()
+    unlike.combine = lambda members: -Colours().combine(members)  # type: ignore[method-assign]
+    context = replace(found.context, describe=unlike, cache={}, folder=tmp_path / "unlike")
+    scores = step(replace(found, context=context)).ranking.scores
+    assert (np.diff(scores, axis=1) <= 0).all(), "also if those that are compared become less similar than the others"
 
 
 def test_fewer_candidates_than_asked_and_many_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +186,7 @@ def test_fewer_candidates_than_asked_and_many_queries(tmp_path: Path, monkeypatc
 
 def test_copies_are_described_once_and_only_for_small_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, describe = search(tmp_path, {"large": cv2.resize(textured(2), (400, 400))})
-    SmallCopies(6, 160)(found)
+    assert SmallCopies(6, 160)(found).rescored
     assert not describe.seen
     found, describe = search(tmp_path, {"small": cv2.resize(textured(3), (90, 90))})
     first = SmallCopies(3, 160)(found).ranking
