@@ -39,15 +39,16 @@ class Certainty:
         right, are ignored; None if no query is left.
         """
         names = np.array(shortlist.gallery_ids)[shortlist.positions[:, :SHORTLIST]]
-        evidence = shortlist.get_evidence()[:, :SHORTLIST]
+        evidence = shortlist.get_evidence().first(SHORTLIST)
         known, right, unknown = [], [], []
-        for query, answers, row in zip(shortlist.query_ids, names, evidence, strict=True):
+        for row, (query, answers) in enumerate(zip(shortlist.query_ids, names, strict=True)):
             hit = np.isin(answers, list(truth.get(query, ())))
             # If no true product is among the answers, the last one is removed, so that all lists have the same length.
             gone = hit if hit.any() else np.arange(len(hit)) == len(hit) - 1
             if query in truth and not gone.all():
-                known.append(calibration.probabilities(row[None])[0, 0])
-                unknown.append(calibration.probabilities(row[~gone][None])[0, 0])
+                own = evidence.take(np.array([row]))
+                known.append(calibration.probabilities(own)[0, 0])
+                unknown.append(calibration.probabilities(own.pick(np.flatnonzero(~gone)[None]))[0, 0])
                 right.append(hit[0])
         return cls(np.array(known), np.array(right), np.array(unknown), threshold) if known else None
 

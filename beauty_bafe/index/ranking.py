@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the probabilities of answers are computed from.
+
+    `single`: float (Q, k, E), of each answer. `pairwise`: float (Q, k, k, P), for an answer (second axis) as opposed to another
+    one (third axis); NaN where there is none.
+    """
+
+    single: np.ndarray
+    pairwise: np.ndarray
+
+    @classmethod
+    def of(cls, single: np.ndarray) -> Self:
+        """Without pairwise evidence."""
+        queries, answers = single.shape[:2]
+        return cls(single, np.zeros((queries, answers, answers, 0), np.float32))
+
+    def first(self, k: int) -> Evidence:
+        """Of the first k answers."""
+        return Evidence(self.single[:, :k], self.pairwise[:, :k, :k])
+
+    def take(self, queries: np.ndarray) -> Evidence:
+        """Of some queries, their rows."""
+        return Evidence(self.single[queries], self.pairwise[queries])
+
+    def pick(self, answers: np.ndarray) -> Evidence:
+        """Of some of the answers to each query, int (Q, n), in this order."""
+        single = np.take_along_axis(self.single, answers[..., None], axis=1)
+        rows = np.take_along_axis(self.pairwise, answers[:, :, None, None], axis=1)
+        return Evidence(single, np.take_along_axis(rows, answers[:, None, :, None], axis=2))
+
+    def join(self, other: Evidence) -> Evidence:
+        """With further evidence of the same answers."""
+        parts = zip((self.single, self.pairwise), (other.single, other.pairwise), strict=True)
+        return Evidence(*(np.concatenate(pair, axis=-1) for pair in parts))
 
 
 @dataclass(frozen=True)
 class Ranking:
     """`positions`: int (Q, k), rows of the gallery, best first. `scores`: float (Q, k), non-increasing along each row.
 
-    `probabilities`: float32 (Q, k), that each answer is right; None without a Calibration. `evidence`: float (Q, k, E), what
-    they are computed from: a similarity, then further evidence; None: the scores.
+    `probabilities`: float32 (Q, k), that each answer is right; None without a Calibration. `evidence`: what they are computed
+    from, a similarity first; None: the scores.
 
     Raises ValueError if shapes differ, a position is out of range or repeated in a row, or scores increase or are not finite.
     """
@@ -22,7 +60,7 @@ class Ranking:
     positions: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray | None = None
-    evidence: np.ndarray | None = None
+    evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
         if self.positions.shape != self.scores.shape or len(self.positions) != len(self.query_ids):
@@ -31,8 +69,8 @@ class Ranking:
             )
         if self.positions.size and not 0 <= self.positions.min() <= self.positions.max() < len(self.gallery_ids):
             raise ValueError(f"positions must lie in 0..{len(self.gallery_ids) - 1}")
-        if self.evidence is not None and self.evidence.shape[:2] != self.positions.shape:
-            raise ValueError(f"evidence {self.evidence.shape} does not fit positions {self.positions.shape}")
+        if self.evidence is not None and self.evidence.single.shape[:2] != self.positions.shape:
+            raise ValueError(f"evidence {self.evidence.single.shape} does not fit positions {self.positions.shape}")
         ordered = np.sort(self.positions, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError("a gallery picture occurs twice among the answers to one query")
@@ -51,12 +89,13 @@ class Ranking:
             raise ValueError(
                 f"k={k}, but re-ranking or fusion kept {self.positions.shape[1]} answers; raise their depth to k or lower k"
             )
-        sure, evidence = (None if part is None else part[:, :k] for part in (self.probabilities, self.evidence))
+        sure = None if self.probabilities is None else self.probabilities[:, :k]
+        evidence = None if self.evidence is None else self.evidence.first(k)
         return Ranking(self.query_ids, self.gallery_ids, self.positions[:, :k], self.scores[:, :k], sure, evidence)
 
-    def get_evidence(self) -> np.ndarray:
-        """What probabilities are computed from, float (Q, k, E)."""
-        return self.scores[..., None] if self.evidence is None else self.evidence
+    def get_evidence(self) -> Evidence:
+        """What probabilities are computed from."""
+        return Evidence.of(self.scores[..., None]) if self.evidence is None else self.evidence
 
     def answers(self, query: int) -> list[str]:
         """The gallery ids that answer one query, best first."""

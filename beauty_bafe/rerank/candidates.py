@@ -13,7 +13,7 @@ from ..data.catalog import Catalog
 from ..data.images import Pictures
 from ..extraction.features import Features, unit
 from ..index.base import Index
-from ..index.ranking import Ranking
+from ..index.ranking import Evidence, Ranking
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Candidates:
         """The candidates of the queries in `rows`, int (R,)."""
         ranking, queries = self.ranking, self.queries
         ids = tuple(ranking.query_ids[row] for row in rows)
-        parts = (ranking.evidence, queries.masks, self.small)
-        evidence, masks, small = (None if part is None else part[rows] for part in parts)
+        evidence = None if ranking.evidence is None else ranking.evidence.take(rows)
+        masks, small = (None if part is None else part[rows] for part in (queries.masks, self.small))
         return replace(
             self,
             ranking=Ranking(ids, ranking.gallery_ids, ranking.positions[rows], ranking.scores[rows], evidence=evidence),
@@ -116,17 +116,16 @@ def check_depth(depth: int) -> None:
         raise ValueError(f"depth={depth}: type how many of each query's first candidates to re-rank, 1 or more")
 
 
-def reorder(candidates: Candidates, scores: np.ndarray, evidence: np.ndarray | None = None) -> Candidates:
+def reorder(candidates: Candidates, scores: np.ndarray, evidence: Evidence | None = None) -> Candidates:
     """Sort each query's first candidates by new scores, float (Q, depth), and drop the others; ties keep their order.
 
-    `evidence`: of the same candidates, see Ranking.
+    `evidence`: of the same candidates.
     """
     scores = scores.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")
     ranking = candidates.ranking
     positions = np.take_along_axis(ranking.positions[:, : scores.shape[1]], order, axis=1)
-    if evidence is not None:
-        evidence = np.take_along_axis(evidence, order[..., None], axis=1)
+    evidence = None if evidence is None else evidence.pick(order)
     scores = np.take_along_axis(scores, order, axis=1)
     reordered = Ranking(ranking.query_ids, ranking.gallery_ids, positions, scores, evidence=evidence)
     return replace(candidates, ranking=reordered, rescored=True)

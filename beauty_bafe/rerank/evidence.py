@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
+from ..index.ranking import Evidence
 from .candidates import Candidates, check_depth, reorder, similarity_of, with_depth
 
 log = logging.getLogger("beauty_bafe")
@@ -28,9 +29,9 @@ class EvidenceReranker(ABC):
 
     `weights`: by kind of evidence (see `kinds`), 0 for missing ones; None: learned from street views of the gallery's own
     photos. `absolute`: the kinds that say how likely a candidate is to be right, not only which one is likelier:
-    probabilities are computed from these and the similarity (see Calibration), with weights of their own. `most`: the highest
-    evidence of a kind, 0 being the lowest; if it is finite, only queries whose first candidate another one could overtake are
-    examined, and all others keep their order; `absolute` must then be empty.
+    probabilities are computed from these, the similarity and pairwise evidence (see Calibration), with weights of their own.
+    `most`: the highest evidence of a kind, 0 being the lowest; if it is finite, only queries whose first candidate another one
+    could overtake are examined, and all others keep their order; there must then be no `absolute` and no pairwise evidence.
 
     Raises ValueError for a depth below 1, or weights that are not numbers by kind.
     """
@@ -63,8 +64,8 @@ class EvidenceReranker(ABC):
         """Some of `kinds`."""
 
     @abstractmethod
-    def evidence(self, candidates: Candidates) -> np.ndarray:
-        """float (Q, depth, len(kinds)); higher values make a candidate more likely to be right."""
+    def evidence(self, candidates: Candidates) -> Evidence:
+        """Of the first `depth` candidates, `single` of len(kinds); higher values make a candidate more likely to be right."""
 
     def fit(self, examples: Candidates) -> Self:
         if self.weights is not None:
@@ -73,7 +74,7 @@ class EvidenceReranker(ABC):
         ranking = examples.ranking
         names = np.array(ranking.gallery_ids)[ranking.positions[:, : self.depth]]
         hit = names == np.array(ranking.query_ids)[:, None]
-        similarity, evidence = similarity_of(examples, self.depth), self.evidence(examples)
+        similarity, evidence = similarity_of(examples, self.depth), self.evidence(examples).single
         fitted = fit_weights(similarity, evidence, hit)
         weights = dict(zip(self.kinds, fitted.tolist(), strict=True))
         after, before = (_mean_reciprocal_rank(scores, hit) for scores in (similarity + evidence @ fitted, similarity))
@@ -96,11 +97,11 @@ class EvidenceReranker(ABC):
         similarity = similarity_of(candidates, self.depth)
         evidence = self._needed(candidates, similarity, weights)
         known = candidates.ranking.evidence
-        before = similarity[..., None] if known is None else known[:, : self.depth]
-        absolute = evidence[..., [kind in self.absolute for kind in self.kinds]]
-        return reorder(candidates, similarity + evidence @ weights, np.concatenate([before, absolute], axis=-1))
+        before = Evidence.of(similarity[..., None]) if known is None else known.first(self.depth)
+        absolute = Evidence(evidence.single[..., [kind in self.absolute for kind in self.kinds]], evidence.pairwise)
+        return reorder(candidates, similarity + evidence.single @ weights, before.join(absolute))
 
-    def _needed(self, candidates: Candidates, similarity: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def _needed(self, candidates: Candidates, similarity: np.ndarray, weights: np.ndarray) -> Evidence:
         """The evidence; 0 for queries whose first candidate no other one could overtake."""
         if math.isinf(self.most):
             return self.evidence(candidates)
@@ -108,8 +109,8 @@ class EvidenceReranker(ABC):
         lead = similarity[:, 0] - similarity[:, 1:].max(axis=1, initial=-np.inf)
         rows = np.flatnonzero(lead < self.most * np.abs(weights).sum())
         if len(rows):
-            needed[rows] = self.evidence(candidates.take(rows))
-        return needed
+            needed[rows] = self.evidence(candidates.take(rows)).single
+        return Evidence.of(needed)
 
 
 def fit_weights(similarity: np.ndarray, evidence: np.ndarray, hit: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..index.ranking import Evidence
 from ..models.runtime import open_core
 from .candidates import Candidates
 from .evidence import EvidenceReranker
@@ -115,9 +116,9 @@ class LabelReading(EvidenceReranker):
     absolute = ()
     most = 1.0
 
-    def evidence(self, candidates: Candidates) -> np.ndarray:
-        return score_candidates(
-            candidates, self.depth, self.reader, lambda query, others: compare_words(query, others)[:, None]
+    def evidence(self, candidates: Candidates) -> Evidence:
+        return Evidence.of(
+            score_candidates(candidates, self.depth, self.reader, lambda query, others: compare_words(query, others)[:, None])
         )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..index.ranking import Evidence
 from ..manifest import digest
 from ..models.precision import pick_device
-from .appearance import APPEARANCE, compare_appearance
+from .appearance import APPEARANCE, compare_appearance, contrast_candidates
 from .candidates import Candidates, check_depth, reorder, with_depth
 from .dense import Canvas, CanvasExtractor, compare_pictures, load_pair_network
 from .evidence import EvidenceReranker
@@ -50,13 +51,17 @@ class MatchCount:
 class Verification(EvidenceReranker):
     """Geometric verification, and the similarity of the pictures once aligned by the geometry: see APPEARANCE.
 
+    Pairwise evidence, for probabilities: minus the inliers of the other candidate, as APPEARANCE counts them, since an unknown
+    variant of a product matches several of its variants; and the contrast where both candidates differ, see
+    `contrast_candidates`.
+
     With `detector.foreground`, only keypoints on the product are used: it is located by the predicted mask in queries and by
     the plain backdrop in catalogue photos. `every_turn`: match the query rotated by 0, 90, 180 and 270 degrees and use the
     rotation with the most inliers, for descriptors that are not rotation-invariant.
 
     `network`: FILE written by `beauty-bafe verifier`; further evidence is then its `agreement`: the logit of a PairNetwork for
     the aligned pictures, computed for `compared` candidates (see `compare_pictures`). Probabilities are computed from all
-    evidence but the inliers, unless a later step or a fusion of rankings replaces the scores.
+    evidence but a candidate's own inliers, unless a later step or a fusion of rankings replaces the scores.
 
     Raises ValueError for `compared` below 1, if the file is missing or holds something else, or for `every_turn` with a
     network.
@@ -103,26 +108,36 @@ class Verification(EvidenceReranker):
     def _pair_network(self) -> PairNetwork:
         return load_pair_network(str(self.network), str(self.source)).to(pick_device("auto"))
 
-    def evidence(self, candidates: Candidates) -> np.ndarray:
+    def evidence(self, candidates: Candidates) -> Evidence:
         if self.network is None:
             turns, copies = 4 if self.every_turn else 1, SmallCopyExtractor(self.detector)
-            return score_candidates(candidates, self.depth, self.detector, self._score, turns, copies)
-        extractor = CanvasExtractor(self.detector)
-        return score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, SmallCopyExtractor(extractor))
+            found = score_candidates(candidates, self.depth, self.detector, self._score, turns, copies)
+        else:
+            extractor = CanvasExtractor(self.detector)
+            copies_of_canvas = SmallCopyExtractor(extractor)
+            found = score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, copies_of_canvas)
+        single, contrast = np.split(found, [len(self.kinds)], axis=-1)
+        others = np.broadcast_to(-single[:, None, :, self.kinds.index("inliers")], contrast.shape)
+        return Evidence(single, np.stack([others, contrast], axis=-1).astype(np.float32))
 
     def _score(self, query: LocalFeatures, candidates: Sequence[LocalFeatures]) -> np.ndarray:
-        return self._align(query, candidates)[1]
+        """The `kinds` of each candidate and its contrast with each one, float (k, kinds + k)."""
+        _, appearance, contrast = self._align(query, candidates)
+        return np.column_stack([appearance, contrast])
 
     def _score_with_network(self, query: Canvas, candidates: Sequence[Canvas]) -> np.ndarray:
-        geometries, appearance = self._align(query, candidates)
+        geometries, appearance, contrast = self._align(query, candidates)
         size, most = self.detector.size, self.compared
-        return np.column_stack([appearance, compare_pictures(self._pair_network, query, candidates, geometries, size, most)])
+        agreement = compare_pictures(self._pair_network, query, candidates, geometries, size, most)
+        return np.column_stack([appearance, agreement, contrast])
 
     def _align(
         self, query: LocalFeatures | Canvas, candidates: Sequence[LocalFeatures | Canvas]
-    ) -> tuple[list[Geometry | None], np.ndarray]:
-        """The geometry of each pair, and its APPEARANCE, float (k, 4)."""
+    ) -> tuple[list[Geometry | None], np.ndarray, np.ndarray]:
+        """The geometry of each pair, its APPEARANCE, float (k, 4), and the contrast of the candidates, (k, k)."""
         keypoints, size = [candidate.keypoints for candidate in candidates], self.detector.size
         geometries = fit_geometries(query.keypoints, keypoints, self.matcher, size)
-        own, pairs = query.thumbnail, zip(candidates, geometries, strict=True)
-        return geometries, np.array([compare_appearance(own, other.thumbnail, geometry, size) for other, geometry in pairs])
+        own, others = query.thumbnail, [candidate.thumbnail for candidate in candidates]
+        pairs = zip(others, geometries, strict=True)
+        appearance = np.array([compare_appearance(own, other, geometry, size) for other, geometry in pairs])
+        return geometries, appearance, contrast_candidates(own, others, geometries, size)

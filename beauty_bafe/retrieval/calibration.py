@@ -10,6 +10,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
+from ..index.ranking import Evidence
+
 SHORTLIST = 20  # answers to a query over which the probability is distributed
 RIDGE = 0.01  # penalty on the squared scales of further evidence, standardised to unit variance
 
@@ -19,11 +21,16 @@ class Calibration:
     """Evidence for the answers to a query -> the probability that each is right.
 
     P(i) = exp(scales . x_i) / (exp(unknown) + sum_j exp(scales . x_j)) over the first SHORTLIST answers j: the conditional
-    logit (McFadden, 1974) with the option "none". The first number of x is a similarity, from which the median of these
-    answers is subtracted, as another camera or a blurred picture lowers all of them alike; `scales` are not negative. If an
-    answer stands behind a less probable one, because evidence that only orders answers put it there (see EvidenceReranker),
-    it gets that one's probability. `strangers`: for queries whose product is not in the gallery, the probability of the first
-    answer, in ascending order.
+    logit (McFadden, 1974) with the option "none". `scales` are not negative. The numbers of x, in this order:
+
+    * a similarity, above the median of these answers, as another camera or a blurred picture lowers all of them alike;
+    * further evidence of the answer;
+    * its lead in similarity over the best other answer;
+    * for each kind of pairwise evidence, the lowest over all other answers: an unknown product's variants rival one another.
+
+    If an answer stands behind a less probable one, because evidence that only orders answers put it there (see
+    EvidenceReranker), it gets that one's probability. `strangers`: for queries whose product is not in the gallery, the
+    probability of the first answer, in ascending order.
     """
 
     scales: tuple[float, ...]
@@ -31,21 +38,22 @@ class Calibration:
     strangers: tuple[float, ...]
 
     @classmethod
-    def fit(cls, evidence: np.ndarray, right: np.ndarray) -> Self:
+    def fit(cls, evidence: Evidence, right: np.ndarray) -> Self:
         """Fit to queries with known answers.
 
-        `evidence`: float (Q, k, E), answers in the order of their ranking; `right`: bool (Q, k), at most one per row. Each
+        `evidence`: of the answers in the order of their ranking; `right`: bool (Q, k), at most one per row. Each
         query counts twice: as it is, and with its right answer removed, as if half of all queries showed products that are not
         in the gallery. Evidence that is the same for all answers gets the scale 0. Raises ValueError if there are no queries,
         or fewer than two answers to each.
         """
-        if evidence.ndim != 3 or evidence.shape[:2] != right.shape or not len(right) or right.shape[1] < 2:
-            raise ValueError(f"calibration needs queries with two answers or more, got evidence of shape {evidence.shape}")
-        evidence, right = evidence[:, :SHORTLIST].astype(np.float64), right[:, :SHORTLIST]
+        shape = evidence.single.shape
+        if shape[:2] != right.shape or not len(right) or right.shape[1] < 2:
+            raise ValueError(f"calibration needs queries with two answers or more, got evidence of shape {shape}")
+        evidence, right = evidence.first(SHORTLIST), right[:, :SHORTLIST]
         # If the right answer is not among them, the last one is removed, so that all rows have the same length.
         gone = np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1] - 1)
-        left = evidence[np.arange(right.shape[1]) != gone[:, None]].reshape(len(right), -1, evidence.shape[2])
-        whole, without = _above_median(evidence), _above_median(left)
+        left = evidence.pick(np.nonzero(np.arange(right.shape[1]) != gone[:, None])[1].reshape(len(right), -1))
+        whole, without = _features(evidence), _features(left)
         # Standardised; the scales and `unknown` are converted back below.
         middle, spread = whole.mean(axis=(0, 1)), whole.std(axis=(0, 1))
         varied = spread > 1e-9 * np.maximum(1, np.abs(middle))
@@ -82,9 +90,10 @@ class Calibration:
         fitted = cls(tuple(scales.tolist()), float(solved[-1] + scales @ middle), ())
         return replace(fitted, strangers=tuple(np.sort(fitted.probabilities(left)[:, 0]).tolist()))
 
-    def probabilities(self, evidence: np.ndarray) -> np.ndarray:
-        """Evidence, float (Q, k, E), answers in the order of their ranking -> float32 (Q, k), 0 to 1."""
-        logits = _above_median(evidence.astype(np.float64)) @ np.array(self.scales)
+    def probabilities(self, evidence: Evidence) -> np.ndarray:
+        """Of answers in the order of their ranking, float32 (Q, k), 0 to 1."""
+        # A file of an earlier version has no scales for the lead and for pairwise evidence, which come last.
+        logits = _features(evidence)[..., : len(self.scales)] @ np.array(self.scales)
         total = np.logaddexp(self.unknown, logsumexp(logits[:, :SHORTLIST], axis=1))
         return np.exp(np.minimum.accumulate(logits - total[:, None], axis=1)).astype(np.float32)
 
@@ -119,7 +128,14 @@ def check_rate(known_at: float) -> None:
         raise ValueError(f"known_at={known_at}: type the share of unknown products to accept as known, from 0 to 1")
 
 
-def _above_median(evidence: np.ndarray) -> np.ndarray:
-    """The evidence with the first number above its median over the first SHORTLIST answers."""
-    median = np.median(evidence[:, :SHORTLIST, 0], axis=1)
-    return np.concatenate([evidence[..., :1] - median[:, None, None], evidence[..., 1:]], axis=-1)
+def _features(evidence: Evidence) -> np.ndarray:
+    """The numbers that probabilities are computed from, float64 (Q, k, E + 1 + P): see Calibration."""
+    single = evidence.single.astype(np.float64)
+    similarity = single[..., 0]
+    above = similarity - np.median(similarity[:, :SHORTLIST], axis=1, keepdims=True)
+    lead = similarity[:, :, None] - similarity[:, None, :SHORTLIST]
+    pairwise = np.concatenate([lead[..., None], evidence.pairwise[:, :, :SHORTLIST]], axis=-1)
+    own = np.eye(pairwise.shape[1], pairwise.shape[2], dtype=bool)
+    lowest = np.where(np.isnan(pairwise) | own[..., None], np.inf, pairwise).min(axis=2)
+    # 0 without another answer, or without evidence for any.
+    return np.concatenate([above[..., None], single[..., 1:], np.where(np.isinf(lowest), 0, lowest)], axis=-1)

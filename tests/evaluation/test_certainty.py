@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from beauty_bafe.evaluation.certainty import Certainty
-from beauty_bafe.index.ranking import Ranking
+from beauty_bafe.index.ranking import Evidence, Ranking
 from beauty_bafe.retrieval.calibration import Calibration
 
 CALIBRATION = Calibration(scales=(4.0,), unknown=2.0, strangers=(0.1, 0.2, 0.5))
@@ -33,23 +33,31 @@ def test_the_true_product_is_taken_out() -> None:
         true = next(iter(truth[query]))
         place = answers.index(true) if true in answers else len(answers) - 1
         del scores[place]
-        assert certainty.unknown[row] == pytest.approx(CALIBRATION.probabilities(np.array([scores])[..., None])[0, 0])
-        assert certainty.known[row] == pytest.approx(CALIBRATION.probabilities(ranking.scores[row : row + 1, :, None])[0, 0])
+        left = Evidence.of(np.array([scores])[..., None])
+        assert certainty.unknown[row] == pytest.approx(CALIBRATION.probabilities(left)[0, 0])
+        own = Evidence.of(ranking.scores[row : row + 1, :, None])
+        assert certainty.known[row] == pytest.approx(CALIBRATION.probabilities(own)[0, 0])
         assert certainty.right[row] == (answers[0] == true)
-    further = np.random.default_rng(2).random((40, 8, 1))
-    evidence = np.concatenate([ranking.scores[..., None], further], axis=-1)
-    both = Calibration((4.0, 3.0), 2.0, ())
+    rng = np.random.default_rng(2)
+    single = np.concatenate([ranking.scores[..., None], rng.random((40, 8, 1))], axis=-1)
+    evidence = Evidence(single, rng.random((40, 8, 8, 2)))
+    both = Calibration((4.0, 3.0, 2.0, 1.0, 1.0), 2.0, ())
     more = Certainty.from_ranking(replace(ranking, evidence=evidence), truth, both, 0.5)
     assert more is not None
     np.testing.assert_allclose(more.known, both.probabilities(evidence)[:, 0])
     assert not np.allclose(more.known, certainty.known)
+    for row, query in enumerate(ranking.query_ids):
+        answers = ranking.answers(row)
+        kept = [place for place, answer in enumerate(answers) if answer not in truth[query]][:7]
+        own = Evidence(single[row : row + 1, kept], evidence.pairwise[row : row + 1, kept][:, :, kept])
+        assert more.unknown[row] == pytest.approx(both.probabilities(own)[0, 0])
     del truth["q3"]
     truth["q4"] = set(ranking.gallery_ids)
-    left = Certainty.from_ranking(ranking, truth, CALIBRATION, 0.5)
-    assert left is not None
+    fewer = Certainty.from_ranking(ranking, truth, CALIBRATION, 0.5)
+    assert fewer is not None
     others = [row for row in range(40) if row not in (3, 4)]
-    np.testing.assert_array_equal(left.known, certainty.known[others], "unknown to truth; nothing left without the product")
-    np.testing.assert_array_equal(left.unknown, certainty.unknown[others])
+    np.testing.assert_array_equal(fewer.known, certainty.known[others], "unknown to truth; nothing left without the product")
+    np.testing.assert_array_equal(fewer.unknown, certainty.unknown[others])
     assert Certainty.from_ranking(ranking, {"q4": truth["q4"]}, CALIBRATION, 0.5) is None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from beauty_bafe.extraction.features import Features
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.index.ranking import Ranking
+from beauty_bafe.index.ranking import Evidence, Ranking
 from beauty_bafe.retrieval.ensemble import Concatenation, Fusion
 
 from .conftest import unit
@@ -109,7 +109,7 @@ def test_a_ranking_checks_itself(positions: list[list[int]], scores: list[list[f
 
 def test_evidence_must_fit_its_ranking() -> None:
     with pytest.raises(ValueError, match=r"evidence \(1, 3, 2\) does not fit positions \(1, 2\)"):
-        Ranking(("q",), tuple("abc"), np.array([[0, 1]]), np.array([[0.9, 0.8]]), evidence=np.zeros((1, 3, 2)))
+        Ranking(("q",), tuple("abc"), np.array([[0, 1]]), np.array([[0.9, 0.8]]), evidence=Evidence.of(np.zeros((1, 3, 2))))
 
 
 @pytest.mark.parametrize("whiten", [False, True])

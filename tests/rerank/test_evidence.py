@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 
 from beauty_bafe.extraction.features import Features, unit
 from beauty_bafe.index.exact import ExactIndex
-from beauty_bafe.rerank.appearance import APPEARANCE, compare_appearance
+from beauty_bafe.index.ranking import Evidence, Ranking
+from beauty_bafe.rerank.appearance import APPEARANCE, compare_appearance, contrast_candidates
 from beauty_bafe.rerank.candidates import Candidates, reorder
 from beauty_bafe.rerank.evidence import EvidenceReranker, fit_weights
 from beauty_bafe.rerank.keypoints import THUMBNAIL
@@ -107,6 +108,94 @@ def test_colours_that_differ_wholly_count_no_more_than_two_dozen_levels() -> Non
     assert compare_appearance(first, second, Geometry(5, np.eye(3)), SIZE)[3] == -2
 
 
+def variants() -> tuple[np.ndarray, list[np.ndarray]]:
+    """What three variants of a product have in common, and the variants: a square of each is of another colour."""
+    shop = smooth(0)
+    colours = [(90, 200, 128), (150, 60, 200), (200, 100, 60)]
+    drawn = [shop.copy() for _ in colours]
+    for thumbnail, colour in zip(drawn, colours, strict=True):
+        thumbnail[20:30, 20:30, :3] = colour
+    return shop, drawn
+
+
+def test_the_contrast_tells_which_variant_it_is() -> None:
+    """Seen by another camera, in other light; the third is one that is not among the candidates."""
+    _, (a, b, other) = variants()
+    geometries = [Geometry(20, MATRIX), Geometry(4, MATRIX)]
+    for thumbnail, expected in ((a, 1.0), (b, -1.0), (other, 0.0)):
+        seen = laid_over(thumbnail, MATRIX).astype(int)
+        seen[..., :3] += [-20, 9, -6]
+        contrast = contrast_candidates(seen.clip(0, 255).astype(np.uint8), [a, b], geometries, SIZE)
+        assert contrast[0, 1] == pytest.approx(expected, abs=0.3)
+        assert contrast[1, 0] == -contrast[0, 1]
+        assert np.isnan(np.diag(contrast)).all()
+
+
+def test_the_contrast_against_a_slow_twin() -> None:
+    shop, (a, b, other) = variants()
+    shop[18:40, 18:28, :3] = other[18:40, 18:28, :3]
+    contrast = contrast_candidates(shop, [a, b], [Geometry(9, np.eye(3))] * 2, SIZE)
+    own, first, second = (
+        cv2.GaussianBlur(part[..., :3].astype(np.float64) * [100 / 255, 1, 1], (0, 0), 0.7) for part in (shop, a, b)
+    )
+    differing = [(y, x) for y in range(8, 56) for x in range(8, 56) if np.linalg.norm(first[y, x] - second[y, x]) > 10]
+    calm = [(y, x) for y in range(8, 56) for x in range(8, 56) if np.linalg.norm(first[y, x] - second[y, x]) < 10]
+    shift = np.mean([(first[place] + second[place]) / 2 - own[place] for place in calm], axis=0)
+    above = below = 0.0
+    for place in differing:
+        difference = np.linalg.norm(first[place] - second[place])
+        seen = own[place] + shift
+        above += (difference - 10) * (np.linalg.norm(seen - second[place]) - np.linalg.norm(seen - first[place]))
+        below += (difference - 10) * difference
+    assert contrast[0, 1] == pytest.approx(above / below, abs=1e-4)
+
+
+def test_there_is_no_contrast_where_nothing_can_be_compared() -> None:
+    shop, (a, b, _) = variants()
+    fit = Geometry(4, np.eye(3))
+
+    def compared(query: np.ndarray, candidates: list[np.ndarray], geometries: list[Geometry | None]) -> bool:
+        return bool(np.isfinite(contrast_candidates(query, candidates, geometries, SIZE)).any())
+
+    assert compared(a, [a, b], [fit, fit])
+    assert not compared(a, [a, b], [fit, None])
+    assert not compared(a, [a, b], [fit, Geometry(3, np.eye(3))]), "too few inliers"
+    assert not compared(a, [shop, shop.copy()], [fit, fit]), "the same picture twice"
+    assert not compared(a, [a, b], [fit, Geometry(9, np.array([[1, 0, 1000.0], [0, 1, 0], [0, 0, 1]]))]), "one is elsewhere"
+    hidden = a.copy()
+    hidden[17:33, 17:33, 3] = 0
+    assert not compared(hidden, [a, b], [fit, fit]), "a hand covers what differs"
+    contrast = contrast_candidates(a, [b, a, b, shop], [None, fit, fit, None], SIZE)
+    assert np.argwhere(np.isfinite(contrast)).tolist() == [[1, 2], [2, 1]]
+
+
+def test_pairwise_evidence_follows_its_candidates(found: Candidates) -> None:
+    """Of answers i and j it is 100 i + j, whatever is sorted, left out or added afterwards."""
+
+    class Paired(Told):
+        def evidence(self, found: Candidates) -> Evidence:
+            positions = found.ranking.positions[:, : self.depth]
+            pairwise = 100.0 * positions[:, :, None] + positions[:, None, :]
+            return Evidence(super().evidence(found).single, pairwise[..., None])
+
+    def check(ranking: Ranking, kinds: int) -> None:
+        pairwise = ranking.get_evidence().pairwise
+        assert pairwise.shape == (*ranking.positions.shape, ranking.positions.shape[1], kinds)
+        expected = 100.0 * ranking.positions[:, :, None] + ranking.positions[:, None, :]
+        np.testing.assert_array_equal(pairwise, np.repeat(expected[..., None], kinds, axis=-1))
+
+    step = Paired(10, {"told": 2.1}, (0.0,) * 9 + (1.0,))
+    once = step(found)
+    assert once.ranking.as_answers() != found.ranking.as_answers()
+    check(once.ranking, 1)
+    twice = step(once)
+    assert twice.ranking.as_answers() != once.ranking.as_answers()
+    check(twice.ranking, 2)
+    check(replace(step, depth=4)(twice).ranking, 3)
+    check(twice.take(np.array([2, 0])).ranking, 2)
+    check(twice.ranking.first(3), 2)
+
+
 def training_examples(weights: list[float], queries: int = 400, answers: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries whose right answer is drawn by the model itself."""
     rng = np.random.default_rng(0)
@@ -174,9 +263,9 @@ class Told(EvidenceReranker):
     kinds = ("told", "other")
     absolute: ClassVar[tuple[str, ...]] = ("told",)
 
-    def evidence(self, found: Candidates) -> np.ndarray:
+    def evidence(self, found: Candidates) -> Evidence:
         queries, answers = found.ranking.positions[:, : self.depth].shape
-        return np.broadcast_to(np.resize(self.told, answers)[:, None], (queries, answers, 2))
+        return Evidence.of(np.broadcast_to(np.resize(self.told, answers)[:, None], (queries, answers, 2)))
 
 
 class Placing(Told):
@@ -244,12 +333,12 @@ def test_weights_are_beside_a_likeness_of_at_most_one(found: Candidates, kind: t
     expected = np.roll(plain, 1, axis=1)[..., None]  # the similarity stays with its candidate
     if kind is Told:
         expected = np.concatenate([expected, np.broadcast_to(np.eye(10)[0][:, None], expected.shape)], axis=-1)
-    np.testing.assert_array_equal(ranked.ranking.evidence, expected)
+    np.testing.assert_array_equal(ranked.ranking.get_evidence().single, expected)
     assert again.evidence is not None
-    assert again.evidence.shape[2] == (3 if kind is Told else 1)
-    np.testing.assert_array_equal(again.evidence[:, 0, 0], plain[:, 8])
-    np.testing.assert_array_equal(ranked.take(np.array([2])).ranking.evidence, expected[2:])
-    np.testing.assert_array_equal(ranked.ranking.first(4).evidence, expected[:, :4])
+    assert again.evidence.single.shape[2] == (3 if kind is Told else 1)
+    np.testing.assert_array_equal(again.evidence.single[:, 0, 0], plain[:, 8])
+    np.testing.assert_array_equal(ranked.take(np.array([2])).ranking.get_evidence().single, expected[2:])
+    np.testing.assert_array_equal(ranked.ranking.first(4).get_evidence().single, expected[:, :4])
     assert reorder(ranked, again.scores).ranking.evidence is None, "other re-rankers' scores replace it"
 
 

@@ -100,7 +100,7 @@ def test_labels_decide_between_siblings(tmp_path: Path) -> None:
         ranked = LabelReading(4, {"text": 1.0}, reader).__call__(found).ranking
         assert ranked.answers(0)[0] == "vanilla"
         assert ranked.evidence is not None
-        assert ranked.evidence.shape[2] == 1, "words say nothing about probabilities"
+        assert ranked.evidence.single.shape[2] == 1, "words say nothing about probabilities"
     copied = pickle.loads(pickle.dumps(copy.deepcopy(LabelReading(4, {"text": 1.0}, reader))))
     assert copied(found).ranking.as_answers() == ranked.as_answers(), "engines that have read travel with no step"
     words_of_label = reader.extract(label("YOGHURT", "VANILLA"), None)

@@ -191,7 +191,7 @@ def test_keypoints_of_small_queries_are_matched_with_those_of_copies(tmp_path: P
     small, large = cv2.resize(warped(textured(3)), (90, 90)), cv2.resize(warped(textured(2)), (400, 400))
     found, _ = search(tmp_path, {"large": large, "small": small})
     step = Verification(6, {"inliers": 1.0}, DETECTOR, NearestNeighbours(0.9))
-    without = step.evidence(found)
+    without = step.evidence(found).single
     looked: list[str] = []
     extract = SmallCopyExtractor.extract
 
@@ -205,12 +205,12 @@ def test_keypoints_of_small_queries_are_matched_with_those_of_copies(tmp_path: P
     step.evidence(one)
     assert len(looked) == 2, "of the candidates of the small query"
     looked.clear()
-    evidence = step.evidence(replace(found, small=np.array([False, True])))
+    evidence = step.evidence(replace(found, small=np.array([False, True]))).single
     np.testing.assert_array_equal(evidence[0], without[0])
     query = DETECTOR.extract(small[..., ::-1], None)
     photos = [load_photo(tmp_path / "gallery" / f"{name}.png", SIZE) for name in found.ranking.answers(1)]
     copies = [SmallCopyExtractor(DETECTOR).extract(photo.photo, photo.mask) for photo in photos]
-    np.testing.assert_allclose(evidence[1], step._score(query, copies))
+    np.testing.assert_allclose(evidence[1], step._score(query, copies)[:, :4])
     assert not np.allclose(evidence[1], without[1])
     verified = step(SmallCopies(6, 160)(found)).ranking
     assert [verified.answers(row)[0] for row in range(2)] == ["p2", "p3"]

@@ -92,12 +92,13 @@ def test_a_network_compares_some_candidates(
     assert [ranking.answers(row)[0] for row in range(2)] == ["p4", "p2"]
     assert step.absolute == ("lightness", "chroma", "colour", "agreement"), "without inliers"
     assert ranking.evidence is not None
-    assert ranking.evidence.shape == (2, 6, 5)
-    assert set(ranking.evidence[..., 4].ravel()) == set(range(1, compared + 1))
+    assert ranking.evidence.single.shape == (2, 6, 5)
+    assert set(ranking.evidence.single[..., 4].ravel()) == set(range(1, compared + 1))
     without = Verification(4, weights | {"agreement": 0.0}, DETECTOR, MATCHER, network=step.network)
     again = without(step(found)).ranking
     assert again.evidence is not None
-    assert again.evidence.shape == (2, 4, 9), "of the first four, after that of the step before"
+    assert again.evidence.single.shape == (2, 4, 9), "of the first four, after that of the step before"
+    assert again.evidence.pairwise.shape == (2, 4, 4, 4)
     assert Verification(6, None, DETECTOR, MATCHER).absolute == ("lightness", "chroma", "colour")
 
 

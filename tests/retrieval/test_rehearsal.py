@@ -17,6 +17,7 @@ from beauty_bafe.data.rehearsal import Rehearsal
 from beauty_bafe.extraction.local import FeatureExtraction
 from beauty_bafe.extraction.members import load_members
 from beauty_bafe.index.exact import ExactIndex
+from beauty_bafe.index.ranking import Evidence
 from beauty_bafe.models.descriptor import Pooling
 from beauty_bafe.models.pooling import gem
 from beauty_bafe.rerank.candidates import Candidates, Reranker
@@ -93,12 +94,12 @@ class Nearness(EvidenceReranker):
     kinds = ("near", "far")
     absolute = ("near",)
 
-    def evidence(self, candidates: Candidates) -> np.ndarray:
+    def evidence(self, candidates: Candidates) -> Evidence:
         ranking = candidates.ranking
         names = np.array(ranking.gallery_ids)[ranking.positions[:, : self.depth]]
         right = names == np.array(ranking.query_ids)[:, None]
         right[:, 0] |= ~right.any(axis=1)
-        return np.stack([2.0 * right, ~right], axis=-1)
+        return Evidence.of(np.stack([2.0 * right, ~right], axis=-1))
 
 
 def test_probabilities_come_from_absolute_evidence(open_gallery, toy: Path) -> None:
@@ -107,9 +108,9 @@ def test_probabilities_come_from_absolute_evidence(open_gallery, toy: Path) -> N
     queries = open_catalog(toy / "queries")
     ranking = gallery.shortlist(queries, gallery.describe(queries, "queries", "queries", Skipped()), 3)
     assert gallery.calibration is not None
-    assert len(gallery.calibration.scales) == 2, "of the similarity, and of what is near"
+    assert len(gallery.calibration.scales) == 3, "of the similarity, of what is near, and of the lead"
     assert gallery.calibration.scales[1] > 0.5
-    assert ranking.evidence.shape == (24, 5, 2)
+    assert ranking.evidence.single.shape == (24, 5, 2)
     np.testing.assert_array_equal(ranking.probabilities, gallery.calibration.probabilities(ranking.evidence))
 
 
