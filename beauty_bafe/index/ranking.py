@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -12,35 +11,39 @@ import numpy as np
 class Evidence:
     """What the probabilities of answers are computed from.
 
-    `single`: float (Q, k, E), of each answer. `pairwise`: float (Q, k, k, P), for an answer (second axis) as opposed to another
-    one (third axis); NaN where there is none.
+    `single`: float (Q, k, E), of each answer. `pairwise`: float (Q, k, k, P); at [q, i, j] for answer i against answer j, NaN
+    where unknown; the diagonal is ignored. Raises ValueError if their shapes do not fit.
     """
 
     single: np.ndarray
     pairwise: np.ndarray
 
+    def __post_init__(self) -> None:
+        if self.pairwise.shape[:3] != (*self.single.shape[:2], self.single.shape[1]):
+            raise ValueError(f"pairwise evidence {self.pairwise.shape} does not fit that of each answer {self.single.shape}")
+
     @classmethod
-    def of(cls, single: np.ndarray) -> Self:
-        """Without pairwise evidence."""
+    def of(cls, single: np.ndarray) -> Evidence:
+        """Evidence without pairwise numbers."""
         queries, answers = single.shape[:2]
         return cls(single, np.zeros((queries, answers, answers, 0), np.float32))
 
     def first(self, k: int) -> Evidence:
-        """Of the first k answers."""
+        """The evidence for the first k answers."""
         return Evidence(self.single[:, :k], self.pairwise[:, :k, :k])
 
     def take(self, queries: np.ndarray) -> Evidence:
-        """Of some queries, their rows."""
+        """The evidence for the queries in these rows."""
         return Evidence(self.single[queries], self.pairwise[queries])
 
-    def pick(self, answers: np.ndarray) -> Evidence:
-        """Of some of the answers to each query, int (Q, n), in this order."""
-        single = np.take_along_axis(self.single, answers[..., None], axis=1)
-        rows = np.take_along_axis(self.pairwise, answers[:, :, None, None], axis=1)
-        return Evidence(single, np.take_along_axis(rows, answers[:, None, :, None], axis=2))
+    def pick(self, places: np.ndarray) -> Evidence:
+        """The evidence for the answers at these places of each row, int (Q, n), in this order."""
+        single = np.take_along_axis(self.single, places[..., None], axis=1)
+        rows = np.take_along_axis(self.pairwise, places[:, :, None, None], axis=1)
+        return Evidence(single, np.take_along_axis(rows, places[:, None, :, None], axis=2))
 
     def join(self, other: Evidence) -> Evidence:
-        """With further evidence of the same answers."""
+        """This evidence and `other`, for the same answers."""
         parts = zip((self.single, self.pairwise), (other.single, other.pairwise), strict=True)
         return Evidence(*(np.concatenate(pair, axis=-1) for pair in parts))
 

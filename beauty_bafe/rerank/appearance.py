@@ -19,11 +19,12 @@ APPEARANCE = ("inliers", "lightness", "chroma", "colour")
 MIN_OVERLAP = 14  # pixels of a thumbnail that must overlap for a comparison
 MAX_DIFFERENCE = 2.0  # tens of levels
 # For the contrast of two candidates.
-MIN_INLIERS = 4  # of both; with fewer, the geometry is often wrong
+MOST = 8  # candidates that are compared, those with the most inliers; the time rises with their square
+MIN_INLIERS = 4  # of each of the two, beyond the matches that determine the geometry; with fewer, it is often wrong
 MIN_SHARED = 50  # pixels of a thumbnail where the query and both candidates show their product
-MIN_CALM = 25  # pixels where the candidates agree, for the shift due to the light
+MIN_AGREEING = 25  # pixels where the candidates agree, from which the colour cast is estimated; with fewer, from all pixels
 DIFFERENT = 10.0  # CIELAB units by which candidates must differ at a pixel
-MIN_DIFFERENCE = 300.0  # total of what exceeds it
+MIN_DIFFERENCE = 300.0  # sum over pixels of the excess over DIFFERENT
 
 
 def compare_appearance(query: np.ndarray, candidate: np.ndarray, geometry: Geometry | None, size: int) -> list[float]:
@@ -54,44 +55,56 @@ def contrast_candidates(
 ) -> np.ndarray:
     """How much more the query resembles one candidate than another where these two differ, float32 (k, k).
 
-    Thumbnails, each candidate aligned with the query by its geometry. At pixels where a (row) and b (column) differ by more
-    than DIFFERENT, weighted by the excess: sum(|q - b| - |q - a|) / sum(|a - b|), from -1 (like b) to 1 (like a); near 0 for
-    a query that is neither. Siblings differ in few places, which measures of the whole picture hardly see. NaN if two
-    candidates are not both aligned with the query, or do not differ.
+    Compares thumbnails; each candidate is first warped onto the query by its geometry. At pixels where candidates a (row) and
+    b (column) differ by more than DIFFERENT, weighted by the excess: sum(|q - b| - |q - a|) / sum(|a - b|), from -1 (like b)
+    to 1 (like a), near 0 for a query that is neither. Variants of a product differ in few places, which measures of the whole
+    picture hardly see. NaN unless both are among the MOST candidates with the most inliers, are aligned with the query, and
+    differ.
     """
     contrast = np.full((len(candidates), len(candidates)), np.nan, np.float32)
-    aligned = {row: fit for row, fit in enumerate(geometries) if fit is not None and fit.inliers >= MIN_INLIERS}
-    if len(aligned) < 2:
+    fits = {row: fit for row, fit in enumerate(geometries) if fit is not None and fit.inliers >= MIN_INLIERS}
+    rows = sorted(fits, key=lambda row: -fits[row].inliers)[:MOST]
+    if len(rows) < 2:
         return contrast
-    own, product = _to_lab(query), query[..., 3] > 127
+    product = query[..., 3] > 127
+    own, flags = _to_lab(query)[product], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = {}
-    for row, fit in aligned.items():
-        matrix, flags = _for_thumbnails(fit.matrix, size), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    for row in rows:
+        matrix = _for_thumbnails(fits[row].matrix, size)
         lab, mask = (
-            cv2.warpPerspective(part, matrix, (THUMBNAIL, THUMBNAIL), flags=flags)
+            cv2.warpPerspective(part, matrix, (THUMBNAIL, THUMBNAIL), flags=flags)[product]
             for part in (_to_lab(candidates[row]), candidates[row][..., 3])
         )
-        warped[row] = lab, product & (mask > 127)
-    for first, second in combinations(aligned, 2):
+        warped[row] = np.ascontiguousarray((lab - own).T), mask > 127
+    for first, second in combinations(rows, 2):
         (a, shown), (b, shown_too) = warped[first], warped[second]
-        if np.count_nonzero(both := shown & shown_too) >= MIN_SHARED:
-            found = _contrast(own[both], a[both], b[both])
+        both = shown & shown_too
+        if np.count_nonzero(both) >= MIN_SHARED:
+            found = _contrast(a, b, both)
             contrast[first, second], contrast[second, first] = found, -found
     return contrast
 
 
-def _contrast(query: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """See `contrast_candidates`; float (N, 3) each."""
-    difference = np.linalg.norm(a - b, axis=1)
-    weights = np.maximum(difference - DIFFERENT, 0)
+def _contrast(a: np.ndarray, b: np.ndarray, both: np.ndarray) -> float:
+    """See `contrast_candidates`. `a`, `b`: less the query, float32 (3, N); `both`: the pixels that count, bool (N,)."""
+    difference = _length(a - b)
+    differing = both & (difference > DIFFERENT)
+    distance = difference[differing]
+    weights = distance - DIFFERENT
     if weights.sum() < MIN_DIFFERENCE:
         return np.nan
-    calm = difference < DIFFERENT
-    if np.count_nonzero(calm) < MIN_CALM:
-        calm[:] = True
-    seen = query + ((a + b)[calm] / 2 - query[calm]).mean(axis=0)  # without the shift due to the light
-    nearer = np.linalg.norm(seen - b, axis=1) - np.linalg.norm(seen - a, axis=1)
-    return float(weights @ nearer / (weights @ difference))
+    agreeing = both & ~differing
+    if np.count_nonzero(agreeing) < MIN_AGREEING:
+        agreeing = both
+    cast = ((a + b) @ agreeing.astype(np.float32) / (2 * np.count_nonzero(agreeing)))[:, None]
+    nearer = _length(b[:, differing] - cast) - _length(a[:, differing] - cast)
+    return float(weights @ nearer / (weights @ distance))
+
+
+def _length(vectors: np.ndarray) -> np.ndarray:
+    """float (3, N) -> (N,)."""
+    length: np.ndarray = np.sqrt(np.einsum("cn,cn->n", vectors, vectors))
+    return length
 
 
 def _to_lab(thumbnail: np.ndarray) -> np.ndarray:
@@ -101,7 +114,7 @@ def _to_lab(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def _for_thumbnails(matrix: np.ndarray, size: int) -> np.ndarray:
-    """A map between canvases of `size` pixels a side, for their thumbnails."""
+    """Rescale a map between canvases of `size` pixels a side to their thumbnails."""
     to_canvas = np.diag([size / THUMBNAIL, size / THUMBNAIL, 1])
     return np.linalg.inv(to_canvas) @ matrix @ to_canvas
 

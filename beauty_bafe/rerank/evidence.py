@@ -63,9 +63,16 @@ class EvidenceReranker(ABC):
     def absolute(self) -> tuple[str, ...]:
         """Some of `kinds`."""
 
+    @property
+    def pairwise(self) -> tuple[str, ...]:
+        """The names of the pairwise evidence."""
+        return ()
+
     @abstractmethod
     def evidence(self, candidates: Candidates) -> Evidence:
-        """Of the first `depth` candidates, `single` of len(kinds); higher values make a candidate more likely to be right."""
+        """Evidence for the first `depth` candidates, one number for each of `kinds` and of `pairwise`; higher values make a
+        candidate more likely to be right.
+        """
 
     def fit(self, examples: Candidates) -> Self:
         if self.weights is not None:

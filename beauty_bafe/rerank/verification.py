@@ -51,9 +51,9 @@ class MatchCount:
 class Verification(EvidenceReranker):
     """Geometric verification, and the similarity of the pictures once aligned by the geometry: see APPEARANCE.
 
-    Pairwise evidence, for probabilities: minus the inliers of the other candidate, as APPEARANCE counts them, since an unknown
-    variant of a product matches several of its variants; and the contrast where both candidates differ, see
-    `contrast_candidates`.
+    Pairwise evidence, for probabilities: minus the other candidate's log(1 + inliers), since an unknown variant of a product
+    matches several of its variants; and the contrast of both candidates, see `contrast_candidates`. With `every_turn`, there is
+    no contrast, as the candidates may be aligned with the query in different orientations.
 
     With `detector.foreground`, only keypoints on the product are used: it is located by the predicted mask in queries and by
     the plain backdrop in catalogue photos. `every_turn`: match the query rotated by 0, 90, 180 and 270 degrees and use the
@@ -61,7 +61,8 @@ class Verification(EvidenceReranker):
 
     `network`: FILE written by `beauty-bafe verifier`; further evidence is then its `agreement`: the logit of a PairNetwork for
     the aligned pictures, computed for `compared` candidates (see `compare_pictures`). Probabilities are computed from all
-    evidence but a candidate's own inliers, unless a later step or a fusion of rankings replaces the scores.
+    evidence but a candidate's own inliers, which only count against the others, unless a later step or a fusion of rankings
+    replaces the scores.
 
     Raises ValueError for `compared` below 1, if the file is missing or holds something else, or for `every_turn` with a
     network.
@@ -76,6 +77,10 @@ class Verification(EvidenceReranker):
     @property
     def kinds(self) -> tuple[str, ...]:
         return APPEARANCE if self.network is None else (*APPEARANCE, "agreement")
+
+    @property
+    def pairwise(self) -> tuple[str, ...]:
+        return "inliers of others", "contrast"
 
     @property
     def absolute(self) -> tuple[str, ...]:
@@ -117,8 +122,10 @@ class Verification(EvidenceReranker):
             copies_of_canvas = SmallCopyExtractor(extractor)
             found = score_candidates(candidates, self.depth, extractor, self._score_with_network, 1, copies_of_canvas)
         single, contrast = np.split(found, [len(self.kinds)], axis=-1)
-        others = np.broadcast_to(-single[:, None, :, self.kinds.index("inliers")], contrast.shape)
-        return Evidence(single, np.stack([others, contrast], axis=-1).astype(np.float32))
+        pairwise = np.empty((*contrast.shape, 2), np.float32)
+        pairwise[..., 0] = -single[:, None, :, self.kinds.index("inliers")]
+        pairwise[..., 1] = np.nan if self.every_turn else contrast
+        return Evidence(single, pairwise)
 
     def _score(self, query: LocalFeatures, candidates: Sequence[LocalFeatures]) -> np.ndarray:
         """The `kinds` of each candidate and its contrast with each one, float (k, kinds + k)."""

@@ -23,10 +23,11 @@ class Calibration:
     P(i) = exp(scales . x_i) / (exp(unknown) + sum_j exp(scales . x_j)) over the first SHORTLIST answers j: the conditional
     logit (McFadden, 1974) with the option "none". `scales` are not negative. The numbers of x, in this order:
 
-    * a similarity, above the median of these answers, as another camera or a blurred picture lowers all of them alike;
-    * further evidence of the answer;
-    * its lead in similarity over the best other answer;
-    * for each kind of pairwise evidence, the lowest over all other answers: an unknown product's variants rival one another.
+    * a similarity, minus its median over these answers, as another camera or a blurred picture lowers all of them alike;
+    * further evidence for the answer;
+    * its lead in similarity over the most similar other answer;
+    * for each kind of pairwise evidence, its minimum over the other answers, 0 if there is none: a photo of an unknown product
+      often matches several of its variants about equally well.
 
     If an answer stands behind a less probable one, because evidence that only orders answers put it there (see
     EvidenceReranker), it gets that one's probability. `strangers`: for queries whose product is not in the gallery, the
@@ -91,9 +92,17 @@ class Calibration:
         return replace(fitted, strangers=tuple(np.sort(fitted.probabilities(left)[:, 0]).tolist()))
 
     def probabilities(self, evidence: Evidence) -> np.ndarray:
-        """Of answers in the order of their ranking, float32 (Q, k), 0 to 1."""
+        """The probability of each answer, float32 (Q, k), 0 to 1; answers in the order of their ranking.
+
+        Raises ValueError if the evidence is of other kinds than `scales`.
+        """
+        features = _features(evidence)
         # A file of an earlier version has no scales for the lead and for pairwise evidence, which come last.
-        logits = _features(evidence)[..., : len(self.scales)] @ np.array(self.scales)
+        if len(self.scales) not in (evidence.single.shape[2], features.shape[2]):
+            raise ValueError(
+                f"{len(self.scales)} scales do not fit {features.shape[2]} numbers for each answer; calibrate again"
+            )
+        logits = features[..., : len(self.scales)] @ np.array(self.scales)
         total = np.logaddexp(self.unknown, logsumexp(logits[:, :SHORTLIST], axis=1))
         return np.exp(np.minimum.accumulate(logits - total[:, None], axis=1)).astype(np.float32)
 
@@ -115,7 +124,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A Calibration from the output of `to_dict`, or of an earlier version, which had one scale."""
+        """A Calibration from the output of `to_dict`, or of an earlier version, which had fewer scales, or one `scale`."""
         scales, strangers = (
             tuple(map(float, part)) for part in (values.get("scales", [values.get("scale")]), values["strangers"])
         )
@@ -131,11 +140,16 @@ def check_rate(known_at: float) -> None:
 def _features(evidence: Evidence) -> np.ndarray:
     """The numbers that probabilities are computed from, float64 (Q, k, E + 1 + P): see Calibration."""
     single = evidence.single.astype(np.float64)
-    similarity = single[..., 0]
-    above = similarity - np.median(similarity[:, :SHORTLIST], axis=1, keepdims=True)
-    lead = similarity[:, :, None] - similarity[:, None, :SHORTLIST]
-    pairwise = np.concatenate([lead[..., None], evidence.pairwise[:, :, :SHORTLIST]], axis=-1)
-    own = np.eye(pairwise.shape[1], pairwise.shape[2], dtype=bool)
-    lowest = np.where(np.isnan(pairwise) | own[..., None], np.inf, pairwise).min(axis=2)
-    # 0 without another answer, or without evidence for any.
-    return np.concatenate([above[..., None], single[..., 1:], np.where(np.isinf(lowest), 0, lowest)], axis=-1)
+    similarity, answers = single[..., 0], np.arange(single.shape[1])
+    shortlist = similarity[:, :SHORTLIST]
+    above = similarity - np.median(shortlist, axis=1, keepdims=True)
+    ordered = np.sort(shortlist, axis=1)[:, ::-1]
+    if len(answers) > 1:
+        most_similar = answers == shortlist.argmax(axis=1)[:, None]
+        lead = similarity - np.where(most_similar, ordered[:, 1:2], ordered[:, :1])
+    else:
+        lead = np.zeros_like(similarity)  # no other answer
+    pairwise = evidence.pairwise[:, :, :SHORTLIST]
+    own = answers[:, None] == answers[:SHORTLIST]
+    lowest = np.where(np.isnan(pairwise) | own[..., None], np.inf, pairwise).min(axis=2, initial=np.inf)
+    return np.concatenate([above[..., None], single[..., 1:], lead[..., None], np.where(np.isinf(lowest), 0, lowest)], axis=-1)

@@ -108,6 +108,8 @@ def test_a_ranking_checks_itself(positions: list[list[int]], scores: list[list[f
 
 
 def test_evidence_must_fit_its_ranking() -> None:
+    with pytest.raises(ValueError, match=r"pairwise evidence \(1, 3, 3, 1\) does not fit that of each answer \(1, 2, 1\)"):
+        Evidence(np.zeros((1, 2, 1)), np.zeros((1, 3, 3, 1)))
     with pytest.raises(ValueError, match=r"evidence \(1, 3, 2\) does not fit positions \(1, 2\)"):
         Ranking(("q",), tuple("abc"), np.array([[0, 1]]), np.array([[0.9, 0.8]]), evidence=Evidence.of(np.zeros((1, 3, 2))))
 

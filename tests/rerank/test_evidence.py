@@ -131,23 +131,32 @@ def test_the_contrast_tells_which_variant_it_is() -> None:
         assert np.isnan(np.diag(contrast)).all()
 
 
-def test_the_contrast_against_a_slow_twin() -> None:
-    shop, (a, b, other) = variants()
-    shop[18:40, 18:28, :3] = other[18:40, 18:28, :3]
-    contrast = contrast_candidates(shop, [a, b], [Geometry(9, np.eye(3))] * 2, SIZE)
+@pytest.mark.parametrize("fine", [False, True])
+def test_the_contrast_against_a_slow_twin(fine: bool) -> None:
+    """In another light. With `fine` print all over, the candidates agree at fewer than 25 pixels."""
+    _, (a, b, other) = variants()
+    if fine:
+        b = smooth(1)
+    query = a.copy()
+    query[18:40, 18:28, :3] = other[18:40, 18:28, :3]
+    query[..., :3] = (query[..., :3].astype(int) + np.array([-20, 9, -6])).clip(0, 255).astype(np.uint8)
+    contrast = contrast_candidates(query, [a, b], [Geometry(9, np.eye(3))] * 2, SIZE)
     own, first, second = (
-        cv2.GaussianBlur(part[..., :3].astype(np.float64) * [100 / 255, 1, 1], (0, 0), 0.7) for part in (shop, a, b)
+        cv2.GaussianBlur(part[..., :3].astype(np.float64) * [100 / 255, 1, 1], (0, 0), 0.7) for part in (query, a, b)
     )
-    differing = [(y, x) for y in range(8, 56) for x in range(8, 56) if np.linalg.norm(first[y, x] - second[y, x]) > 10]
-    calm = [(y, x) for y in range(8, 56) for x in range(8, 56) if np.linalg.norm(first[y, x] - second[y, x]) < 10]
-    shift = np.mean([(first[place] + second[place]) / 2 - own[place] for place in calm], axis=0)
+    places = [(y, x) for y in range(8, 56) for x in range(8, 56)]
+    differing = [place for place in places if np.linalg.norm(first[place] - second[place]) > 10]
+    agreeing = [place for place in places if place not in differing]
+    assert (len(agreeing) < 25) == fine
+    cast = np.mean([(first[place] + second[place]) / 2 - own[place] for place in (places if fine else agreeing)], axis=0)
     above = below = 0.0
     for place in differing:
         difference = np.linalg.norm(first[place] - second[place])
-        seen = own[place] + shift
+        seen = own[place] + cast
         above += (difference - 10) * (np.linalg.norm(seen - second[place]) - np.linalg.norm(seen - first[place]))
         below += (difference - 10) * difference
     assert contrast[0, 1] == pytest.approx(above / below, abs=1e-4)
+    assert abs(contrast[0, 1]) < 0.95
 
 
 def test_there_is_no_contrast_where_nothing_can_be_compared() -> None:
@@ -165,8 +174,26 @@ def test_there_is_no_contrast_where_nothing_can_be_compared() -> None:
     hidden = a.copy()
     hidden[17:33, 17:33, 3] = 0
     assert not compared(hidden, [a, b], [fit, fit]), "a hand covers what differs"
+    corner = a.copy()
+    corner[..., 3] = 0
+    for pixels, enough in ((49, False), (50, True)):
+        corner[20:30, 20:25, 3].flat = 0
+        corner[20:30, 20:25, 3] = (255 * (np.arange(50) < pixels)).reshape(10, 5)
+        assert compared(corner, [a, b], [fit, fit]) == enough, "pixels that show all three"
+    faint = shop.copy()
+    for levels, enough in ((11, False), (40, True)):  # 1 and 30 above what counts, at about a hundred pixels
+        faint[20:30, 20:30, 1] = (shop[20:30, 20:30, 1].astype(int) + levels).clip(0, 255)
+        assert compared(a, [shop, faint], [fit, fit]) == enough
     contrast = contrast_candidates(a, [b, a, b, shop], [None, fit, fit, None], SIZE)
     assert np.argwhere(np.isfinite(contrast)).tolist() == [[1, 2], [2, 1]]
+
+
+def test_the_candidates_with_the_most_inliers_are_compared() -> None:
+    _, (a, b, _) = variants()
+    geometries: list[Geometry | None] = [Geometry(4 + number % 10, np.eye(3)) for number in range(10)]
+    contrast = contrast_candidates(a, [a, b] * 5, geometries, SIZE)
+    expected = [[row, column] for row in range(2, 10) for column in range(2, 10) if (row - column) % 2]
+    assert np.argwhere(np.isfinite(contrast)).tolist() == expected
 
 
 def test_pairwise_evidence_follows_its_candidates(found: Candidates) -> None:

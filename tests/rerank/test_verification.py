@@ -102,6 +102,31 @@ def test_a_network_compares_some_candidates(
     assert Verification(6, None, DETECTOR, MATCHER).absolute == ("lightness", "chroma", "colour")
 
 
+@pytest.mark.parametrize("every_turn", [False, True])
+def test_answers_rival_one_another_by_inliers_and_contrast(
+    shop: Callable[..., Candidates], tmp_path: Path, every_turn: bool
+) -> None:
+    """Two variants of a product; the query shows one of them. Followed through the new order of the answers."""
+    variant = textured(4).copy()
+    variant[100:140, 100:140] = (0, 0, 255)
+    cv2.imwrite(str(tmp_path / "gallery" / "p5.png"), variant)
+    found = shop({"q4": warped(textured(4)), "q2": warped(textured(2))})
+    step = Verification(6, {"inliers": 1.0}, DETECTOR, MATCHER, every_turn=every_turn)
+    evidence, ranking = step.evidence(found), step(found).ranking
+    inliers = evidence.single[..., 0]
+    np.testing.assert_allclose(evidence.pairwise[..., 0], np.repeat(-inliers[:, None], 6, axis=1), rtol=1e-6)
+    assert ranking.answers(0)[:2] == ["p4", "p5"]
+    pairwise = ranking.get_evidence().pairwise
+    own = np.sort(inliers, axis=1)[:, ::-1]
+    np.testing.assert_allclose(pairwise[0, :, :, 0], np.repeat(-own[:1], 6, axis=0), rtol=1e-6)
+    if every_turn:
+        assert np.isnan(pairwise[..., 1]).all()
+    else:
+        assert pairwise[0, 0, 1, 1] > 0.5
+        assert pairwise[0, 1, 0, 1] == -pairwise[0, 0, 1, 1]
+    assert np.isnan(pairwise[1, ..., 1]).all(), "no other answer is aligned"
+
+
 def test_of_as_many_matches_the_nearer_ones_win() -> None:
     query = DETECTOR.extract(textured(0), None)
     points, descriptors = query.keypoints

@@ -127,7 +127,7 @@ def test_evidence_that_never_differs_changes_nothing(same: float) -> None:
 
 @pytest.mark.parametrize(("kinds", "pairs"), [(1, 0), (3, 0), (2, 2)])
 def test_the_likelihood_is_highest(kinds: int, pairs: int) -> None:
-    """Against a slow twin that maximises it step by step. The lowest lead and pairwise evidence are those over what is left."""
+    """Against a slow twin that maximises it step by step. Minima are taken over the answers that remain."""
     scores, right = draw(80, 5)
     rng = np.random.default_rng(6)
     single = np.concatenate([scores, 3 + rng.normal(size=(80, K, kinds - 1)) + right[..., None]], axis=-1)
@@ -190,14 +190,31 @@ def test_a_file_of_an_earlier_version_is_read() -> None:
     np.testing.assert_allclose(sure_of(Calibration.from_dict(old), scores)[0], before / (np.exp(2) + before.sum()), rtol=1e-6)
 
 
-def test_the_lead_is_what_an_answer_has_before_the_best_other_one() -> None:
-    """With a scale for it alone; what stands behind SHORTLIST answers is compared with these."""
+def test_the_lead_is_the_margin_over_the_most_similar_other_answer() -> None:
+    """With a scale for it alone; answers beyond SHORTLIST are compared with the first SHORTLIST."""
     led = Calibration((0.0, 1.0), 0.0, ())
     scores = np.array([[5.0, 4.0, 4.0, *np.zeros(SHORTLIST)]])[..., None]
     leads = np.exp([1.0, -1.0, -1.0, *np.full(SHORTLIST, -5.0)])
     np.testing.assert_allclose(sure_of(led, scores)[0], leads / (1 + leads[:SHORTLIST].sum()), rtol=1e-6)
     np.testing.assert_allclose(sure_of(led, scores[:, 1:3])[0], [1 / 3, 1 / 3], rtol=1e-6)
     assert sure_of(led, scores[:, :1])[0] == pytest.approx(0.5), "no other answer, no lead"
+
+
+def test_only_the_first_answers_are_rivals() -> None:
+    pairwise = np.zeros((1, SHORTLIST + 5, SHORTLIST + 5, 1))
+    pairwise[0, 0, SHORTLIST - 1], pairwise[0, :, SHORTLIST:] = -2.0, -9.0
+    by_rivals = Calibration((0.0, 0.0, 1.0), 0.0, ())
+    sure = by_rivals.probabilities(Evidence(np.zeros((1, SHORTLIST + 5, 1)), pairwise))[0]
+    assert sure[0] == pytest.approx(np.exp(-2) / (1 + np.exp(-2) + SHORTLIST - 1))
+
+
+def test_scales_of_other_evidence_are_refused() -> None:
+    evidence = Evidence(np.zeros((1, 3, 2)), np.zeros((1, 3, 3, 2)))
+    for scales in (2, 5):
+        assert np.isfinite(Calibration((1.0,) * scales, 0.0, ()).probabilities(evidence)).all()
+    for scales in (1, 3, 4, 6):
+        with pytest.raises(ValueError, match=f"{scales} scales do not fit 5 numbers for each answer; calibrate again"):
+            Calibration((1.0,) * scales, 0.0, ()).probabilities(evidence)
 
 
 def test_a_rival_that_is_removed_no_longer_counts() -> None:
