@@ -39,6 +39,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
             "objective.lr=1e-3",
             "objective.warmup=30",
             "trainer.max_epochs=6",
+            "+trainer.check_val_every_n_epoch=3",
             f"output_dir={run}",
         )
     )
@@ -68,6 +69,7 @@ def test_attention_learns_to_beat_average_pooling(tmp_path: Path, configure: Cal
                 f"masks={street / 'masks'}",
                 "num_workers=0",
                 "report_queries=5",
+                "rehearsal.views=0",
                 f"features={tmp_path / 'features'}",
                 f"output_dir={tmp_path / pooling}",
             )

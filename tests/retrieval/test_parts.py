@@ -48,7 +48,9 @@ def test_what_is_learned_depends_on_what_makes_the_scores(configure, tiny_checkp
     for other in ("ensemble.depth=9", "rehearsal.views=9"):
         assert about("score_fusion", "rerank=none", other) != fused
     assert fused != about("score_fusion", "rerank=superglobal")
-    assert "lightness" in about("score_fusion", "rerank=sift_verified")
+    verified = about("score_fusion", "rerank=sift_verified")
+    assert "lightness" in verified
+    assert "contrast" in verified
     network = PairNetwork(pretrained=False)
     given = "rerank=sift_verified", f"rerank.sift_verified.network={tmp_path / 'verifier.safetensors'}"
     seen = set()
