@@ -52,7 +52,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     }
     # What probabilities are computed from; and a network may be trained again to the same file.
     evidence = {name: step for name, step in steps.items() if isinstance(step, EvidenceReranker)}
-    settings |= {f"{name} absolute": [*step.absolute, *step.pairwise] for name, step in evidence.items()}
+    settings |= {f"{name} evidence": [*step.absolute, *step.pairwise] for name, step in evidence.items()}
     sources = {name: getattr(step, "source", None) for name, step in steps.items()}
     settings |= {name: source for name, source in sources.items() if source is not None}
     about = OmegaConf.to_yaml(OmegaConf.create(settings), resolve=True)
